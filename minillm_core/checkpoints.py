@@ -1,0 +1,220 @@
+"""The outer form of a checkpoint, the same for both frameworks: committed whole, listed, hashed, found.
+
+    <run>/<framework>/checkpoints/<step>/
+        checkpoint.json     framework, step, the whole run configuration, hashes of the data
+        tokenizer.model
+        manifest.json       size and SHA-256 of every other file
+        ...                 the payload: Orbax (jax) or safetensors (torch)
+
+A checkpoint is written aside, hashed, flushed to disk and then renamed: a folder with a number for its name is whole.
+"""
+
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from minillm_core import __version__
+from minillm_core.config import RunConfig, run_config_from_dict, to_dict
+from minillm_core.data import hash_file
+from minillm_core.errors import InputError
+
+FORMAT_VERSION = 1
+FRAMEWORKS = ("jax", "torch")
+
+Tensors = dict[str, np.ndarray]
+"""By canonical name, in canonical (out, in) layout."""
+
+
+@dataclass(frozen=True)
+class CheckpointInfo:
+    """What checkpoint.json says."""
+
+    framework: str
+    step: int
+    """Updates done."""
+    config: RunConfig
+    data_hashes: dict[str, str]
+    converted_from: str | None = None
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """The framework-free content of a checkpoint; an Adam moment group is empty if the checkpoint has weights alone."""
+
+    weights: Tensors
+    exp_avg: Tensors
+    exp_avg_sq: Tensors
+
+
+def checkpoint_steps(folder: Path) -> list[int]:
+    """Steps of the committed checkpoints in a `checkpoints` folder, ascending."""
+    return sorted(int(path.name) for path in folder.glob("*") if path.name.isdecimal() and path.is_dir())
+
+
+def find_checkpoint(path: str | Path, framework: str) -> Path:
+    """The checkpoint meant by a path: itself, or the newest of a run (`runs/x`) or of its framework (`runs/x/jax`).
+
+    Raises:
+        InputError: there is none, or it belongs to the other framework.
+    """
+    path = Path(path)
+    if (path / "checkpoint.json").is_file():
+        found = path
+    else:
+        for folder in (path / "checkpoints", path / framework / "checkpoints"):
+            if steps := checkpoint_steps(folder):
+                found = folder / str(steps[-1])
+                break
+        else:
+            other = next(name for name in FRAMEWORKS if name != framework)
+            has_other = checkpoint_steps(path / other / "checkpoints")
+            raise InputError(
+                f"no {framework} checkpoint",
+                expected="a run, a run's framework folder, or one checkpoint folder",
+                found=f"only {other} checkpoints" if has_other else "no committed checkpoint",
+                where=path,
+                do=f"python scripts/convert.py '{other}->{framework}' {path}"
+                if has_other
+                else f"check the path, or train first: python scripts/train_{framework}.py",
+            )
+    info = read_info(found)
+    if info.framework != framework:
+        raise InputError(
+            f"a {info.framework} checkpoint where a {framework} one is needed",
+            where=found,
+            do=f"python scripts/convert.py '{info.framework}->{framework}' {found}",
+        )
+    return found
+
+
+def read_info(checkpoint: Path) -> CheckpointInfo:
+    """Reads checkpoint.json.
+
+    Raises:
+        InputError: missing, damaged, or written by a newer version.
+    """
+    path = checkpoint / "checkpoint.json"
+    if not path.is_file():
+        raise InputError("not a checkpoint", expected="checkpoint.json", where=checkpoint)
+    try:
+        data = json.loads(path.read_text())
+        version = data["format_version"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError("damaged checkpoint", found=repr(error), where=path, do="use another checkpoint") from error
+    if version != FORMAT_VERSION:
+        raise InputError(
+            "checkpoint of another format version",
+            expected=FORMAT_VERSION,
+            found=f"{version}, written by version {data.get('version')}",
+            where=path,
+            do="install the version of the project that wrote it",
+        )
+    try:
+        return CheckpointInfo(
+            framework=data["framework"],
+            step=int(data["step"]),
+            config=run_config_from_dict(data["config"], path),
+            data_hashes=dict(data["data_hashes"]),
+            converted_from=data["converted_from"],
+        )
+    except (KeyError, TypeError) as error:
+        raise InputError("damaged checkpoint", found=repr(error), where=path, do="use another checkpoint") from error
+
+
+def verify_checkpoint(checkpoint: Path) -> None:
+    """Compares every file with the manifest.
+
+    Raises:
+        InputError: naming every file that is missing, truncated, changed or left over.
+    """
+    path = checkpoint / "manifest.json"
+    try:
+        manifest: dict[str, dict[str, Any]] = json.loads(path.read_text())
+        problems = []
+        for name, entry in manifest.items():
+            file = checkpoint / name
+            if not file.is_file():
+                problems.append(f"missing: {name}")
+            elif file.stat().st_size != entry["size"]:
+                problems.append(f"size: {name}: expected {entry['size']} bytes, found {file.stat().st_size}")
+            elif hash_file(file) != entry["sha256"]:
+                problems.append(f"content changed: {name}")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        problems = [f"manifest.json: {error!r}"]
+        manifest = {}
+    problems += [f"unexpected: {name}" for name in _files(checkpoint) if manifest and name not in manifest]
+    if problems:
+        raise InputError(
+            "damaged checkpoint:\n  " + "\n  ".join(problems), where=checkpoint, do="use another checkpoint of the run"
+        )
+
+
+class CheckpointWriter:
+    """Commits checkpoints into one folder, in the background, one at a time."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._pending: Future[None] | None = None
+
+    def save(self, info: CheckpointInfo, tokenizer: Path, start_payload: Callable[[Path], Callable[[], None]]) -> None:
+        """Starts saving; the caller may change its state as soon as this returns.
+
+        Args:
+            start_payload: given the folder to write into, takes a snapshot of the state and returns the function that
+                finishes writing it, which then runs in the background.
+
+        Raises:
+            whatever made the previous save fail.
+        """
+        self.wait()
+        partial = self.folder / f".{info.step}.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        finish_payload = start_payload(partial)
+        self._pending = self._thread.submit(self._commit, partial, info, tokenizer, finish_payload)
+
+    def _commit(self, partial: Path, info: CheckpointInfo, tokenizer: Path, finish_payload: Callable[[], None]) -> None:
+        finish_payload()
+        shutil.copyfile(tokenizer, partial / "tokenizer.model")
+        data = {"format_version": FORMAT_VERSION, "version": __version__, **dataclasses.asdict(info)}
+        _write_json(partial / "checkpoint.json", data | {"config": to_dict(info.config)})
+        manifest = {
+            name: {"size": (partial / name).stat().st_size, "sha256": hash_file(partial / name)}
+            for name in _files(partial)
+        }
+        _write_json(partial / "manifest.json", manifest)
+        for name in [*manifest, "manifest.json"]:
+            with (partial / name).open("rb") as file:
+                os.fsync(file.fileno())
+        final = self.folder / str(info.step)
+        partial.rename(final)
+        descriptor = os.open(self.folder, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+
+    def wait(self) -> None:
+        """Blocks until the save under way is committed; raises what made it fail."""
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            pending.result()
+
+
+def _write_json(path: Path, data: Any) -> None:
+    path.write_text(json.dumps(data, indent=1) + "\n")
+
+
+def _files(folder: Path) -> list[str]:
+    return sorted(
+        path.relative_to(folder).as_posix()
+        for path in folder.rglob("*")
+        if path.is_file() and path.name != "manifest.json"
+    )

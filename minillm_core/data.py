@@ -1,0 +1,218 @@
+"""Prepared data: token files, and batches as a pure function of (seed, step).
+
+There is no iterator state: resuming is asking for the next step.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from minillm_core.config import DataConfig
+from minillm_core.corpus import list_documents
+from minillm_core.errors import InputError
+from minillm_core.tokenizer import Tokenizer, train_tokenizer
+
+SPLITS = ("train", "val")
+
+
+def hash_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def prepare_data(config: DataConfig, vocab_size: int) -> bool:
+    """Trains the tokenizer and packs the corpus into `config.dir`, unless that is done already.
+
+    Every document becomes BOS, its tokens, EOS. The folder appears whole or not at all.
+
+    Returns:
+        whether there was anything to do.
+
+    Raises:
+        InputError: the corpus is unusable, or the folder holds other data.
+    """
+    target = Path(config.dir)
+    if target.exists():
+        PreparedData(config, vocab_size)
+        return False
+    documents = list_documents(config)
+    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    partial.mkdir(parents=True)
+    try:
+        train_texts = (text for document in documents if document.split == "train" for text in document.chunks())
+        train_tokenizer((line for text in train_texts for line in text.split("\n")), vocab_size, partial / "tokenizer.model")
+        tokenizer = Tokenizer(partial / "tokenizer.model")
+        dtype = np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
+        meta: dict[str, Any] = {
+            "format_version": 1,
+            "corpus": config.corpus,
+            "holdout_every": config.holdout_every,
+            "vocab_size": vocab_size,
+            "dtype": dtype.str,
+            "tokenizer_sha256": hash_file(partial / "tokenizer.model"),
+        }
+        for split in SPLITS:
+            n_tokens = n_bytes = 0
+            with (partial / f"{split}.bin").open("wb") as file:
+                for document in (document for document in documents if document.split == split):
+                    ids = [tokenizer.bos_id]
+                    for text in document.chunks():
+                        for part in tokenizer.encode_many(re.findall(r"[^\n]*\n|[^\n]+", text)):
+                            ids += part
+                        file.write(np.array(ids, dtype).tobytes())
+                        n_tokens += len(ids)
+                        ids = []
+                    file.write(np.array([*ids, tokenizer.eos_id], dtype).tobytes())
+                    n_tokens += len(ids) + 1
+                    n_bytes += document.stop - document.start
+            digest = hash_file(partial / f"{split}.bin")
+            meta[split] = {"n_tokens": n_tokens, "n_bytes": n_bytes, "sha256": digest}
+        (partial / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
+        partial.rename(target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return True
+
+
+@dataclass(frozen=True)
+class Window:
+    """A batch of the held-out text: tokens int32 (B, S + 1), and which of the S targets count, float32 (B, S)."""
+
+    tokens: np.ndarray
+    mask: np.ndarray
+
+
+class PreparedData:
+    """Memory-mapped tokens of one prepared folder."""
+
+    def __init__(self, config: DataConfig, vocab_size: int):
+        """Opens and checks `config.dir`.
+
+        Raises:
+            InputError: a file is missing or truncated, or the folder was prepared from another corpus, split or
+                vocabulary.
+        """
+        self.dir = Path(config.dir)
+        redo = f"remove the folder {self.dir}, or give another data.dir, and prepare the data again"
+        meta_path = self.dir / "meta.json"
+        if not meta_path.is_file():
+            raise InputError("not a folder of prepared data", expected="meta.json", where=self.dir, do=redo)
+        try:
+            self.meta: dict[str, Any] = json.loads(meta_path.read_text())
+            dtype = np.dtype(self.meta["dtype"])
+            wanted = {"corpus": config.corpus, "holdout_every": config.holdout_every, "vocab_size": vocab_size}
+            found = {key: self.meta[key] for key in wanted}
+            n_tokens = {split: int(self.meta[split]["n_tokens"]) for split in SPLITS}
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError("damaged data file", found=repr(error), where=meta_path, do=redo) from error
+        if found != wanted:
+            raise InputError("prepared from another configuration", expected=wanted, found=found, where=self.dir, do=redo)
+        self.vocab_size = vocab_size
+        self.tokens: dict[str, np.ndarray] = {}
+        for split in SPLITS:
+            path = self.dir / f"{split}.bin"
+            expected = n_tokens[split] * dtype.itemsize
+            size = path.stat().st_size if path.is_file() else "no file"
+            if size != expected:
+                problem = "missing or truncated data file"
+                raise InputError(problem, expected=f"{expected} bytes", found=size, where=path, do=redo)
+            self.tokens[split] = np.memmap(path, dtype, mode="r")
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return Tokenizer(self.dir / "tokenizer.model")
+
+    def hashes(self) -> dict[str, str]:
+        """What identifies this data: the tokenizer's and both splits' SHA-256, as recorded when it was prepared."""
+        return {"tokenizer": self.meta["tokenizer_sha256"], **{split: self.meta[split]["sha256"] for split in SPLITS}}
+
+    def tokens_per_byte(self, split: str) -> float:
+        """Predicted tokens per byte of the split's text: turns nats per token into nats per byte."""
+        return (len(self.tokens[split]) - 1) / self.meta[split]["n_bytes"]
+
+    def batch(self, step: int, batch_size: int, seq_len: int, seed: int) -> np.ndarray:
+        """The training batch of one step, int32 (batch_size, seq_len + 1): inputs [:, :-1], targets [:, 1:].
+
+        The split is cut into windows of seq_len tokens; each epoch visits every window once, in an order drawn from
+        (seed, epoch). Memory does not grow with the size of the data.
+        """
+        n_windows = self._count_windows("train", seq_len)
+        position = np.arange(step * batch_size, (step + 1) * batch_size)
+        epoch, index = position // n_windows, position % n_windows
+        for e in np.unique(epoch):
+            index[epoch == e] = permute(index[epoch == e], n_windows, (seed, int(e)))
+        return self._read("train", index * seq_len, seq_len)
+
+    def windows(self, split: str, batch_size: int, seq_len: int, n_batches: int | None = None) -> Iterator[Window]:
+        """The split in order, every token but the first predicted once; or `n_batches` spread evenly over it.
+
+        Each window starts without context. The last batch is padded; padding does not count.
+        """
+        tokens = self.tokens[split]
+        n_targets = len(tokens) - 1
+        starts = np.arange(0, n_targets, seq_len)
+        if n_batches is not None and n_batches * batch_size < len(starts):
+            starts = starts[np.linspace(0, len(starts) - 1, n_batches * batch_size).astype(int)]
+        for first in range(0, len(starts), batch_size):
+            rows = starts[first : first + batch_size]
+            rows = np.concatenate([rows, np.full(batch_size - len(rows), n_targets)])
+            mask = rows[:, None] + np.arange(seq_len) < n_targets
+            yield Window(self._read(split, rows, seq_len), mask.astype(np.float32))
+
+    def _count_windows(self, split: str, seq_len: int) -> int:
+        n_windows = (len(self.tokens[split]) - 1) // seq_len
+        if n_windows < 1:
+            found = f"{len(self.tokens[split])} tokens"
+            raise InputError(
+                f"the {split} split is shorter than one sequence", expected=f"{seq_len + 1} tokens", found=found, where=self.dir
+            )
+        return n_windows
+
+    def _read(self, split: str, starts: np.ndarray, seq_len: int) -> np.ndarray:
+        tokens = self.tokens[split]
+        index = np.minimum(starts[:, None] + np.arange(seq_len + 1), len(tokens) - 1)
+        batch = tokens[index].astype(np.int32)
+        if batch.max() >= self.vocab_size:
+            raise InputError(
+                "token id outside the vocabulary",
+                expected=f"below {self.vocab_size}",
+                found=int(batch.max()),
+                where=self.dir / f"{split}.bin",
+                do="the file is damaged: prepare the data again",
+            )
+        return batch
+
+
+def permute(index: np.ndarray, n: int, key: tuple[int, ...]) -> np.ndarray:
+    """Applies a pseudo-random permutation of range(n), drawn from `key`, to int64 indices: O(1) memory.
+
+    A six-round Feistel network over the next even power of two, walked until it lands below n (Black and Rogaway
+    2002, "Ciphers with arbitrary finite domains").
+    """
+    half = max(1, ((n - 1).bit_length() + 1) // 2)
+    low = np.uint64((1 << half) - 1)
+    shift = np.uint64(half)
+    seed = hashlib.sha256(repr(key).encode()).digest()
+    round_keys = np.random.Philox(key=int.from_bytes(seed[:16], "little")).random_raw(6)
+
+    def encrypt(values: np.ndarray) -> np.ndarray:
+        left, right = values >> shift, values & low
+        for round_key in round_keys:
+            mixed = right + round_key  # splitmix64's finaliser; uint64 wraps by design
+            mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+            mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+            left, right = right, left ^ ((mixed ^ (mixed >> np.uint64(31))) & low)
+        return (left << shift) | right
+
+    values = encrypt(index.astype(np.uint64))
+    while (outside := values >= n).any():
+        values[outside] = encrypt(values[outside])
+    return values.astype(np.int64)

@@ -1,0 +1,83 @@
+"""SentencePiece BPE: train, encode, decode. decode(encode(text)) == text for every text without U+2581."""
+
+import io
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import sentencepiece
+
+from minillm_core.errors import InputError
+
+UNK_ID, BOS_ID, EOS_ID, PAD_ID = 0, 1, 2, 3
+
+
+def train_tokenizer(lines: Iterable[str], vocab_size: int, path: Path) -> None:
+    """Trains a BPE model of exactly vocab_size pieces and writes it to `path`.
+
+    Text is kept as it is: no normalisation, no merging of spaces, a newline is a piece of its own, and a character
+    without a piece falls back to its UTF-8 bytes. So bits per byte are those of the text itself.
+
+    Args:
+        lines: text, without newlines.
+
+    Raises:
+        InputError: the text is too small for that many pieces.
+    """
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=(line for line in lines if line),
+            model_writer=model,
+            vocab_size=vocab_size,
+            model_type="bpe",
+            byte_fallback=True,
+            character_coverage=1.0,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            add_dummy_prefix=False,
+            allow_whitespace_only_pieces=True,
+            split_digits=True,
+            user_defined_symbols=["\n"],
+            max_sentence_length=1 << 20,
+            input_sentence_size=2_000_000,  # a random sample of longer corpora
+            unk_id=UNK_ID,
+            bos_id=BOS_ID,
+            eos_id=EOS_ID,
+            pad_id=PAD_ID,
+            minloglevel=2,
+        )
+    except (RuntimeError, OSError) as error:
+        raise InputError(
+            f"SentencePiece cannot train {vocab_size} pieces on this corpus",
+            found=" ".join(str(error).split()),
+            do="use more text or a smaller model.vocab_size (262 pieces are taken by bytes and control symbols)",
+        ) from error
+    path.write_bytes(model.getvalue())
+
+
+class Tokenizer:
+    """A trained SentencePiece model."""
+
+    def __init__(self, path: str | Path):
+        """Raises InputError if `path` is missing or is not a SentencePiece model."""
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise InputError("tokenizer not found", where=self.path, do="prepare the data first")
+        try:
+            self._pieces = sentencepiece.SentencePieceProcessor(model_proto=self.path.read_bytes())
+        except RuntimeError as error:
+            raise InputError("not a SentencePiece model", where=self.path, do="prepare the data again") from error
+        self.vocab_size: int = self._pieces.get_piece_size()
+        self.bos_id: int = self._pieces.bos_id()
+        self.eos_id: int = self._pieces.eos_id()
+
+    def encode(self, text: str, *, bos: bool = False) -> list[int]:
+        """Token ids of a text, preceded by the begin-of-document token if `bos`."""
+        return [self.bos_id] * bos + self._pieces.encode(text)
+
+    def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
+        return self._pieces.encode(list(texts), num_threads=-1)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of token ids; control tokens (begin, end, padding) are left out."""
+        return self._pieces.decode([int(i) for i in ids])

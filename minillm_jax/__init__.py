@@ -1,0 +1,39 @@
+"""Mini-LLM in JAX: Flax NNX, optax, Orbax. Same files, same names, same numbers as minillm_torch."""
+
+from minillm_jax.checkpoint import FRAMEWORK, load, read_payload, start_payload, write_payload
+from minillm_jax.generate import Generator
+from minillm_jax.kv_cache import KVCache, check_room, init_cache
+from minillm_jax.model import MiniLLM, abstract_model
+from minillm_jax.train import (
+    describe_device,
+    export_state,
+    import_state,
+    init_state,
+    make_eval_step,
+    make_train_step,
+    model_of,
+)
+from minillm_jax.weights import build_model, to_canonical
+
+__all__ = [
+    "FRAMEWORK",
+    "Generator",
+    "KVCache",
+    "MiniLLM",
+    "abstract_model",
+    "build_model",
+    "check_room",
+    "describe_device",
+    "export_state",
+    "import_state",
+    "init_cache",
+    "init_state",
+    "load",
+    "make_eval_step",
+    "make_train_step",
+    "model_of",
+    "read_payload",
+    "start_payload",
+    "to_canonical",
+    "write_payload",
+]

@@ -1,0 +1,96 @@
+"""The payload of a checkpoint: two Orbax pytrees, `weights` and `optimizer`, by framework path.
+
+core's checkpoints.py commits, lists and verifies; here tensors are written and read.
+"""
+
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from minillm_core.checkpoints import TrainingState, find_checkpoint, read_info
+from minillm_core.config import RunConfig
+from minillm_core.errors import InputError
+from minillm_jax.model import MiniLLM
+from minillm_jax.train import TrainState, resolve_dtype
+from minillm_jax.weights import build_model, to_canonical, to_framework
+
+FRAMEWORK = "jax"
+
+logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports every file it writes at level INFO
+
+
+def start_payload(folder: Path, config: RunConfig, state: TrainState) -> Callable[[], None]:
+    """Copies the state off the device and starts writing it; the returned function waits for the end."""
+    adam = state.opt_state[0]
+    return _start(folder, state.params, adam.mu, adam.nu)
+
+
+def write_payload(folder: Path, config: RunConfig, state: TrainingState) -> None:
+    """Writes framework-free tensors, bit for bit; an empty moment group is left out."""
+    weights, exp_avg, exp_avg_sq = (
+        to_framework(config.model, tensors) if tensors else {}
+        for tensors in (state.weights, state.exp_avg, state.exp_avg_sq)
+    )
+    _start(folder, weights, exp_avg, exp_avg_sq)()
+
+
+def _start(
+    folder: Path, weights: Mapping[str, Any], exp_avg: Mapping[str, Any], exp_avg_sq: Mapping[str, Any]
+) -> Callable[[], None]:
+    items = {"weights": ocp.args.StandardSave(dict(weights))}
+    if exp_avg:
+        items["optimizer"] = ocp.args.StandardSave({"exp_avg": dict(exp_avg), "exp_avg_sq": dict(exp_avg_sq)})
+    checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+    checkpointer.save(folder.absolute() / "orbax", args=ocp.args.Composite(**items))
+    return checkpointer.close
+
+
+def read_payload(checkpoint: Path, config: RunConfig, *, moments: bool) -> TrainingState:
+    """A checkpoint's tensors, framework-free; the moments only if asked for and there.
+
+    Raises:
+        InputError: the payload is missing or damaged, or does not fit `config`, every differing tensor named.
+    """
+    weights = to_canonical(config.model, _restore(checkpoint, "weights"))
+    if not moments or not (checkpoint / "orbax" / "optimizer").is_dir():
+        return TrainingState(weights, {}, {})
+    adam = _restore(checkpoint, "optimizer")
+    exp_avg, exp_avg_sq = (to_canonical(config.model, adam[name]) for name in ("exp_avg", "exp_avg_sq"))
+    return TrainingState(weights, exp_avg, exp_avg_sq)
+
+
+def _restore(checkpoint: Path, item: str) -> dict[str, Any]:
+    """One saved pytree as numpy arrays, whatever devices it was saved from."""
+    path = checkpoint.absolute() / "orbax" / item
+    try:
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            tree = checkpointer.metadata(path).item_metadata.tree
+            restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+            return checkpointer.restore(path, args=ocp.args.PyTreeRestore(restore_args=restore_args))
+    except (ValueError, OSError, KeyError, AttributeError) as error:
+        raise InputError(
+            "missing or damaged Orbax tree", found=error, where=path, do="use another checkpoint of the run"
+        ) from error
+
+
+def load(path: str | Path, dtype: str = "float32") -> MiniLLM:
+    """Loads the model of a checkpoint for inference.
+
+    Args:
+        path: a run (`runs/quickstart`), its framework folder (`runs/quickstart/jax`): the newest checkpoint; or one
+            checkpoint folder.
+        dtype: of parameters and computation: float32, bfloat16 or float64 (which enables JAX's 64-bit mode).
+
+    Raises:
+        InputError: there is no checkpoint of this framework, or it does not fit its own configuration.
+    """
+    checkpoint = find_checkpoint(path, FRAMEWORK)
+    config = read_info(checkpoint).config
+    weights = read_payload(checkpoint, config, moments=False).weights
+    compute_dtype = resolve_dtype(dtype)
+    return build_model(config.model, weights, param_dtype=compute_dtype, compute_dtype=compute_dtype)

@@ -1,0 +1,109 @@
+"""The language model: embedding, blocks, final norm, output head.
+
+Shapes: B batch, T query time, D width, H head dim, V vocabulary.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.typing import DTypeLike
+
+from minillm_core.config import ModelConfig
+from minillm_core.errors import InputError
+from minillm_core.rope import rope_table
+from minillm_jax.kv_cache import KVCache, LayerCache, check_room
+from minillm_jax.layers import Block, Embedding, Linear, RMSNorm, at_least_float32
+
+
+class RopeTable(nnx.Variable):
+    """Cosines or sines of every position: constant, not trained, not saved."""
+
+
+def rope_arrays(config: ModelConfig, compute_dtype: DTypeLike) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines of every position, (context_length, H/2), in at least float32."""
+    dtype = at_least_float32(compute_dtype)
+    cos, sin = rope_table(config)
+    return jnp.asarray(cos, dtype), jnp.asarray(sin, dtype)
+
+
+class Decoder(nnx.Module):
+    """Everything below the output head."""
+
+    def __init__(self, config: ModelConfig, *, param_dtype: DTypeLike, compute_dtype: DTypeLike):
+        dtypes = {"param_dtype": param_dtype, "compute_dtype": compute_dtype}
+        self.embed_tokens = Embedding(config.vocab_size, config.width, **dtypes)
+        self.layers = nnx.List([Block(config, **dtypes) for _ in range(config.n_layers)])
+        self.norm = RMSNorm(config.width, eps=config.norm_eps, param_dtype=param_dtype)
+        cos_SH, sin_SH = rope_arrays(config, compute_dtype)
+        self.cos_SH, self.sin_SH = RopeTable(cos_SH), RopeTable(sin_SH)
+
+    def __call__(self, tokens_BT: jax.Array, cache: KVCache | None) -> tuple[jax.Array, KVCache | None]:
+        _, T = tokens_BT.shape
+        if cache is None:
+            position_BT = jnp.arange(T)[None]
+        else:
+            position_BT = cache.length_B[:, None] + jnp.arange(T)
+        cos_BTH, sin_BTH = self.cos_SH[...][position_BT], self.sin_SH[...][position_BT]
+        x_BTD = self.embed_tokens(tokens_BT)
+        layer_caches: list[LayerCache] = []
+        for i, block in enumerate(self.layers):
+            layer_cache = None if cache is None else cache.layers[i]
+            x_BTD, layer_cache = block(x_BTD, cos_BTH, sin_BTH, position_BT, layer_cache)
+            if layer_cache is not None:
+                layer_caches.append(layer_cache)
+        if cache is not None:
+            cache = KVCache(tuple(layer_caches), cache.length_B + T)
+        return self.norm(x_BTD), cache
+
+
+class MiniLLM(nnx.Module):
+    """A Llama-style language model; its weights start at zero (see weights.py for real ones)."""
+
+    def __init__(self, config: ModelConfig, *, param_dtype: DTypeLike, compute_dtype: DTypeLike):
+        self.config = config
+        self.compute_dtype = compute_dtype
+        dtypes = {"param_dtype": param_dtype, "compute_dtype": compute_dtype}
+        self.model = Decoder(config, **dtypes)
+        self.lm_head = None if config.tie_embeddings else Linear(config.width, config.vocab_size, **dtypes)
+
+    def __call__(self, tokens_BT: jax.Array, cache: KVCache | None = None) -> tuple[jax.Array, KVCache | None]:
+        """Logits of the next token at every position.
+
+        Args:
+            tokens_BT: token ids, any integer dtype. Without a cache they are positions 0 to T - 1; with one they
+                continue each row at its length.
+            cache: from `init_cache` or an earlier call.
+
+        Returns:
+            logits (B, T, V) in compute_dtype, and the cache with T more tokens (None without one).
+
+        Raises:
+            InputError: more tokens than the context or the cache holds, or a token id outside the vocabulary (under jit
+                only what shapes tell).
+        """
+        check_tokens(self.config, tokens_BT)
+        if cache is not None:
+            check_room(cache, tokens_BT.shape[1])
+        x_BTD, cache = self.model(tokens_BT, cache)
+        logits_BTV = self.model.embed_tokens.attend(x_BTD) if self.lm_head is None else self.lm_head(x_BTD)
+        return logits_BTV, cache
+
+
+def check_tokens(config: ModelConfig, tokens_BT: jax.Array) -> None:
+    """Raises InputError for too many tokens or, where their values are known, for ids outside the vocabulary."""
+    if tokens_BT.ndim != 2 or not jnp.issubdtype(tokens_BT.dtype, jnp.integer):
+        raise InputError("tokens are not a batch of ids", expected="integers (B, T)", found=jax.typeof(tokens_BT))
+    if tokens_BT.shape[1] > config.context_length:
+        found = f"{tokens_BT.shape[1]} tokens"
+        raise InputError("more tokens than the context", expected=f"at most {config.context_length}", found=found)
+    if not isinstance(tokens_BT, jax.core.Tracer) and tokens_BT.size:
+        low, high = int(np.min(tokens_BT)), int(np.max(tokens_BT))
+        if low < 0 or high >= config.vocab_size:
+            found = f"ids from {low} to {high}"
+            raise InputError("token id outside the vocabulary", expected=f"0 to {config.vocab_size - 1}", found=found)
+
+
+def abstract_model(config: ModelConfig) -> MiniLLM:
+    """A float32 model whose arrays have shapes and dtypes but no memory, of any size."""
+    return nnx.eval_shape(lambda: MiniLLM(config, param_dtype=jnp.float32, compute_dtype=jnp.float32))

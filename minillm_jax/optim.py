@@ -1,0 +1,37 @@
+"""Clipping by the global norm and AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101)."""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from minillm_core.config import ModelConfig, OptimConfig
+from minillm_core.params import param_table
+from minillm_jax.weights import Params, param_paths
+
+
+def make_optimizer(config: OptimConfig, model: ModelConfig) -> optax.GradientTransformation:
+    """AdamW before the learning rate: `update` gives the direction, `apply_update` scales and subtracts it."""
+    decays = {param_paths(model)[name]: spec.decays for name, spec in param_table(model).items()}
+    return optax.chain(
+        optax.scale_by_adam(config.beta1, config.beta2, config.eps),
+        optax.add_decayed_weights(config.weight_decay, mask=decays),
+    )
+
+
+def clip_by_global_norm(grads: Params, max_norm: float) -> tuple[Params, jax.Array]:
+    """Scales gradients by min(1, max_norm / (norm + 1e-6)); returns them and the norm before clipping."""
+    norm = optax.global_norm(grads)
+    factor = jnp.minimum(1.0, max_norm / (norm + 1e-6))
+    return {path: grad * factor for path, grad in grads.items()}, norm
+
+
+def apply_update(
+    optimizer: optax.GradientTransformation,
+    params: Params,
+    grads: Params,
+    opt_state: optax.OptState,
+    learning_rate: jax.Array | float,
+) -> tuple[Params, optax.OptState]:
+    """One AdamW update: new parameters and new moments."""
+    updates, opt_state = optimizer.update(grads, opt_state, params)
+    return {path: param - learning_rate * updates[path] for path, param in params.items()}, opt_state

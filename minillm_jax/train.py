@@ -1,0 +1,132 @@
+"""Train state, train step, evaluation step."""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from minillm_core.backend import EvalStep, TrainStep
+from minillm_core.checkpoints import Tensors, TrainingState
+from minillm_core.config import RunConfig
+from minillm_core.params import init_params
+from minillm_jax.loss import token_losses
+from minillm_jax.model import MiniLLM
+from minillm_jax.optim import apply_update, clip_by_global_norm, make_optimizer
+from minillm_jax.weights import Params, from_canonical, merge_model, model_structure, split_model, to_canonical
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TrainState:
+    """Parameters and Adam moments; a step gives a new one and the old one's memory is reused."""
+
+    params: Params
+    opt_state: optax.OptState
+
+
+def resolve_dtype(name: str) -> jnp.dtype:
+    """The compute dtype meant by `train.compute_dtype`: `auto` is bfloat16 on a GPU and float32 elsewhere."""
+    if name == "auto":
+        name = "bfloat16" if jax.default_backend() == "gpu" else "float32"
+    if name == "float64" and not jax.config.jax_enable_x64:
+        jax.config.update("jax_enable_x64", True)  # without it JAX would silently compute in float32
+    return jnp.dtype(name)
+
+
+def param_dtype(compute_dtype: jnp.dtype) -> jnp.dtype:
+    """Master parameters are float32; float64 runs keep them in float64."""
+    return jnp.promote_types(compute_dtype, jnp.float32)
+
+
+def init_state(config: RunConfig) -> TrainState:
+    """The state before the first step: core's initial weights, zero moments."""
+    return import_state(config, TrainingState(init_params(config.model, config.train.seed), {}, {}), 0)
+
+
+def import_state(config: RunConfig, state: TrainingState, step: int) -> TrainState:
+    """A state from framework-free tensors; without moments, those start at zero."""
+    dtype = param_dtype(resolve_dtype(config.train.compute_dtype))
+    params = from_canonical(config.model, state.weights, dtype)
+    opt_state = make_optimizer(config.optim, config.model).init(params)
+    if state.exp_avg:
+        mu = from_canonical(config.model, state.exp_avg, dtype)
+        nu = from_canonical(config.model, state.exp_avg_sq, dtype)
+        opt_state = (opt_state[0]._replace(count=jnp.asarray(step, jnp.int32), mu=mu, nu=nu), *opt_state[1:])
+    return TrainState(params, opt_state)
+
+
+def export_state(config: RunConfig, state: TrainState) -> TrainingState:
+    """The framework-free tensors of a state."""
+    adam = state.opt_state[0]
+
+    def export(params: Params) -> Tensors:
+        return to_canonical(config.model, params)
+
+    return TrainingState(export(state.params), export(adam.mu), export(adam.nu))
+
+
+def model_of(config: RunConfig, state: TrainState) -> MiniLLM:
+    """The model inside a state, valid until the next step."""
+    dtype = resolve_dtype(config.train.compute_dtype)
+    graphdef, rope = model_structure(config.model, param_dtype=param_dtype(dtype), compute_dtype=dtype)
+    return merge_model(graphdef, state.params, rope)
+
+
+def mean_loss(model: MiniLLM, tokens_BT: jax.Array) -> jax.Array:
+    """Mean loss in nats of predicting tokens 1 to T - 1 of each row from those before."""
+    logits_BTV, _ = model(tokens_BT[:, :-1])
+    return token_losses(logits_BTV, tokens_BT[:, 1:]).mean()
+
+
+def make_train_step(config: RunConfig) -> TrainStep:
+    """The compiled step: loss -> accumulated gradients -> clip -> AdamW. See core's TrainStep for its signature."""
+    dtype = resolve_dtype(config.train.compute_dtype)
+    graphdef, rope = model_structure(config.model, param_dtype=param_dtype(dtype), compute_dtype=dtype)
+    optimizer = make_optimizer(config.optim, config.model)
+    n_micro = config.train.grad_accum
+
+    def loss_of(params: Params, rope: Params, tokens_BT: jax.Array) -> jax.Array:
+        return mean_loss(merge_model(graphdef, params, rope), tokens_BT)
+
+    def accumulate(params: Params, rope: Params, tokens_BT: jax.Array) -> tuple[jax.Array, Params]:
+        if n_micro == 1:
+            return jax.value_and_grad(loss_of)(params, rope, tokens_BT)
+
+        def add(total: Any, micro_BT: jax.Array) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, total, jax.value_and_grad(loss_of)(params, rope, micro_BT)), None
+
+        zero = (jnp.zeros((), param_dtype(dtype)), jax.tree.map(jnp.zeros_like, params))
+        total, _ = jax.lax.scan(add, zero, tokens_BT.reshape(n_micro, -1, tokens_BT.shape[1]))
+        return jax.tree.map(lambda x: x / n_micro, total)
+
+    @partial(jax.jit, donate_argnums=0)
+    def step(
+        state: TrainState, rope: Params, tokens_BT: jax.Array, learning_rate: jax.Array
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        loss, grads = accumulate(state.params, rope, tokens_BT)
+        grads, grad_norm = clip_by_global_norm(grads, config.optim.grad_clip)
+        params, opt_state = apply_update(optimizer, state.params, grads, state.opt_state, learning_rate)
+        return TrainState(params, opt_state), {"loss": loss, "grad_norm": grad_norm}
+
+    return lambda state, tokens_BT, learning_rate: step(state, rope, tokens_BT, learning_rate)
+
+
+def make_eval_step(model: MiniLLM) -> EvalStep:
+    """The compiled sum of masked losses. See core's EvalStep for its signature."""
+    graphdef, params, rope = split_model(model)
+    return lambda tokens_BT, mask_BT: _sum_losses(graphdef, params, rope, tokens_BT, mask_BT)
+
+
+@partial(jax.jit, static_argnums=0)
+def _sum_losses(graphdef: Any, params: Params, rope: Params, tokens_BT: jax.Array, mask_BT: jax.Array) -> jax.Array:
+    logits_BTV, _ = merge_model(graphdef, params, rope)(tokens_BT[:, :-1])
+    return jnp.sum(token_losses(logits_BTV, tokens_BT[:, 1:]) * mask_BT)
+
+
+def describe_device() -> str:
+    """Framework and device, for the log."""
+    return f"jax {jax.__version__} on {jax.devices()[0].device_kind}"

@@ -1,0 +1,114 @@
+"""Canonical weights to a model and back: a table of leaf names, applied alike to weights, gradients and Adam moments.
+
+A framework path is `model.layers.0.self_attn.q_proj.kernel`; its canonical name differs only in the last word.
+"""
+
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.typing import DTypeLike
+
+from minillm_core.checkpoints import Tensors
+from minillm_core.config import ModelConfig
+from minillm_core.params import check_shapes, param_table
+from minillm_jax.model import MiniLLM, RopeTable, abstract_model, rope_arrays
+
+SUFFIXES: dict[str, tuple[str, Callable[[np.ndarray], np.ndarray]]] = {
+    "kernel": ("weight", np.transpose),
+    "embedding": ("weight", np.asarray),
+    "scale": ("weight", np.asarray),
+}
+"""Leaf name -> canonical leaf name, and the (self-inverse) change of layout."""
+
+Params = dict[str, Any]
+"""Parameters, gradients or moments by framework path: a flat pytree, cheap to pass to a jitted function."""
+
+
+def canonical_name(path: str) -> str:
+    """`...q_proj.kernel` -> `...q_proj.weight`; a path with an unknown leaf name keeps it."""
+    parent, _, leaf = path.rpartition(".")
+    return f"{parent}.{SUFFIXES[leaf][0]}" if leaf in SUFFIXES else path
+
+
+@lru_cache
+def param_paths(config: ModelConfig) -> dict[str, str]:
+    """Framework path of every parameter, by canonical name, in the table's order."""
+    paths = {canonical_name(path): path for path in _abstract_paths(config)}
+    return {name: paths[name] for name in param_table(config)}
+
+
+def to_canonical(config: ModelConfig, params: Mapping[str, Any]) -> Tensors:
+    """Parameters, gradients or moments by framework path -> numpy arrays by canonical name.
+
+    Raises:
+        InputError: listing every missing, unexpected and misshapen tensor.
+    """
+    tensors = {canonical_name(path): _change_layout(path, np.asarray(array)) for path, array in params.items()}
+    check_shapes(config, {name: array.shape for name, array in tensors.items()}, "the given tensors")
+    return {name: tensors[name] for name in param_table(config)}
+
+
+def to_framework(config: ModelConfig, tensors: Tensors) -> dict[str, np.ndarray]:
+    """The inverse of `to_canonical`, in numpy: no copy where the layout allows it.
+
+    Raises:
+        InputError: listing every missing, unexpected and misshapen tensor.
+    """
+    check_shapes(config, {name: array.shape for name, array in tensors.items()}, "the given tensors")
+    return {path: _change_layout(path, tensors[name]) for name, path in param_paths(config).items()}
+
+
+def from_canonical(config: ModelConfig, tensors: Tensors, dtype: DTypeLike) -> Params:
+    """`to_framework` as arrays of the default device, which share no memory with `tensors`."""
+    return {path: jnp.array(array, dtype) for path, array in to_framework(config, tensors).items()}
+
+
+def _abstract_paths(config: ModelConfig) -> list[str]:
+    return list(_flatten(nnx.state(abstract_model(config), nnx.Param)))
+
+
+def _change_layout(path: str, array: np.ndarray) -> np.ndarray:
+    return SUFFIXES[path.rsplit(".", 1)[1]][1](array)
+
+
+def build_model(config: ModelConfig, tensors: Tensors, *, param_dtype: DTypeLike, compute_dtype: DTypeLike) -> MiniLLM:
+    """A model with the given canonical weights, on the default device.
+
+    Raises:
+        InputError: listing every missing, unexpected and misshapen tensor.
+    """
+    graphdef, rope = model_structure(config, param_dtype=param_dtype, compute_dtype=compute_dtype)
+    return merge_model(graphdef, from_canonical(config, tensors, param_dtype), rope)
+
+
+def model_structure(
+    config: ModelConfig, *, param_dtype: DTypeLike, compute_dtype: DTypeLike
+) -> tuple[nnx.GraphDef[MiniLLM], Params]:
+    """A model's static structure and its constants, without its parameters."""
+    abstract = nnx.eval_shape(lambda: MiniLLM(config, param_dtype=param_dtype, compute_dtype=compute_dtype))
+    cos_SH, sin_SH = rope_arrays(config, compute_dtype)
+    return split_model(abstract)[0], {"model.cos_SH": cos_SH, "model.sin_SH": sin_SH}
+
+
+def split_model(model: MiniLLM) -> tuple[nnx.GraphDef[MiniLLM], Params, Params]:
+    """A model as its static structure, its parameters and its constants: plain pytrees for jitted functions."""
+    graphdef, params, rope = nnx.split(model, nnx.Param, RopeTable)
+    return graphdef, _flatten(params), _flatten(rope)
+
+
+def merge_model(graphdef: nnx.GraphDef[MiniLLM], params: Params, rope: Params) -> MiniLLM:
+    """The inverse of `split_model`, under jit too."""
+    items = [
+        (tuple(int(key) if key.isdecimal() else key for key in path.split(".")), array)
+        for path, array in (params | rope).items()
+    ]
+    return nnx.merge(graphdef, nnx.from_flat_state(items))
+
+
+def _flatten(state: nnx.State) -> Params:
+    return {".".join(map(str, keys)): variable.get_value() for keys, variable in nnx.to_flat_state(state)}

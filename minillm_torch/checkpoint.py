@@ -1,0 +1,72 @@
+"""The payload of a checkpoint: `model.safetensors` and `config.json`, which transformers loads, and
+`optimizer.safetensors`.
+
+core's checkpoints.py commits, lists and verifies; here tensors are written and read.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from minillm_core.checkpoints import TrainingState, find_checkpoint, read_info
+from minillm_core.config import RunConfig
+from minillm_core.interchange import read_safetensors, write_hf_config, write_safetensors
+from minillm_core.params import check_shapes
+from minillm_torch.model import MiniLLM
+from minillm_torch.train import TrainState, default_device, export_state, resolve_dtype
+from minillm_torch.weights import build_model
+
+FRAMEWORK = "torch"
+
+
+def start_payload(folder: Path, config: RunConfig, state: TrainState) -> Callable[[], None]:
+    """Copies the state off the device; the returned function writes it."""
+    snapshot = export_state(config, state)
+    return lambda: write_payload(folder, config, snapshot)
+
+
+def write_payload(folder: Path, config: RunConfig, state: TrainingState) -> None:
+    """Writes framework-free tensors, bit for bit; an empty moment group is left out."""
+    write_safetensors(folder / "model.safetensors", state.weights)
+    write_hf_config(folder / "config.json", config.model)
+    if state.exp_avg:
+        moments = {f"exp_avg.{name}": array for name, array in state.exp_avg.items()}
+        moments |= {f"exp_avg_sq.{name}": array for name, array in state.exp_avg_sq.items()}
+        write_safetensors(folder / "optimizer.safetensors", moments)
+
+
+def read_payload(checkpoint: Path, config: RunConfig, *, moments: bool) -> TrainingState:
+    """A checkpoint's tensors, framework-free; the moments only if asked for and there.
+
+    Raises:
+        InputError: the payload is missing or damaged, or does not fit `config`, every differing tensor named.
+    """
+    state = TrainingState(dict(read_safetensors(checkpoint / "model.safetensors")), {}, {})
+    if moments and (checkpoint / "optimizer.safetensors").is_file():
+        groups = {"exp_avg": state.exp_avg, "exp_avg_sq": state.exp_avg_sq}
+        for key, array in read_safetensors(checkpoint / "optimizer.safetensors"):
+            group, _, name = key.partition(".")
+            groups[group][name] = array
+    for tensors in (state.weights, state.exp_avg, state.exp_avg_sq):
+        if tensors:
+            check_shapes(config.model, {name: array.shape for name, array in tensors.items()}, checkpoint)
+    return state
+
+
+def load(path: str | Path, dtype: str = "float32") -> MiniLLM:
+    """Loads the model of a checkpoint for inference.
+
+    Args:
+        path: a run (`runs/quickstart`), its framework folder (`runs/quickstart/torch`): the newest checkpoint; or one
+            checkpoint folder.
+        dtype: of parameters and computation: float32, bfloat16 or float64.
+
+    Raises:
+        InputError: there is no checkpoint of this framework, or it does not fit its own configuration.
+    """
+    checkpoint = find_checkpoint(path, FRAMEWORK)
+    config = read_info(checkpoint).config
+    weights = read_payload(checkpoint, config, moments=False).weights
+    compute_dtype = resolve_dtype(dtype)
+    return build_model(
+        config.model, weights, param_dtype=compute_dtype, compute_dtype=compute_dtype, device=default_device()
+    )

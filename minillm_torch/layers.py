@@ -1,0 +1,171 @@
+"""The model's parts.
+
+Shapes: B batch, T query time, S key time, D width, F hidden, N query heads, K key/value heads, G = N / K, H head dim,
+V vocabulary. Parameters keep their own dtype; matrix products run in `compute_dtype`; norms, rotations, softmax and
+loss run in at least float32.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from minillm_core.config import ModelConfig
+from minillm_torch.kv_cache import LayerCache, append
+
+
+def at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    """float32 for float32 and smaller, float64 for float64."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+class Linear(nn.Module):
+    """x @ W.T without bias, W (out, in)."""
+
+    def __init__(self, d_in: int, d_out: int, *, param_dtype: torch.dtype, compute_dtype: torch.dtype):
+        super().__init__()
+        self.compute_dtype = compute_dtype
+        self.weight = nn.Parameter(torch.zeros(d_out, d_in, dtype=param_dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = self.compute_dtype
+        return F.linear(x.to(dtype), self.weight.to(dtype))
+
+
+class Embedding(nn.Module):
+    """Token embedding (V, D), which a tied model also uses as its output head."""
+
+    def __init__(self, vocab_size: int, width: int, *, param_dtype: torch.dtype, compute_dtype: torch.dtype):
+        super().__init__()
+        self.compute_dtype = compute_dtype
+        self.weight = nn.Parameter(torch.zeros(vocab_size, width, dtype=param_dtype))
+
+    def forward(self, tokens_BT: Tensor) -> Tensor:
+        return F.embedding(tokens_BT, self.weight).to(self.compute_dtype)
+
+    def attend(self, x_BTD: Tensor) -> Tensor:
+        """Logits (B, T, V): the product of every position with every token's embedding."""
+        dtype = self.compute_dtype
+        return F.linear(x_BTD.to(dtype), self.weight.to(dtype))
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight (Zhang and Sennrich 2019, arXiv:1910.07467)."""
+
+    def __init__(self, width: int, *, eps: float, param_dtype: torch.dtype):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(width, dtype=param_dtype))
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        high = at_least_float32(x_BTD.dtype)
+        x = x_BTD.to(high)
+        x = x * torch.rsqrt(torch.mean(x * x, dim=-1, keepdim=True) + self.eps)
+        return (x * self.weight.to(high)).to(x_BTD.dtype)
+
+
+def apply_rope(x_BTNH: Tensor, cos_BTH: Tensor, sin_BTH: Tensor) -> Tensor:
+    """Turns channel i together with channel i + H/2 by the angle of the position; cos and sin have H/2 channels."""
+    cos, sin = cos_BTH[:, :, None], sin_BTH[:, :, None]
+    first, second = x_BTNH.to(cos.dtype).chunk(2, dim=-1)
+    turned = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    return turned.to(x_BTNH.dtype)
+
+
+def attend(q_BTNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor, position_BT: Tensor) -> Tensor:
+    """Grouped-query attention: the query at position p sees the keys at positions 0 to p; (B, T, N, H)."""
+    B, T, N, H = q_BTNH.shape
+    S, K = k_BSKH.shape[1:3]
+    high = at_least_float32(q_BTNH.dtype)
+    q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
+    scores_BKGTS = torch.einsum("btkgh,bskh->bkgts", q_BTKGH.to(high), k_BSKH.to(high))
+    visible_BTS = torch.arange(S, device=q_BTNH.device) <= position_BT[:, :, None]
+    scores_BKGTS = (scores_BKGTS * H**-0.5).masked_fill(~visible_BTS[:, None, None], -torch.inf)
+    weights_BKGTS = torch.softmax(scores_BKGTS, dim=-1).to(v_BSKH.dtype)
+    return torch.einsum("bkgts,bskh->btkgh", weights_BKGTS, v_BSKH).reshape(B, T, N, H)
+
+
+def attend_fused(q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor) -> Tensor:
+    """`attend` over the same positions, 0 to T - 1, as one flash or cuDNN kernel that never stores the scores."""
+    q, k, v = (x.transpose(1, 2) for x in (q_BTNH, k_BTKH, v_BTKH))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+
+
+def can_fuse(q_BTNH: Tensor) -> bool:
+    """Whether the fused kernel's conditions hold: a GPU, 16-bit inputs, head_dim a multiple of 8 up to 128, even T."""
+    _, T, _, H = q_BTNH.shape
+    return q_BTNH.is_cuda and q_BTNH.dtype.itemsize == 2 and H % 8 == 0 and H <= 128 and T % 2 == 0
+
+
+class Attention(nn.Module):
+    """Causal self-attention with rotary positions; K key/value heads serve N query heads in groups."""
+
+    def __init__(self, config: ModelConfig, *, param_dtype: torch.dtype, compute_dtype: torch.dtype):
+        super().__init__()
+        self.head_dim = config.resolved_head_dim
+        D, Q, KV = config.width, config.n_heads * self.head_dim, config.n_kv_heads * self.head_dim
+        dtypes = {"param_dtype": param_dtype, "compute_dtype": compute_dtype}
+        self.q_proj = Linear(D, Q, **dtypes)
+        self.k_proj = Linear(D, KV, **dtypes)
+        self.v_proj = Linear(D, KV, **dtypes)
+        self.o_proj = Linear(Q, D, **dtypes)
+
+    def forward(
+        self,
+        x_BTD: Tensor,
+        cos_BTH: Tensor,
+        sin_BTH: Tensor,
+        position_BT: Tensor,
+        cache: LayerCache | None,
+    ) -> tuple[Tensor, LayerCache | None]:
+        B, T, _ = x_BTD.shape
+        q_BTNH = self.q_proj(x_BTD).reshape(B, T, -1, self.head_dim)
+        k_BTKH = self.k_proj(x_BTD).reshape(B, T, -1, self.head_dim)
+        v_BTKH = self.v_proj(x_BTD).reshape(B, T, -1, self.head_dim)
+        q_BTNH = apply_rope(q_BTNH, cos_BTH, sin_BTH)
+        k_BTKH = apply_rope(k_BTKH, cos_BTH, sin_BTH)
+        if cache is not None:
+            cache = append(cache, k_BTKH, v_BTKH, position_BT)
+            out_BTNH = attend(q_BTNH, cache.k_BSKH, cache.v_BSKH, position_BT)
+        elif can_fuse(q_BTNH):
+            out_BTNH = attend_fused(q_BTNH, k_BTKH, v_BTKH)
+        else:
+            out_BTNH = attend(q_BTNH, k_BTKH, v_BTKH, position_BT)
+        return self.o_proj(out_BTNH.reshape(B, T, -1)), cache
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x)) (Shazeer 2020, arXiv:2002.05202)."""
+
+    def __init__(self, config: ModelConfig, *, param_dtype: torch.dtype, compute_dtype: torch.dtype):
+        super().__init__()
+        dtypes = {"param_dtype": param_dtype, "compute_dtype": compute_dtype}
+        self.gate_proj = Linear(config.width, config.hidden, **dtypes)
+        self.up_proj = Linear(config.width, config.hidden, **dtypes)
+        self.down_proj = Linear(config.hidden, config.width, **dtypes)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))
+
+
+class Block(nn.Module):
+    """Pre-norm attention and MLP, each added to the residual stream."""
+
+    def __init__(self, config: ModelConfig, *, param_dtype: torch.dtype, compute_dtype: torch.dtype):
+        super().__init__()
+        dtypes = {"param_dtype": param_dtype, "compute_dtype": compute_dtype}
+        self.input_layernorm = RMSNorm(config.width, eps=config.norm_eps, param_dtype=param_dtype)
+        self.self_attn = Attention(config, **dtypes)
+        self.post_attention_layernorm = RMSNorm(config.width, eps=config.norm_eps, param_dtype=param_dtype)
+        self.mlp = MLP(config, **dtypes)
+
+    def forward(
+        self,
+        x_BTD: Tensor,
+        cos_BTH: Tensor,
+        sin_BTH: Tensor,
+        position_BT: Tensor,
+        cache: LayerCache | None,
+    ) -> tuple[Tensor, LayerCache | None]:
+        attended_BTD, cache = self.self_attn(self.input_layernorm(x_BTD), cos_BTH, sin_BTH, position_BT, cache)
+        x_BTD = x_BTD + attended_BTD
+        return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD)), cache

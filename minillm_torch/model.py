@@ -1,0 +1,111 @@
+"""The language model: embedding, blocks, final norm, output head.
+
+Shapes: B batch, T query time, D width, H head dim, V vocabulary.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from minillm_core.config import ModelConfig
+from minillm_core.errors import InputError
+from minillm_core.rope import rope_table
+from minillm_torch.kv_cache import KVCache, LayerCache, check_room
+from minillm_torch.layers import Block, Embedding, Linear, RMSNorm, at_least_float32
+
+
+class RopeTable(nn.Buffer):
+    """Cosines or sines of every position: constant, not trained, not saved."""
+
+
+def rope_arrays(config: ModelConfig, compute_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of every position, (context_length, H/2), in at least float32."""
+    dtype = at_least_float32(compute_dtype)
+    cos, sin = rope_table(config)
+    return torch.tensor(cos, dtype=dtype), torch.tensor(sin, dtype=dtype)
+
+
+class Decoder(nn.Module):
+    """Everything below the output head."""
+
+    def __init__(self, config: ModelConfig, *, param_dtype: torch.dtype, compute_dtype: torch.dtype):
+        super().__init__()
+        dtypes = {"param_dtype": param_dtype, "compute_dtype": compute_dtype}
+        self.embed_tokens = Embedding(config.vocab_size, config.width, **dtypes)
+        self.layers = nn.ModuleList([Block(config, **dtypes) for _ in range(config.n_layers)])
+        self.norm = RMSNorm(config.width, eps=config.norm_eps, param_dtype=param_dtype)
+        cos_SH, sin_SH = rope_arrays(config, compute_dtype)
+        self.cos_SH, self.sin_SH = RopeTable(cos_SH, persistent=False), RopeTable(sin_SH, persistent=False)
+
+    def forward(self, tokens_BT: Tensor, cache: KVCache | None) -> tuple[Tensor, KVCache | None]:
+        _, T = tokens_BT.shape
+        if cache is None:
+            position_BT = torch.arange(T)[None]
+        else:
+            position_BT = cache.length_B[:, None] + torch.arange(T)
+        position_BT = position_BT.to(tokens_BT.device, non_blocking=True)
+        cos_BTH, sin_BTH = self.cos_SH[position_BT], self.sin_SH[position_BT]
+        x_BTD = self.embed_tokens(tokens_BT)
+        layer_caches: list[LayerCache] = []
+        for i, block in enumerate(self.layers):
+            layer_cache = None if cache is None else cache.layers[i]
+            x_BTD, layer_cache = block(x_BTD, cos_BTH, sin_BTH, position_BT, layer_cache)
+            if layer_cache is not None:
+                layer_caches.append(layer_cache)
+        if cache is not None:
+            cache = KVCache(tuple(layer_caches), cache.length_B + T)
+        return self.norm(x_BTD), cache
+
+
+class MiniLLM(nn.Module):
+    """A Llama-style language model; its weights start at zero (see weights.py for real ones)."""
+
+    def __init__(self, config: ModelConfig, *, param_dtype: torch.dtype, compute_dtype: torch.dtype):
+        super().__init__()
+        self.config = config
+        self.compute_dtype = compute_dtype
+        dtypes = {"param_dtype": param_dtype, "compute_dtype": compute_dtype}
+        self.model = Decoder(config, **dtypes)
+        self.lm_head = None if config.tie_embeddings else Linear(config.width, config.vocab_size, **dtypes)
+
+    def forward(self, tokens_BT: Tensor, cache: KVCache | None = None) -> tuple[Tensor, KVCache | None]:
+        """Logits of the next token at every position.
+
+        Args:
+            tokens_BT: token ids, any integer dtype. Without a cache they are positions 0 to T - 1; with one they
+                continue each row at its length.
+            cache: from `init_cache` or an earlier call.
+
+        Returns:
+            logits (B, T, V) in compute_dtype, and the cache with T more tokens (None without one).
+
+        Raises:
+            InputError: more tokens than the context or the cache holds, or a token id outside the vocabulary (on a GPU
+                only what shapes tell).
+        """
+        check_tokens(self.config, tokens_BT)
+        if cache is not None:
+            check_room(cache, tokens_BT.shape[1])
+        x_BTD, cache = self.model(tokens_BT, cache)
+        logits_BTV = self.model.embed_tokens.attend(x_BTD) if self.lm_head is None else self.lm_head(x_BTD)
+        return logits_BTV, cache
+
+
+def check_tokens(config: ModelConfig, tokens_BT: Tensor) -> None:
+    """Raises InputError for too many tokens or, where their values are known, for ids outside the vocabulary."""
+    if tokens_BT.ndim != 2 or tokens_BT.is_floating_point():
+        found = f"{tokens_BT.dtype} {tuple(tokens_BT.shape)}"
+        raise InputError("tokens are not a batch of ids", expected="integers (B, T)", found=found)
+    if tokens_BT.shape[1] > config.context_length:
+        found = f"{tokens_BT.shape[1]} tokens"
+        raise InputError("more tokens than the context", expected=f"at most {config.context_length}", found=found)
+    if tokens_BT.device.type == "cpu" and tokens_BT.numel():
+        low, high = int(tokens_BT.min()), int(tokens_BT.max())
+        if low < 0 or high >= config.vocab_size:
+            found = f"ids from {low} to {high}"
+            raise InputError("token id outside the vocabulary", expected=f"0 to {config.vocab_size - 1}", found=found)
+
+
+def abstract_model(config: ModelConfig) -> MiniLLM:
+    """A float32 model whose arrays have shapes and dtypes but no memory, of any size."""
+    with torch.device("meta"):
+        return MiniLLM(config, param_dtype=torch.float32, compute_dtype=torch.float32)

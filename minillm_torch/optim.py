@@ -1,0 +1,35 @@
+"""Clipping by the global norm and AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101)."""
+
+import torch
+from torch import Tensor
+
+from minillm_core.config import OptimConfig
+from minillm_torch.model import MiniLLM
+from minillm_torch.weights import Params
+
+
+def make_optimizer(config: OptimConfig, model: MiniLLM) -> torch.optim.AdamW:
+    """AdamW over the model's parameters; the learning rate is set at every update."""
+    params = list(model.parameters())
+    groups = [
+        {"params": [param for param in params if param.ndim > 1], "weight_decay": config.weight_decay},
+        {"params": [param for param in params if param.ndim == 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=0.0, betas=(config.beta1, config.beta2), eps=config.eps)
+
+
+def clip_by_global_norm(grads: Params, max_norm: float) -> tuple[Params, Tensor]:
+    """Scales gradients by min(1, max_norm / (norm + 1e-6)), in place; returns them and the norm before clipping."""
+    norm = torch.nn.utils.get_total_norm(list(grads.values()))
+    factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
+    for grad in grads.values():
+        grad.mul_(factor)
+    return grads, norm
+
+
+def apply_update(optimizer: torch.optim.AdamW, learning_rate: float) -> None:
+    """One AdamW update from the parameters' `.grad`: parameters and moments change in place."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)

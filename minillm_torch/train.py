@@ -1,0 +1,133 @@
+"""Train state, train step, evaluation step."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minillm_core.backend import EvalStep, TrainStep
+from minillm_core.checkpoints import Tensors, TrainingState
+from minillm_core.config import RunConfig
+from minillm_core.params import init_params
+from minillm_torch.loss import token_losses
+from minillm_torch.model import MiniLLM
+from minillm_torch.optim import apply_update, clip_by_global_norm, make_optimizer
+from minillm_torch.weights import Params, build_model, from_canonical, to_canonical
+
+
+@dataclass(frozen=True)
+class TrainState:
+    """Parameters (in the model) and Adam moments (in the optimizer); a step changes both in place."""
+
+    model: MiniLLM
+    optimizer: torch.optim.AdamW
+
+
+def default_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def resolve_dtype(name: str) -> torch.dtype:
+    """The compute dtype meant by `train.compute_dtype`: `auto` is bfloat16 on a GPU and float32 elsewhere."""
+    if name == "auto":
+        name = "bfloat16" if torch.cuda.is_available() else "float32"
+    return getattr(torch, name)
+
+
+def param_dtype(compute_dtype: torch.dtype) -> torch.dtype:
+    """Master parameters are float32; float64 runs keep them in float64."""
+    return torch.promote_types(compute_dtype, torch.float32)
+
+
+def init_state(config: RunConfig) -> TrainState:
+    """The state before the first step: core's initial weights, zero moments."""
+    return import_state(config, TrainingState(init_params(config.model, config.train.seed), {}, {}), 0)
+
+
+def import_state(config: RunConfig, state: TrainingState, step: int) -> TrainState:
+    """A state from framework-free tensors; without moments, those start at zero."""
+    compute_dtype = resolve_dtype(config.train.compute_dtype)
+    dtype, device = param_dtype(compute_dtype), default_device()
+    model = build_model(config.model, state.weights, param_dtype=dtype, compute_dtype=compute_dtype, device=device)
+    optimizer = make_optimizer(config.optim, model)
+    if state.exp_avg:
+        exp_avg = from_canonical(config.model, state.exp_avg, dtype, device)
+        exp_avg_sq = from_canonical(config.model, state.exp_avg_sq, dtype, device)
+        for path, param in model.named_parameters():
+            adam = {"step": torch.tensor(float(step)), "exp_avg": exp_avg[path], "exp_avg_sq": exp_avg_sq[path]}
+            optimizer.state[param] = adam
+    return TrainState(model, optimizer)
+
+
+def export_state(config: RunConfig, state: TrainState) -> TrainingState:
+    """The framework-free tensors of a state."""
+    params = dict(state.model.named_parameters())
+    adam = state.optimizer.state
+
+    def export(params: Params) -> Tensors:
+        return to_canonical(config.model, params)
+
+    def moment(name: str) -> Params:
+        return {path: adam[param][name] if param in adam else torch.zeros_like(param) for path, param in params.items()}
+
+    return TrainingState(export(params), export(moment("exp_avg")), export(moment("exp_avg_sq")))
+
+
+def model_of(config: RunConfig, state: TrainState) -> MiniLLM:
+    """The model inside a state, valid until the next step."""
+    return state.model
+
+
+def mean_loss(model: MiniLLM, tokens_BT: Tensor) -> Tensor:
+    """Mean loss in nats of predicting tokens 1 to T - 1 of each row from those before."""
+    logits_BTV, _ = model(tokens_BT[:, :-1])
+    return token_losses(logits_BTV, tokens_BT[:, 1:]).mean()
+
+
+def make_train_step(config: RunConfig) -> TrainStep:
+    """The step: loss -> accumulated gradients -> clip -> AdamW. See core's TrainStep for its signature."""
+    n_micro = config.train.grad_accum
+
+    def accumulate(model: MiniLLM, tokens_BT: Tensor) -> Tensor:
+        total = torch.zeros((), device=tokens_BT.device)
+        for micro_BT in tokens_BT.chunk(n_micro):
+            loss = mean_loss(model, micro_BT) / n_micro
+            loss.backward()
+            total = total + loss.detach()
+        return total
+
+    def step(state: TrainState, tokens_BT: np.ndarray, learning_rate: float) -> tuple[TrainState, dict[str, Tensor]]:
+        loss = accumulate(state.model, _to_device(tokens_BT, state.model))
+        grads: Params = {path: param.grad for path, param in state.model.named_parameters()}
+        _, grad_norm = clip_by_global_norm(grads, config.optim.grad_clip)
+        apply_update(state.optimizer, learning_rate)
+        return state, {"loss": loss, "grad_norm": grad_norm}
+
+    return step
+
+
+def make_eval_step(model: MiniLLM) -> EvalStep:
+    """The sum of masked losses. See core's EvalStep for its signature."""
+    return lambda tokens_BT, mask_BT: _sum_losses(model, _to_device(tokens_BT, model), _to_device(mask_BT, model))
+
+
+@torch.inference_mode()
+def _sum_losses(model: MiniLLM, tokens_BT: Tensor, mask_BT: Tensor) -> Tensor:
+    logits_BTV, _ = model(tokens_BT[:, :-1])
+    return torch.sum(token_losses(logits_BTV, tokens_BT[:, 1:]) * mask_BT)
+
+
+def _to_device(array: np.ndarray, model: MiniLLM) -> Any:
+    """A batch on the model's device, without waiting for a GPU to be idle."""
+    tensor = torch.from_numpy(array)
+    tensor = tensor.long() if not tensor.is_floating_point() else tensor
+    device = model.model.norm.weight.device
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
+def describe_device() -> str:
+    """Framework and device, for the log."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu, {torch.get_num_threads()} threads"
+    return f"torch {torch.__version__} on {device}"

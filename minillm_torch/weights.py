@@ -1,0 +1,109 @@
+"""Canonical weights to a model and back: a table of leaf names, applied alike to weights, gradients and Adam moments.
+
+A framework path is `model.layers.0.self_attn.q_proj.weight`; it is the canonical name.
+"""
+
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from minillm_core.checkpoints import Tensors
+from minillm_core.config import ModelConfig
+from minillm_core.params import check_shapes, param_table
+from minillm_torch.model import MiniLLM, RopeTable, abstract_model, rope_arrays
+
+SUFFIXES: dict[str, tuple[str, Callable[[np.ndarray], np.ndarray]]] = {
+    "weight": ("weight", np.asarray),
+}
+"""Leaf name -> canonical leaf name, and the (self-inverse) change of layout."""
+
+Params = dict[str, Any]
+"""Parameters, gradients or moments by framework path."""
+
+
+def canonical_name(path: str) -> str:
+    """`...q_proj.kernel` -> `...q_proj.weight`; a path with an unknown leaf name keeps it."""
+    parent, _, leaf = path.rpartition(".")
+    return f"{parent}.{SUFFIXES[leaf][0]}" if leaf in SUFFIXES else path
+
+
+@lru_cache
+def param_paths(config: ModelConfig) -> dict[str, str]:
+    """Framework path of every parameter, by canonical name, in the table's order."""
+    paths = {canonical_name(path): path for path in _abstract_paths(config)}
+    return {name: paths[name] for name in param_table(config)}
+
+
+def to_canonical(config: ModelConfig, params: Mapping[str, Any]) -> Tensors:
+    """Parameters, gradients or moments by framework path -> numpy arrays by canonical name.
+
+    Raises:
+        InputError: listing every missing, unexpected and misshapen tensor.
+    """
+    tensors = {canonical_name(path): _change_layout(path, _to_numpy(array)) for path, array in params.items()}
+    check_shapes(config, {name: array.shape for name, array in tensors.items()}, "the given tensors")
+    return {name: tensors[name] for name in param_table(config)}
+
+
+def to_framework(config: ModelConfig, tensors: Tensors) -> dict[str, np.ndarray]:
+    """The inverse of `to_canonical`, in numpy: no copy where the layout allows it.
+
+    Raises:
+        InputError: listing every missing, unexpected and misshapen tensor.
+    """
+    check_shapes(config, {name: array.shape for name, array in tensors.items()}, "the given tensors")
+    return {path: _change_layout(path, tensors[name]) for name, path in param_paths(config).items()}
+
+
+def from_canonical(
+    config: ModelConfig, tensors: Tensors, dtype: torch.dtype, device: torch.device | str = "cpu"
+) -> Params:
+    """`to_framework` as tensors of a device, which share no memory with `tensors`."""
+    return {
+        path: torch.tensor(array, dtype=dtype, device=device) for path, array in to_framework(config, tensors).items()
+    }
+
+
+def _abstract_paths(config: ModelConfig) -> list[str]:
+    return [path for path, _ in abstract_model(config).named_parameters()]
+
+
+def _change_layout(path: str, array: np.ndarray) -> np.ndarray:
+    return SUFFIXES[path.rsplit(".", 1)[1]][1](array)
+
+
+def _to_numpy(tensor: torch.Tensor) -> np.ndarray:
+    tensor = tensor.detach().cpu()
+    return tensor.float().numpy() if tensor.dtype == torch.bfloat16 else tensor.numpy()
+
+
+def build_model(
+    config: ModelConfig,
+    tensors: Tensors,
+    *,
+    param_dtype: torch.dtype,
+    compute_dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+) -> MiniLLM:
+    """A model with the given canonical weights, on a device.
+
+    Raises:
+        InputError: listing every missing, unexpected and misshapen tensor.
+    """
+    with torch.device("meta"):
+        model = MiniLLM(config, param_dtype=param_dtype, compute_dtype=compute_dtype)
+    cos_SH, sin_SH = rope_arrays(config, compute_dtype)
+    model.model.cos_SH = RopeTable(cos_SH.to(device), persistent=False)
+    model.model.sin_SH = RopeTable(sin_SH.to(device), persistent=False)
+    params = from_canonical(config, tensors, param_dtype, device)
+    model.load_state_dict({path: nn.Parameter(tensor) for path, tensor in params.items()}, assign=True)
+    return model
+
+
+def split_model(model: MiniLLM) -> tuple[MiniLLM, Params, Params]:
+    """A model as itself, its parameters and its constants by framework path."""
+    return model, dict(model.named_parameters()), dict(model.named_buffers())
