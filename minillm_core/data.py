@@ -41,7 +41,13 @@ def prepare_data(config: DataConfig, vocab_size: int) -> bool:
     """
     target = Path(config.dir)
     if target.exists():
-        PreparedData(config, vocab_size)
+        meta = PreparedData(config.dir, vocab_size).meta
+        wanted = {"corpus": config.corpus, "holdout_every": config.holdout_every}
+        found = {key: meta.get(key) for key in wanted}
+        if found != wanted:
+            raise InputError(
+                "the folder was prepared from another corpus", expected=wanted, found=found, where=target, do=_redo(target)
+            )
         return False
     documents = list_documents(config)
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
@@ -82,6 +88,10 @@ def prepare_data(config: DataConfig, vocab_size: int) -> bool:
     return True
 
 
+def _redo(folder: Path) -> str:
+    return f"remove {folder}, or give another --data.dir, and prepare the data again"
+
+
 @dataclass(frozen=True)
 class Window:
     """A batch of the held-out text: tokens int32 (B, S + 1), and which of the S targets count, float32 (B, S)."""
@@ -93,28 +103,27 @@ class Window:
 class PreparedData:
     """Memory-mapped tokens of one prepared folder."""
 
-    def __init__(self, config: DataConfig, vocab_size: int):
-        """Opens and checks `config.dir`.
+    def __init__(self, folder: str | Path, vocab_size: int):
+        """Opens and checks a folder.
 
         Raises:
-            InputError: a file is missing or truncated, or the folder was prepared from another corpus, split or
-                vocabulary.
+            InputError: a file is missing or truncated, or the folder was prepared with another vocabulary.
         """
-        self.dir = Path(config.dir)
-        redo = f"remove the folder {self.dir}, or give another data.dir, and prepare the data again"
+        self.dir = Path(folder)
+        redo = _redo(self.dir)
         meta_path = self.dir / "meta.json"
         if not meta_path.is_file():
             raise InputError("not a folder of prepared data", expected="meta.json", where=self.dir, do=redo)
         try:
             self.meta: dict[str, Any] = json.loads(meta_path.read_text())
             dtype = np.dtype(self.meta["dtype"])
-            wanted = {"corpus": config.corpus, "holdout_every": config.holdout_every, "vocab_size": vocab_size}
-            found = {key: self.meta[key] for key in wanted}
+            found = self.meta["vocab_size"]
             n_tokens = {split: int(self.meta[split]["n_tokens"]) for split in SPLITS}
         except (ValueError, KeyError, TypeError) as error:
             raise InputError("damaged data file", found=repr(error), where=meta_path, do=redo) from error
-        if found != wanted:
-            raise InputError("prepared from another configuration", expected=wanted, found=found, where=self.dir, do=redo)
+        if found != vocab_size:
+            problem = "the data was prepared with another vocabulary than the model's"
+            raise InputError(problem, expected=vocab_size, found=found, where=self.dir, do=redo)
         self.vocab_size = vocab_size
         self.tokens: dict[str, np.ndarray] = {}
         for split in SPLITS:

@@ -14,11 +14,12 @@ from typing import Any
 from minillm_core.backend import Backend, EvalStep, State
 from minillm_core.checkpoints import CheckpointInfo, CheckpointWriter, checkpoint_steps, read_info, verify_checkpoint
 from minillm_core.cli import print_stream, say
-from minillm_core.config import RunConfig, TrainConfig, config_differences, dump_config, load_config
+from minillm_core.config import RunConfig, TrainConfig
 from minillm_core.data import PreparedData, prepare_data
 from minillm_core.errors import InputError
 from minillm_core.metrics import MetricsLog, bits_per_byte, perplexity, plot_loss, read_metrics
 from minillm_core.params import count_params
+from minillm_core.rundir import open_run
 from minillm_core.schedule import learning_rate
 from minillm_core.tokenizer import Tokenizer
 
@@ -39,10 +40,9 @@ def train_and_sample(config: RunConfig, backend: Backend) -> None:
     say(
         f"""
 next:
-  python scripts/generate.py --backend {ours} --path {run} --prompt "My fellow citizens,"
-  python scripts/evaluate.py --backend {ours} --path {run}
-  python scripts/convert.py '{ours}->{other}' {run}
-  python scripts/generate.py --backend {other} --path {run} --prompt "My fellow citizens,"   # after converting"""
+  python scripts/generate.py {run} --backend {ours} --prompt "My fellow citizens,"
+  python scripts/evaluate.py {run} --backend {ours}
+  python scripts/convert.py '{ours}->{other}' {run}"""
     )
 
 
@@ -59,8 +59,10 @@ def train(config: RunConfig, backend: Backend) -> Path:
         say(f"prepared {config.data.corpus} in {config.data.dir}")
     else:
         say(f"found prepared data in {config.data.dir}")
-    data = PreparedData(config.data, config.model.vocab_size)
-    folder = _open_run(config, data) / backend.FRAMEWORK
+    data = PreparedData(config.data.dir, config.model.vocab_size)
+    run_dir = Path(config.train.out_dir)
+    open_run(run_dir, config, data.tokenizer.path)
+    folder = run_dir / backend.FRAMEWORK
     checkpoints = folder / "checkpoints"
 
     state, start = _initial_or_newest(config, backend, data, checkpoints)
@@ -71,34 +73,6 @@ def train(config: RunConfig, backend: Backend) -> Path:
         return final
     _run_steps(config, backend, data, state, start, folder)
     return final
-
-
-def _open_run(config: RunConfig, data: PreparedData) -> Path:
-    """Creates the run directory, or checks that it is this run's."""
-    run = Path(config.train.out_dir)
-    saved, tokenizer = run / "config.yaml", run / "tokenizer.model"
-    if saved.exists():
-        differences = config_differences(config, load_config(str(saved)))
-        if differences:
-            raise InputError(
-                "the run directory belongs to another configuration:\n  " + "\n  ".join(differences),
-                where=run,
-                do="use that run's configuration, or another --train.out_dir",
-            )
-    elif run.exists() and any(run.iterdir()):
-        raise InputError("the run directory is not empty and not a run", expected="config.yaml in it", where=run)
-    run.mkdir(parents=True, exist_ok=True)
-    model = data.tokenizer.path.read_bytes()
-    if tokenizer.exists() and tokenizer.read_bytes() != model:
-        raise InputError(
-            "the run was trained with another tokenizer than the data was prepared with",
-            where=f"{tokenizer} and {data.tokenizer.path}",
-            do="use the data of that run, or another --train.out_dir",
-        )
-    if not tokenizer.exists():
-        saved.write_text(dump_config(config))
-        tokenizer.write_bytes(model)
-    return run
 
 
 def _initial_or_newest(

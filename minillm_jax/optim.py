@@ -20,7 +20,7 @@ def make_optimizer(config: OptimConfig, model: ModelConfig) -> optax.GradientTra
 
 def clip_by_global_norm(grads: Params, max_norm: float) -> tuple[Params, jax.Array]:
     """Scales gradients by min(1, max_norm / (norm + 1e-6)); returns them and the norm before clipping."""
-    norm = optax.global_norm(grads)
+    norm = optax.tree.norm(grads)
     factor = jnp.minimum(1.0, max_norm / (norm + 1e-6))
     return {path: grad * factor for path, grad in grads.items()}, norm
 

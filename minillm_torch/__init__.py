@@ -1,6 +1,7 @@
 """Mini-LLM in PyTorch. Same files, same names, same numbers as minillm_jax."""
 
 from minillm_torch.checkpoint import FRAMEWORK, load, read_payload, start_payload, write_payload
+from minillm_torch.cost import count_forward_flops, count_params
 from minillm_torch.generate import Generator
 from minillm_torch.kv_cache import KVCache, check_room, init_cache
 from minillm_torch.model import MiniLLM, abstract_model
@@ -23,6 +24,8 @@ __all__ = [
     "abstract_model",
     "build_model",
     "check_room",
+    "count_forward_flops",
+    "count_params",
     "describe_device",
     "export_state",
     "import_state",

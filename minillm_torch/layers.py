@@ -76,12 +76,15 @@ def attend(q_BTNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor, position_BT: Tensor) 
     B, T, N, H = q_BTNH.shape
     S, K = k_BSKH.shape[1:3]
     high = at_least_float32(q_BTNH.dtype)
-    q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
-    scores_BKGTS = torch.einsum("btkgh,bskh->bkgts", q_BTKGH.to(high), k_BSKH.to(high))
+    q_BKGTH = q_BTNH.reshape(B, T, K, N // K, H).permute(0, 2, 3, 1, 4)
+    k_BK1HS = k_BSKH.permute(0, 2, 3, 1)[:, :, None]
+    v_BK1SH = v_BSKH.permute(0, 2, 1, 3)[:, :, None]
+    scores_BKGTS = torch.matmul(q_BKGTH.to(high), k_BK1HS.to(high)) * H**-0.5
     visible_BTS = torch.arange(S, device=q_BTNH.device) <= position_BT[:, :, None]
-    scores_BKGTS = (scores_BKGTS * H**-0.5).masked_fill(~visible_BTS[:, None, None], -torch.inf)
+    scores_BKGTS = scores_BKGTS.masked_fill(~visible_BTS[:, None, None], -torch.inf)
     weights_BKGTS = torch.softmax(scores_BKGTS, dim=-1).to(v_BSKH.dtype)
-    return torch.einsum("bkgts,bskh->btkgh", weights_BKGTS, v_BSKH).reshape(B, T, N, H)
+    out_BKGTH = torch.matmul(weights_BKGTS, v_BK1SH)
+    return out_BKGTH.permute(0, 3, 1, 2, 4).reshape(B, T, N, H)
 
 
 def attend_fused(q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor) -> Tensor:

@@ -1,0 +1,35 @@
+"""What a model of any size costs, counted on the framework's own abstract model: nothing is allocated."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from minillm_core.config import ModelConfig
+from minillm_jax.model import abstract_model
+
+
+def count_params(config: ModelConfig) -> int:
+    """Parameters of the model as this framework builds it."""
+    return sum(math.prod(param.shape) for param in jax.tree.leaves(nnx.state(abstract_model(config), nnx.Param)))
+
+
+def count_forward_flops(config: ModelConfig, batch: int, seq_len: int) -> int:
+    """Operations of the matrix products of one forward pass as this framework traces it (a multiply-add is 2)."""
+    graphdef, state = nnx.split(abstract_model(config))
+    tokens_BT = jax.ShapeDtypeStruct((batch, seq_len), jnp.int32)
+    jaxpr = jax.make_jaxpr(lambda state, tokens: nnx.merge(graphdef, state)(tokens)[0])(state, tokens_BT)
+    return _matmul_flops(jaxpr.jaxpr)
+
+
+def _matmul_flops(jaxpr: jax.extend.core.Jaxpr) -> int:
+    total = 0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            contracted, _ = equation.params["dimension_numbers"][0]
+            inner = math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
+            total += 2 * inner * math.prod(equation.outvars[0].aval.shape)
+        for inner_jaxpr in jax.core.jaxprs_in_params(equation.params):
+            total += _matmul_flops(inner_jaxpr)
+    return total

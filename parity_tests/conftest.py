@@ -1,0 +1,187 @@
+"""Both models from one set of weights, and the table of tolerances."""
+
+import math
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the suite needs no GPU; scripts/benchmark.py compares on one
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+import minillm_jax
+import minillm_torch
+from minillm_core.checkpoints import Tensors
+from minillm_core.config import DataConfig, ModelConfig, OptimConfig, RopeScaling, RunConfig, TrainConfig
+from minillm_core.params import param_table
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True)
+class Tier:
+    """A precision, and how far two frameworks may differ in it. Errors are relative to the largest value compared,
+    or absolute where that is below 1."""
+
+    name: str
+    module: float
+    logits: float
+    gradient: float
+    """Relative norm of the difference, per parameter."""
+    run_loss: float
+    """Over 100 steps."""
+
+    @property
+    def jax(self) -> jnp.dtype:
+        return jnp.dtype(self.name)
+
+    @property
+    def torch(self) -> torch.dtype:
+        return getattr(torch, self.name)
+
+
+TIERS = {
+    "float64": Tier("float64", module=1e-13, logits=1e-12, gradient=1e-11, run_loss=1e-11),
+    "float32": Tier("float32", module=1e-5, logits=5e-5, gradient=1e-4, run_loss=1e-4),
+}
+BFLOAT16 = Tier("bfloat16", module=1e-2, logits=math.nan, gradient=math.nan, run_loss=math.nan)
+"""One rounding is 2^-9 = 2e-3 of a value; whole models in bfloat16 are compared as distributions (test_bfloat16.py)."""
+
+_SHAPE = {"vocab_size": 509, "context_length": 640, "width": 96, "n_layers": 2, "hidden": 160}
+MODELS = {
+    "mha": ModelConfig(**_SHAPE, n_heads=6, n_kv_heads=6),
+    "gqa": ModelConfig(**_SHAPE, n_heads=6, n_kv_heads=2, norm_eps=1e-5, rope_theta=5e5),
+    "mqa-untied": ModelConfig(**_SHAPE, n_heads=6, n_kv_heads=1, tie_embeddings=False),
+    "gqa-wide-heads-untied": ModelConfig(**_SHAPE, n_heads=4, n_kv_heads=2, head_dim=40, tie_embeddings=False),
+    "mha-narrow-heads-scaled": ModelConfig(
+        **_SHAPE, n_heads=4, n_kv_heads=4, head_dim=12, rope_scaling=RopeScaling(8.0, 1.0, 4.0, 128)
+    ),
+}
+LENGTHS = (1, 2, 7, 64, 257, 600)
+
+
+@pytest.fixture(params=TIERS)
+def tier(request: pytest.FixtureRequest) -> Iterator[Tier]:
+    """float64 and float32 in turn; JAX's 64-bit mode is on for float64 alone, as for a user."""
+    with jax.enable_x64(request.param == "float64"):
+        yield TIERS[request.param]
+
+
+@pytest.fixture(params=[*TIERS, "bfloat16"])
+def module_pair(request: pytest.FixtureRequest, config: ModelConfig) -> Iterator["Pair"]:
+    with jax.enable_x64(request.param == "float64"):
+        yield make_pair(config, TIERS.get(request.param, BFLOAT16))
+
+
+@pytest.fixture
+def float64() -> Iterator[Tier]:
+    with jax.enable_x64(True):
+        yield TIERS["float64"]
+
+
+@pytest.fixture(params=MODELS)
+def config(request: pytest.FixtureRequest) -> ModelConfig:
+    return MODELS[request.param]
+
+
+def random_weights(config: ModelConfig, seed: int = 0) -> Tensors:
+    """Weights at which every part of the model matters: attention far from uniform, norm scales away from 1."""
+    rng = np.random.default_rng(seed)
+    tensors = {}
+    for name, spec in param_table(config).items():
+        if not spec.decays:
+            tensors[name] = 1 + 0.3 * rng.standard_normal(spec.shape)
+        else:
+            gain = 3.0 if "q_proj" in name or "k_proj" in name else 1.0
+            tensors[name] = gain * rng.standard_normal(spec.shape) / np.sqrt(spec.shape[1])
+    return {name: array.astype(np.float32) for name, array in tensors.items()}
+
+
+def random_tokens(config: ModelConfig, batch: int, length: int, seed: int = 1) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, config.vocab_size, (batch, length)).astype(np.int32)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The same model in both frameworks."""
+
+    config: ModelConfig
+    tier: Tier
+    weights: Tensors
+    jax: minillm_jax.MiniLLM
+    torch: minillm_torch.MiniLLM
+
+    def logits(self, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        with torch.inference_mode():
+            theirs = self.torch(to_torch(tokens))[0]
+        return to_numpy(jax.jit(lambda t: self.jax(t)[0])(tokens)), to_numpy(theirs)
+
+
+def make_pair(config: ModelConfig, tier: Tier, weights: Tensors | None = None) -> Pair:
+    weights = random_weights(config) if weights is None else weights
+    return Pair(
+        config,
+        tier,
+        weights,
+        minillm_jax.build_model(config, weights, param_dtype=tier.jax, compute_dtype=tier.jax),
+        minillm_torch.build_model(config, weights, param_dtype=tier.torch, compute_dtype=tier.torch),
+    )
+
+
+@pytest.fixture
+def pair(config: ModelConfig, tier: Tier) -> Pair:
+    return make_pair(config, tier)
+
+
+def to_torch(array: np.ndarray, dtype: torch.dtype | None = None) -> torch.Tensor:
+    tensor = torch.from_numpy(np.asarray(array))
+    return tensor.long() if dtype is None else tensor.to(dtype)
+
+
+def to_numpy(array: jax.Array | torch.Tensor) -> np.ndarray:
+    """float64, whatever the framework and dtype."""
+    if isinstance(array, torch.Tensor):
+        return array.detach().double().numpy()
+    return np.asarray(array).astype(np.float64)
+
+
+def assert_close(name: str, ours: np.ndarray, theirs: np.ndarray, tolerance: float) -> None:
+    """Largest difference, absolute or relative to the largest value, whichever is smaller."""
+    assert ours.shape == theirs.shape, f"{name}: shapes {ours.shape} and {theirs.shape}"
+    assert np.isfinite(ours).all() and np.isfinite(theirs).all(), f"{name}: not finite"
+    error = np.abs(ours - theirs).max() / max(1.0, np.abs(theirs).max())
+    assert error <= tolerance, f"{name}: differs by {error:.2e}, more than {tolerance:.0e}"
+
+
+def assert_close_norm(name: str, ours: np.ndarray, theirs: np.ndarray, tolerance: float) -> None:
+    """Norm of the difference relative to the norm."""
+    assert ours.shape == theirs.shape, f"{name}: shapes {ours.shape} and {theirs.shape}"
+    scale = np.linalg.norm(theirs)
+    assert scale > 0, f"{name}: all zero, so nothing is compared"
+    error = np.linalg.norm(ours.astype(np.float64) - theirs) / scale
+    assert error <= tolerance, f"{name}: differs by {error:.2e}, more than {tolerance:.0e}"
+
+
+def run_config(
+    model: ModelConfig,
+    out_dir: Path | str = "unused",
+    *,
+    data: DataConfig | None = None,
+    optim: OptimConfig | None = None,
+    **train: object,
+) -> RunConfig:
+    """A small run; fields of TrainConfig by keyword."""
+    settings = {"steps": 8, "batch_size": 4, "seq_len": 32, "compute_dtype": "float32", "seed": 3} | train
+    return RunConfig(
+        model,
+        optim or OptimConfig(learning_rate=1e-3, min_learning_rate=1e-4, warmup_steps=2),
+        data or DataConfig(corpus="sotu", dir="unused"),
+        TrainConfig(out_dir=str(out_dir), **settings),
+    )

@@ -1,0 +1,62 @@
+"""The production precision: bounds on distributions, gradients and a training run, measured, not derived."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+import minillm_jax
+import minillm_torch
+from minillm_core.checkpoints import TrainingState
+from minillm_core.config import ModelConfig, OptimConfig
+from minillm_core.params import init_params
+from parity_tests.conftest import BFLOAT16, MODELS, Pair, random_tokens, run_config, to_numpy, to_torch
+from parity_tests.test_gradients import gradients, run_both
+
+
+def bfloat16_pair(config: ModelConfig) -> Pair:
+    """float32 parameters, bfloat16 computation."""
+    weights = init_params(config, seed=0)
+    return Pair(
+        config,
+        BFLOAT16,
+        weights,
+        minillm_jax.build_model(config, weights, param_dtype=jnp.float32, compute_dtype=jnp.bfloat16),
+        minillm_torch.build_model(config, weights, param_dtype=torch.float32, compute_dtype=torch.bfloat16),
+    )
+
+
+def test_distributions(config: ModelConfig) -> None:
+    """Mean KL <= 1e-3 nat (measured: 4e-7) and top-1 agreement >= 97 % (measured: 99 to 100 %) at T = 512."""
+    ours, theirs = (to_torch(x, torch.float64) for x in bfloat16_pair(config).logits(random_tokens(config, 4, 512)))
+    log_p, log_q = torch.log_softmax(theirs, -1), torch.log_softmax(ours, -1)
+    divergence = float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
+    agreement = float((ours.argmax(-1) == theirs.argmax(-1)).double().mean())
+    assert divergence <= 1e-3, f"mean KL {divergence:.1e} nat"
+    assert agreement >= 0.97, f"top-1 agreement {agreement:.1%}"
+
+
+def test_gradients(config: ModelConfig) -> None:
+    """Cosine >= 0.999 for every parameter."""
+    ours, theirs = gradients(bfloat16_pair(config), random_tokens(config, 4, 257))
+    for name in ours:
+        a, b = ours[name].astype(np.float64).ravel(), theirs[name].astype(np.float64).ravel()
+        cosine = a @ b / (np.linalg.norm(a) * np.linalg.norm(b))
+        assert cosine >= 0.999, f"{name}: cosine {cosine:.5f}"
+
+
+def test_hundred_steps() -> None:
+    """The final losses differ by less than those of three seeds do."""
+    config = MODELS["gqa"]
+    run = run_config(config, steps=100, seq_len=32, batch_size=4, optim=OptimConfig(1e-3, 1e-4, 10))
+    batches = [random_tokens(config, 4, 33, seed=n % 10) for n in range(100)]
+
+    def final(seed: int) -> tuple[float, float]:
+        results = run_both(run, BFLOAT16, batches, TrainingState(init_params(config, seed), {}, {}))
+        return tuple(float(np.mean(results[name][0][-10:])) for name in ("jax", "torch"))
+
+    by_seed = [final(seed) for seed in range(3)]
+    noise = np.ptp([ours for ours, _ in by_seed])
+    for ours, theirs in by_seed:
+        assert abs(ours - theirs) <= noise, f"{ours:.4f} and {theirs:.4f} where seeds differ by {noise:.4f}"

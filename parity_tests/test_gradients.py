@@ -1,0 +1,153 @@
+"""Every gradient by name, one clipped AdamW update, and whole training runs."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+import minillm_jax
+import minillm_torch
+from minillm_core.checkpoints import TrainingState
+from minillm_core.config import ModelConfig, OptimConfig, RunConfig
+from minillm_core.params import init_params
+from minillm_core.schedule import learning_rate
+from minillm_jax import weights as jax_weights
+from minillm_jax.train import mean_loss as jax_mean_loss
+from minillm_torch.train import mean_loss as torch_mean_loss
+from parity_tests.conftest import (
+    MODELS,
+    Pair,
+    Tier,
+    assert_close,
+    assert_close_norm,
+    random_tokens,
+    random_weights,
+    run_config,
+    to_torch,
+)
+
+RATE = 1e-2
+
+
+def gradients(pair: Pair, tokens: np.ndarray) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """d loss / d parameter by canonical name, both frameworks."""
+    graphdef, params, rope = jax_weights.split_model(pair.jax)
+
+    @jax.jit
+    def grad(params: jax_weights.Params) -> jax_weights.Params:
+        return jax.grad(lambda p: jax_mean_loss(jax_weights.merge_model(graphdef, p, rope), jnp.asarray(tokens)))(params)
+
+    torch_mean_loss(pair.torch, to_torch(tokens)).backward()
+    theirs = {path: param.grad for path, param in pair.torch.named_parameters()}
+    return (
+        minillm_jax.to_canonical(pair.config, grad(params)),
+        minillm_torch.to_canonical(pair.config, theirs),
+    )
+
+
+@pytest.mark.parametrize("length", [9, 300])
+def test_every_gradient(pair: Pair, length: int) -> None:
+    ours, theirs = gradients(pair, random_tokens(pair.config, 2, length + 1))
+    for name in ours:
+        assert_close_norm(name, ours[name], theirs[name], pair.tier.gradient)
+
+
+def test_gradient_against_finite_differences(float64: Tier) -> None:
+    """Both gradients could be wrong together; a directional derivative of the loss itself cannot."""
+    config = MODELS["gqa"]
+    weights = {name: array.astype(np.float64) for name, array in random_weights(config).items()}
+    tokens = random_tokens(config, 1, 33)
+    rng = np.random.default_rng(5)
+    direction = {name: rng.standard_normal(array.shape) for name, array in weights.items()}
+
+    def loss_at(t: float) -> float:
+        moved = {name: array + t * direction[name] for name, array in weights.items()}
+        model = minillm_torch.build_model(config, moved, param_dtype=torch.float64, compute_dtype=torch.float64)
+        with torch.no_grad():
+            return float(torch_mean_loss(model, to_torch(tokens)))
+
+    model = minillm_torch.build_model(config, weights, param_dtype=torch.float64, compute_dtype=torch.float64)
+    torch_mean_loss(model, to_torch(tokens)).backward()
+    exact = sum(float((param.grad.numpy() * direction[name]).sum()) for name, param in model.named_parameters())
+    h = 1e-5
+    measured = (8 * (loss_at(h) - loss_at(-h)) - (loss_at(2 * h) - loss_at(-2 * h))) / (12 * h)
+    assert abs(measured - exact) <= 1e-7 * abs(exact), f"finite differences {measured}, gradient {exact}"
+
+
+def run_both(
+    config: RunConfig, tier: Tier, batches: list[np.ndarray], start: TrainingState
+) -> dict[str, tuple[list[float], list[float], TrainingState]]:
+    """Losses, gradient norms and the final state of the same batches in each framework."""
+    config = replace(config, train=replace(config.train, compute_dtype=tier.name))
+    results = {}
+    for backend in (minillm_jax, minillm_torch):
+        state = backend.import_state(config, start, 0)
+        step = backend.make_train_step(config)
+        losses, norms = [], []
+        for n, tokens in enumerate(batches):
+            state, metrics = step(state, tokens, learning_rate(config.optim, n, len(batches)))
+            losses.append(float(metrics["loss"]))
+            norms.append(float(metrics["grad_norm"]))
+        results[backend.FRAMEWORK] = losses, norms, backend.export_state(config, state)
+    return results
+
+
+@pytest.mark.parametrize("grad_clip", [0.1, 1e6], ids=["clipped", "unclipped"])
+def test_one_update(config: ModelConfig, tier: Tier, grad_clip: float) -> None:
+    """Both moments and the new weights after one update, and the update against AdamW written out in numpy."""
+    optim = OptimConfig(RATE, RATE, 0, weight_decay=0.3, beta1=0.8, beta2=0.9, eps=1e-4, grad_clip=grad_clip)
+    run = run_config(config, optim=optim, seq_len=48, batch_size=2)
+    weights = random_weights(config)
+    tokens = random_tokens(config, 2, 49)
+    results = run_both(run, tier, [tokens], TrainingState(weights, {}, {}))
+    (_, (norm_jax,), ours), (_, (norm_torch,), theirs) = results["jax"], results["torch"]
+    assert abs(norm_jax - norm_torch) <= tier.gradient * norm_torch
+    assert (norm_torch > grad_clip) == (grad_clip < 1), "the clip is not tested where it should be"
+    for group in ("exp_avg", "exp_avg_sq", "weights"):
+        for name, array in getattr(ours, group).items():
+            assert_close_norm(f"{group} {name}", array, getattr(theirs, group)[name], tier.gradient)
+    factor = min(1.0, grad_clip / (norm_torch + 1e-6))
+    for name, moment in theirs.exp_avg.items():
+        grad = moment.astype(np.float64) / (1 - optim.beta1)  # clipped
+        decay = optim.weight_decay if grad.ndim > 1 else 0.0
+        expected = weights[name] * (1 - RATE * decay) - RATE * grad / (np.abs(grad) + optim.eps)
+        assert_close_norm(f"AdamW {name}", theirs.weights[name], expected, max(tier.gradient, 1e-7))
+    total = np.sqrt(sum((m.astype(np.float64) ** 2).sum() for m in theirs.exp_avg.values())) / (1 - optim.beta1)
+    assert abs(total - norm_torch * factor) <= 1e-4 * total, "clipping scales by min(1, max_norm / (norm + 1e-6))"
+
+
+def test_hundred_steps(tier: Tier) -> None:
+    """The same run in both frameworks: every loss, every gradient norm, the final parameters."""
+    config = MODELS["gqa"]
+    run = run_config(config, steps=100, seq_len=64, batch_size=4, optim=OptimConfig(1e-3, 1e-4, 10))
+    batches = [random_tokens(config, 4, 65, seed=n % 10) for n in range(100)]  # repeats, so that there is much to learn
+    results = run_both(run, tier, batches, TrainingState(init_params(config, 0), {}, {}))
+    (losses_jax, norms_jax, ours), (losses_torch, norms_torch, theirs) = results["jax"], results["torch"]
+    assert losses_torch[-1] < losses_torch[0] - 1, "nothing was learnt, so little was compared"
+    assert_close("losses", np.array(losses_jax), np.array(losses_torch), tier.run_loss)
+    assert_close("gradient norms", np.array(norms_jax), np.array(norms_torch), 10 * tier.run_loss)
+    if tier.name == "float64":
+        for name, array in ours.weights.items():
+            assert_close(f"final {name}", array, theirs.weights[name], 1e-10)
+
+
+@pytest.mark.parametrize("backend", [minillm_jax, minillm_torch], ids=["jax", "torch"])
+def test_accumulation_is_one_large_batch(backend: object, float64: Tier) -> None:
+    config = MODELS["gqa"]
+    start = TrainingState(random_weights(config), {}, {})
+    batches = [random_tokens(config, 8, 33, seed=n) for n in range(3)]
+    results = []
+    for grad_accum in (1, 4):
+        run = run_config(config, batch_size=8, seq_len=32, grad_accum=grad_accum, compute_dtype="float64")
+        state = backend.import_state(run, start, 0)
+        step = backend.make_train_step(run)
+        for tokens in batches:
+            state, metrics = step(state, tokens, 1e-3)
+        results.append((float(metrics["loss"]), backend.export_state(run, state)))
+    (whole_loss, whole), (split_loss, split) = results
+    assert abs(whole_loss - split_loss) <= 1e-12
+    for name, array in whole.weights.items():
+        assert_close(name, split.weights[name], array, 1e-12)

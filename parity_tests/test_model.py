@@ -1,0 +1,70 @@
+"""Logits and loss of whole models, causality, and the loss of a fresh model."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+import minillm_jax
+import minillm_torch
+from minillm_core.config import ModelConfig
+from minillm_core.params import init_params
+from minillm_jax import weights
+from minillm_jax.train import mean_loss as jax_mean_loss
+from minillm_torch.train import mean_loss as torch_mean_loss
+from parity_tests.conftest import LENGTHS, MODELS, TIERS, Pair, assert_close, make_pair, random_tokens, to_numpy, to_torch
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def test_logits(pair: Pair, length: int) -> None:
+    ours, theirs = pair.logits(random_tokens(pair.config, 2, length))
+    assert_close("logits", ours, theirs, pair.tier.logits)
+
+
+@pytest.mark.parametrize("length", LENGTHS[1:])
+def test_loss(pair: Pair, length: int) -> None:
+    tokens = random_tokens(pair.config, 2, length)
+    ours = jax_mean_loss(pair.jax, jnp.asarray(tokens))
+    with torch.no_grad():
+        theirs = torch_mean_loss(pair.torch, to_torch(tokens))
+    assert_close("loss", to_numpy(ours), to_numpy(theirs), pair.tier.logits)
+    log_probs = torch.log_softmax(to_torch(pair.logits(tokens[:, :-1])[1], torch.float64), -1)
+    expected = -torch.gather(log_probs, -1, to_torch(tokens[:, 1:, None])).mean()
+    assert_close("loss against log_softmax", to_numpy(ours), to_numpy(expected), pair.tier.logits)
+
+
+@pytest.mark.parametrize("name", ["gqa", "mqa-untied"])
+def test_causality_by_gradient(name: str, float64: object) -> None:
+    """The gradient of position t's logits reaches the embeddings of tokens 0 to t, and of no later one."""
+    config = MODELS[name]
+    pair = make_pair(config, TIERS["float64"])
+    length, t = 12, 7
+    tokens = np.arange(length)[None]  # distinct, so that each has its own row of the embedding
+
+    graphdef, params, rope = weights.split_model(pair.jax)
+
+    def pick(embedding: jax.Array) -> jax.Array:
+        inner = params | {"model.embed_tokens.embedding": embedding}
+        hidden_BTD, _ = weights.merge_model(graphdef, inner, rope).model(jnp.asarray(tokens), None)
+        return jnp.sum(hidden_BTD[0, t] * jnp.arange(1.0, config.width + 1))
+
+    ours = np.abs(to_numpy(jax.grad(pick)(params["model.embed_tokens.embedding"]))).max(axis=1)
+    hidden_BTD, _ = pair.torch.model(to_torch(tokens), None)
+    (hidden_BTD[0, t] * torch.arange(1.0, config.width + 1)).sum().backward()
+    theirs = np.abs(to_numpy(pair.torch.model.embed_tokens.weight.grad)).max(axis=1)
+    for framework, reach in (("jax", ours), ("torch", theirs)):
+        assert (reach[: t + 1] > 0).all(), f"{framework}: a visible token has no influence"
+        assert (reach[t + 1 : length] == 0).all(), f"{framework}: a later token has influence"
+
+
+@pytest.mark.parametrize("name", ["gqa", "mqa-untied"])
+def test_first_loss_is_that_of_guessing(name: str) -> None:
+    config = MODELS[name]
+    pair = make_pair(config, TIERS["float32"], init_params(config, seed=0))
+    tokens = random_tokens(config, 4, 257)
+    for framework, loss in (
+        ("jax", float(jax_mean_loss(pair.jax, jnp.asarray(tokens)))),
+        ("torch", float(torch_mean_loss(pair.torch, to_torch(tokens)))),
+    ):
+        assert abs(loss - np.log(config.vocab_size)) < 0.05, f"{framework}: first loss {loss}"
