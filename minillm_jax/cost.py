@@ -3,6 +3,7 @@
 import math
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 from flax import nnx
 
@@ -30,6 +31,6 @@ def _matmul_flops(jaxpr: jax.extend.core.Jaxpr) -> int:
             contracted, _ = equation.params["dimension_numbers"][0]
             inner = math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
             total += 2 * inner * math.prod(equation.outvars[0].aval.shape)
-        for inner_jaxpr in jax.core.jaxprs_in_params(equation.params):
+        for inner_jaxpr in jax.extend.core.jaxprs_in_params(equation.params):
             total += _matmul_flops(inner_jaxpr)
     return total

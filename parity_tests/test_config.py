@@ -1,0 +1,110 @@
+"""Configuration files: read strictly, written back whole, wrong ones refused with every problem named."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from minillm_core.config import config_differences, dump_config, load_config, preset_names, to_dict
+from minillm_core.errors import InputError
+
+
+@pytest.mark.parametrize("preset", preset_names())
+def test_presets_survive_a_round_trip(preset: str, tmp_path: Path) -> None:
+    config = load_config(preset)
+    path = tmp_path / "config.yaml"
+    path.write_text(dump_config(config))
+    assert load_config(str(path)) == config
+
+
+def test_original_settings() -> None:
+    config = load_config("mini-llm-50m")
+    assert config.train.batch_size * config.train.seq_len == 524_288
+    assert (config.train.steps, config.train.grad_accum, config.optim.warmup_steps) == (10_000, 4, 1000)
+    assert (config.optim.learning_rate, config.optim.min_learning_rate) == (6e-4, 6e-5)
+    assert (config.optim.weight_decay, config.optim.beta1, config.optim.beta2, config.optim.grad_clip) == (0.1, 0.9, 0.95, 1)
+
+
+BAD_FIELDS = {
+    "optim.learning_rate=6e-4": (r"optim\.learning_rate: expected float, found '6e-4' \(str\); YAML reads this as text, write 6\.0e-04"),
+    "model.n_kv_head=2": r"model\.n_kv_head: unknown field; did you mean model\.n_kv_heads\?",
+    "train.steps='100'": r"train\.steps: expected int, found '100' \(str\); remove the quotes",
+    "train.steps=1.5": r"train\.steps: expected int, found 1\.5 \(float\)",
+    "train.steps=true": r"train\.steps: expected int, found True \(bool\)",
+    "model.width=null": r"model\.width: expected int, found None",
+    "model.tie_embeddings=1": r"model\.tie_embeddings: expected bool, found 1",
+    "model=7": r"model: expected a mapping of fields, found 7",
+    "model.rope_scaling={factor: 8.0}": r"model\.rope_scaling\.low_freq_factor: missing",
+    "train.compute_dtype=float16": r"compute_dtype is unknown.*'float16'",
+    "model.head_dim=7": r"head_dim is not a positive even number",
+    "model.n_kv_heads=3": r"n_heads is not divisible by model\.n_kv_heads",
+    "train.batch_size=0": r"train\.batch_size is out of range",
+    "train.grad_accum=7": r"not divisible by train\.grad_accum",
+    "train.seq_len=100000": r"seq_len is longer than model\.context_length",
+    "optim.beta2=1.0": r"optim\.beta2 is out of range",
+    "optim.warmup_steps=100000": r"warmup_steps is more than train\.steps",
+    "model.norm_eps=0.0": r"model\.norm_eps is out of range",
+}
+
+
+@pytest.mark.parametrize("change", BAD_FIELDS)
+def test_bad_fields(change: str, tmp_path: Path) -> None:
+    data = to_dict(load_config("quickstart"))
+    key, value = change.split("=", 1)
+    *sections, field = key.split(".")
+    target = data
+    for section in sections:
+        target = target[section]
+    target[field] = yaml.safe_load(value)
+    path = tmp_path / "bad.yaml"
+    path.write_text(yaml.safe_dump(data))
+    with pytest.raises(InputError, match=f"(?s){BAD_FIELDS[change]}") as error:
+        load_config(str(path))
+    assert str(path) in str(error.value)
+
+
+def test_every_problem_at_once(tmp_path: Path) -> None:
+    data = to_dict(load_config("quickstart"))
+    data["model"]["widht"] = data["model"].pop("width")
+    data["optim"]["learning_rate"] = "fast"
+    del data["train"]["steps"]
+    path = tmp_path / "bad.yaml"
+    path.write_text(yaml.safe_dump(data))
+    with pytest.raises(InputError, match="has 4 problem") as error:
+        load_config(str(path))
+    for name in ("model.widht", "model.width: missing", "optim.learning_rate", "train.steps: missing"):
+        assert name in str(error.value)
+
+
+def test_width_not_divisible_by_heads(tmp_path: Path) -> None:
+    data = to_dict(load_config("quickstart"))
+    data["model"] |= {"head_dim": None, "width": 250}
+    path = tmp_path / "bad.yaml"
+    path.write_text(yaml.safe_dump(data))
+    with pytest.raises(InputError, match=r"(?s)width is not divisible.*a multiple of 4.*250"):
+        load_config(str(path))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"), [("quickstrat", "no such configuration"), ("nowhere/x.yaml", "no such configuration")]
+)
+def test_missing_file(name: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        load_config(name)
+
+
+def test_not_yaml(tmp_path: Path) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text("model: [unclosed")
+    with pytest.raises(InputError, match="not valid YAML"):
+        load_config(str(path))
+    path.write_text("")
+    with pytest.raises(InputError, match="expected a mapping"):
+        load_config(str(path))
+
+
+def test_differences_are_named() -> None:
+    ours, theirs = load_config("quickstart"), load_config("mini-llm-50m")
+    assert config_differences(ours, ours) == []
+    assert "model.width: 256, was 384" in config_differences(ours, theirs)
+    assert not any("out_dir" in difference for difference in config_differences(ours, theirs))

@@ -1,0 +1,160 @@
+"""Text to tokens to batches: nothing lost, nothing repeated, everything a function of (seed, step)."""
+
+import json
+import math
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from minillm_core.config import DataConfig, OptimConfig
+from minillm_core.corpus import list_documents
+from minillm_core.data import PreparedData, permute, prepare_data
+from minillm_core.errors import InputError
+from minillm_core.metrics import bits_per_byte
+from minillm_core.schedule import learning_rate
+from minillm_core.tokenizer import BOS_ID, EOS_ID, Tokenizer
+from parity_tests.conftest import TINY
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", " ", "\n\n  two  spaces\t\ttabs\r\n", "héllo 😀 \u200b\u3000 漢字", "\x00\x01", "x" * 3000, "<s></s><unk>", "1234567890"],
+)
+def test_tokenizer_loses_nothing(text: str, tokenizer: Tokenizer) -> None:
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_tokenizer_pieces(tokenizer: Tokenizer) -> None:
+    assert tokenizer.vocab_size == TINY.vocab_size
+    assert (tokenizer.bos_id, tokenizer.eos_id) == (BOS_ID, EOS_ID)
+    assert tokenizer.encode("a", bos=True) == [BOS_ID, *tokenizer.encode("a")]
+    assert BOS_ID not in tokenizer.encode("<s>"), "text must not be able to write control tokens"
+
+
+def test_token_files_hold_the_whole_corpus(data_config: DataConfig, tokenizer: Tokenizer) -> None:
+    """Tokenised in pieces, every document is what tokenising it whole gives; held-out files are every fifth."""
+    data = PreparedData(data_config.dir, TINY.vocab_size)
+    documents = list_documents(data_config)
+    assert [d.split for d in documents] == ["train", "train", "train", "train", "val"] * 4
+    for split in ("train", "val"):
+        texts = [d.path.read_text(encoding="utf-8") for d in documents if d.split == split]
+        expected = [token for text in texts for token in (BOS_ID, *tokenizer.encode(text), EOS_ID)]
+        assert data.tokens[split].tolist() == expected
+        assert data.meta[split]["n_bytes"] == sum(len(text.encode()) for text in texts)
+
+
+def test_one_file_is_cut_at_a_line(tmp_path: Path) -> None:
+    path = tmp_path / "book.txt"
+    lines = [f"line {i} of the only document we have\n" for i in range(2000)]
+    path.write_text("".join(lines))
+    train, val = list_documents(DataConfig(corpus=str(path), dir="unused", holdout_every=10))
+    texts = ["".join(d.chunks()) for d in (train, val)]
+    assert "".join(texts) == path.read_text()
+    assert texts[0].endswith("\n")
+    assert 0.09 < len(texts[1]) / path.stat().st_size < 0.11
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 5, 64, 1000, 4097])
+def test_permutation(n: int) -> None:
+    """A bijection of range(n), element by element, different for every key."""
+    whole = permute(np.arange(n), n, (1, 2))
+    assert np.array_equal(np.sort(whole), np.arange(n))
+    assert np.array_equal(np.concatenate([permute(np.array([i]), n, (1, 2)) for i in range(min(n, 50))]), whole[:50])
+    if n >= 64:
+        assert not np.array_equal(permute(np.arange(n), n, (1, 3)), whole)
+        assert abs(np.corrcoef(np.arange(n), whole)[0, 1]) < 4 / math.sqrt(n)
+        assert (np.diff(whole) == 1).mean() < 0.1
+
+
+def test_every_epoch_reads_every_window_once(data_config: DataConfig) -> None:
+    data = PreparedData(data_config.dir, TINY.vocab_size)
+    seq_len = 50
+    n_windows = (len(data.tokens["train"]) - 1) // seq_len
+    expected = sorted(data.tokens["train"][i * seq_len : (i + 1) * seq_len + 1].tolist() for i in range(n_windows))
+    rows = [row.tolist() for n in range(2 * n_windows) for row in data.batch(n, 1, seq_len, seed=4)]
+    assert sorted(rows[:n_windows]) == expected
+    assert sorted(rows[n_windows:]) == expected
+    assert rows[:n_windows] != rows[n_windows:]
+    whole = data.batch(3, 8, seq_len, seed=4)
+    assert whole.dtype == np.int32
+    assert np.array_equal(whole, np.concatenate([data.batch(n, 4, seq_len, seed=4) for n in (6, 7)]))
+
+
+def test_held_out_windows_cover_every_token_once(data_config: DataConfig) -> None:
+    data = PreparedData(data_config.dir, TINY.vocab_size)
+    targets = [w.tokens[:, 1:][w.mask > 0] for w in data.windows("val", batch_size=7, seq_len=33)]
+    assert np.concatenate(targets).tolist() == data.tokens["val"][1:].tolist()
+    few = list(data.windows("val", batch_size=3, seq_len=33, n_batches=2))
+    assert [w.tokens.shape for w in few] == [(3, 34)] * 2
+    total = 2.0 * (len(data.tokens["val"]) - 1)  # nats, were every token to cost 2
+    expected = total / math.log(2) / data.meta["val"]["n_bytes"]
+    assert bits_per_byte(2.0, data.tokens_per_byte("val")) == pytest.approx(expected, rel=1e-12)
+
+
+def test_learning_rate_is_the_original_schedule() -> None:
+    config = OptimConfig(learning_rate=6e-4, min_learning_rate=6e-5, warmup_steps=1000)
+    rates = [learning_rate(config, step, 10_000) for step in range(10_000)]
+    assert rates[0] == pytest.approx(6e-4 / 1001)
+    assert rates[999] == pytest.approx(6e-4 * 1000 / 1001)
+    assert rates[1000] == max(rates) == 6e-4
+    assert rates[5500] == pytest.approx((6e-4 + 6e-5) / 2)
+    assert 6e-5 < rates[-1] < 6.001e-5
+
+
+def damage(folder: Path, how: str) -> None:
+    if how == "missing":
+        (folder / "val.bin").unlink()
+    elif how == "truncated":
+        (folder / "train.bin").write_bytes((folder / "train.bin").read_bytes()[:-2])
+    elif how == "meta":
+        (folder / "meta.json").write_text("{")
+    elif how == "no-meta":
+        (folder / "meta.json").unlink()
+    elif how == "token":
+        tokens = np.fromfile(folder / "train.bin", "<u2")
+        tokens[:] = 60_000
+        tokens.tofile(folder / "train.bin")
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("missing", r"(?s)missing or truncated data file.*no file.*val\.bin"),
+        ("truncated", r"(?s)missing or truncated data file.*train\.bin"),
+        ("meta", "damaged data file"),
+        ("no-meta", "not a folder of prepared data"),
+        ("token", r"(?s)token id outside the vocabulary.*below 512.*60000"),
+    ],
+)
+def test_damaged_data(how: str, message: str, data_config: DataConfig, tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    shutil.copytree(data_config.dir, folder)
+    damage(folder, how)
+    with pytest.raises(InputError, match=message):
+        PreparedData(folder, TINY.vocab_size).batch(0, 2, 16, 0)
+
+
+def test_other_data_is_refused(data_config: DataConfig, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"(?s)another vocabulary.*expected: 4096.*found: 512"):
+        PreparedData(data_config.dir, 4096)
+    with pytest.raises(InputError, match="another corpus"):
+        prepare_data(replace(data_config, holdout_every=7), TINY.vocab_size)
+    with pytest.raises(InputError, match="too little text"):
+        prepare_data(DataConfig(corpus=str(tmp_path), dir=str(tmp_path / "out")), 512)
+    (tmp_path / "latin.txt").write_bytes("caf\xe9\n".encode("latin-1") * 500)
+    with pytest.raises(InputError, match="not UTF-8"):
+        prepare_data(DataConfig(corpus=str(tmp_path / "latin.txt"), dir=str(tmp_path / "out")), 512)
+    (tmp_path / "small.txt").write_text("a few words\n" * 40)
+    with pytest.raises(InputError, match="cannot train 5000 pieces"):
+        prepare_data(DataConfig(corpus=str(tmp_path / "small.txt"), dir=str(tmp_path / "out")), 5000)
+    assert not (tmp_path / "out").exists(), "a failed preparation must leave nothing"
+    assert not list(tmp_path.glob(".out*"))
+
+
+def test_second_preparation_finds_the_first(data_config: DataConfig) -> None:
+    before = json.loads((Path(data_config.dir) / "meta.json").read_text())
+    assert not prepare_data(data_config, TINY.vocab_size)
+    assert json.loads((Path(data_config.dir) / "meta.json").read_text()) == before

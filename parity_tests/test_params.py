@@ -1,0 +1,101 @@
+"""The table of parameters: counts, names, initial weights, and both frameworks' own view of them."""
+
+import numpy as np
+import pytest
+
+import minillm_jax
+import minillm_torch
+from minillm_core.config import ModelConfig, load_config, preset_names
+from minillm_core.errors import InputError
+from minillm_core.params import count_params, forward_flops, init_param, init_params, param_table
+from minillm_jax import weights as jax_weights
+from minillm_torch import weights as torch_weights
+from parity_tests.conftest import MODELS, random_weights
+
+PUBLISHED_COUNTS = {
+    "mini-llm-50m": 50_049_408,  # the original project
+    "llama-1b": 1_235_814_400,  # meta-llama/Llama-3.2-1B
+    "llama-8b": 8_030_261_248,  # meta-llama/Llama-3.1-8B
+    "llama-70b": 70_553_706_496,  # meta-llama/Llama-3.1-70B
+}
+
+
+@pytest.mark.parametrize("preset", preset_names())
+def test_presets_agree_without_allocating(preset: str) -> None:
+    config = load_config(preset).model
+    for backend in (minillm_jax, minillm_torch):
+        assert backend.count_params(config) == count_params(config), backend.FRAMEWORK
+        assert backend.count_forward_flops(config, 2, 64) == forward_flops(config, 2, 64), backend.FRAMEWORK
+    assert count_params(config) == PUBLISHED_COUNTS.get(preset, count_params(config))
+
+
+def test_preset_sizes() -> None:
+    assert 3e6 < count_params(load_config("quickstart").model) < 5e6
+    assert 78e6 < count_params(load_config("mini-llm-80m").model) < 82e6
+    assert 79e9 < count_params(load_config("llama-80b").model) < 82e9
+
+
+def test_names_are_a_bijection(config: ModelConfig) -> None:
+    for weights in (jax_weights, torch_weights):
+        paths = weights.param_paths(config)
+        assert list(paths) == list(param_table(config))
+        assert len(set(paths.values())) == len(paths)
+        assert [weights.canonical_name(path) for path in paths.values()] == list(paths)
+
+
+def test_round_trip_in_memory(config: ModelConfig) -> None:
+    """Canonical -> framework -> canonical, bit for bit, and the two frameworks' layouts are what they claim."""
+    tensors = random_weights(config)
+    for weights in (jax_weights, torch_weights):
+        back = weights.to_canonical(config, weights.to_framework(config, tensors)) if weights is jax_weights else tensors
+        assert all(np.array_equal(back[name], tensors[name]) for name in tensors)
+    kernel = jax_weights.to_framework(config, tensors)["model.layers.0.mlp.up_proj.kernel"]
+    assert kernel.shape == (config.width, config.hidden)
+
+
+@pytest.mark.parametrize("weights", [jax_weights, torch_weights], ids=["jax", "torch"])
+def test_every_misfit_is_named_at_once(weights: object) -> None:
+    config = MODELS["gqa"]
+    tensors = random_weights(config)
+    del tensors["model.norm.weight"]
+    tensors["lm_head.weight"] = np.zeros((3, 3), np.float32)
+    tensors["model.layers.0.mlp.up_proj.weight"] = np.zeros((1, 2), np.float32)
+    with pytest.raises(InputError) as error:
+        weights.to_framework(config, tensors)
+    for line in (
+        "missing: model.norm.weight (96,)",
+        "unexpected: lm_head.weight (3, 3)",
+        "shape: model.layers.0.mlp.up_proj.weight: expected (160, 96), found (1, 2)",
+    ):
+        assert line in str(error.value)
+
+
+def test_initial_weights() -> None:
+    """Distribution as configured; any slice of rows equals the slice of the whole; names and seeds are independent."""
+    config = load_config("quickstart").model
+    table = param_table(config)
+    whole = init_params(config, seed=7)
+    for name, spec in table.items():
+        array = whole[name]
+        assert array.dtype == np.float32
+        if spec.std is None:
+            assert (array == 1).all()
+            continue
+        assert abs(array.std() / spec.std - 1) < 0.02, name
+        assert abs(array.mean()) < 5 * spec.std / np.sqrt(array.size), name
+        rows = spec.shape[0]
+        for start, stop in ((0, 1), (rows // 3, rows // 2), (rows - 1, rows)):
+            assert np.array_equal(init_param(spec, 7, start, stop), array[start:stop]), name
+    assert table["model.layers.0.mlp.down_proj.weight"].std == pytest.approx(0.02 / np.sqrt(2 * config.n_layers))
+    embedding = table["model.embed_tokens.weight"]
+    assert not np.array_equal(init_param(embedding, 8), whole[embedding.name])
+    q, o = (whole[f"model.layers.0.self_attn.{n}_proj.weight"].ravel() for n in "qo")
+    assert abs(np.corrcoef(q, o)[0, 1]) < 0.02
+
+
+def test_initial_weights_are_these_bits() -> None:
+    """A frozen sample: a change here changes every run."""
+    spec = param_table(MODELS["gqa"])["model.layers.1.mlp.gate_proj.weight"]
+    frozen = [0.02610214240849018, 0.03391113504767418, 0.014867681078612804, -0.020043442025780678]
+    assert np.array_equal(init_param(spec, 1337)[5, :4], np.array(frozen, np.float32))
+

@@ -1,0 +1,92 @@
+"""The two packages are translations of each other, and imports flow one way."""
+
+import ast
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import minillm_jax
+import minillm_torch
+from parity_tests.conftest import ROOT
+
+PACKAGES = ("minillm_core", "minillm_jax", "minillm_torch")
+FORBIDDEN = {
+    "minillm_core": {"jax", "jaxlib", "flax", "optax", "orbax", "torch", "minillm_jax", "minillm_torch", "transformers"},
+    "minillm_jax": {"torch", "minillm_torch", "transformers"},
+    "minillm_torch": {"jax", "jaxlib", "flax", "optax", "orbax", "minillm_jax", "transformers"},
+}
+
+
+def imported_roots(path: Path) -> set[str]:
+    roots = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            roots |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            roots.add(node.module.split(".")[0])
+    return roots
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_no_forbidden_import(package: str) -> None:
+    files = sorted((ROOT / package).rglob("*.py"))
+    assert files
+    for path in files:
+        assert not imported_roots(path) & (FORBIDDEN[package] | {"scripts", "parity_tests"}), path
+
+
+def public_names(path: Path) -> dict[str, list[str]]:
+    """Public functions and classes of a file with their public methods, and the arguments of each."""
+    names = {}
+    for node in ast.parse(path.read_text()).body:
+        members = [node]
+        if isinstance(node, ast.ClassDef):
+            names[node.name] = []
+            members = [(node, member) for member in node.body if isinstance(member, ast.FunctionDef)]
+        for member in members:
+            owner, function = member if isinstance(member, tuple) else (None, member)
+            if isinstance(function, ast.FunctionDef) and (not function.name.startswith("_") or function.name == "__init__"):
+                arguments = [a.arg for a in (*function.args.args, *function.args.kwonlyargs)]
+                names[f"{owner.name}.{function.name}" if owner else function.name] = arguments
+    return names
+
+
+# What only one framework needs, with the reason.
+ONE_SIDED = {
+    "layers.py": {"matmul"},  # works around an XLA:CPU layout choice
+    "weights.py": {"model_structure", "merge_model"},  # torch modules hold their own structure
+    "train.py": {"default_device"},  # JAX has a default device
+}
+METHOD_OF_CALLING = {"forward", "__call__"}
+DEVICE_ARGUMENTS = {"device"}
+
+
+def test_same_files_and_public_names() -> None:
+    ours = {path.name for path in (ROOT / "minillm_jax").glob("*.py")}
+    theirs = {path.name for path in (ROOT / "minillm_torch").glob("*.py")}
+    assert ours == theirs
+    assert minillm_jax.__all__ == minillm_torch.__all__
+    for name in sorted(ours):
+        jax_names = public_names(ROOT / "minillm_jax" / name)
+        torch_names = public_names(ROOT / "minillm_torch" / name)
+        jax_public = {n for n in jax_names if n.split(".")[-1] not in METHOD_OF_CALLING}
+        torch_public = {n for n in torch_names if n.split(".")[-1] not in METHOD_OF_CALLING}
+        assert jax_public ^ torch_public == ONE_SIDED.get(name, set()), name
+        for function in jax_public & torch_public:
+            if function.rsplit(".")[-1] in SIGNATURES_DIFFER:
+                continue
+            arguments = [a for a in torch_names[function] if a not in DEVICE_ARGUMENTS]
+            assert jax_names[function] == arguments, f"{name}: {function}"
+
+
+# torch.optim holds parameters and gradients itself.
+SIGNATURES_DIFFER = {"make_optimizer", "apply_update"}
+
+
+def test_jax_alone_does_not_need_torch() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    required = " ".join(project["dependencies"])
+    assert "torch" not in required
+    assert "transformers" not in required
+    assert "jax>=0.10,!=0.10.2" in required
