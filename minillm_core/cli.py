@@ -2,11 +2,14 @@
 
 import sys
 from collections.abc import Callable, Iterable
+from typing import TypeVar
 
 import tyro
 
 from minillm_core.config import RunConfig, load_config, preset_names
 from minillm_core.errors import InputError
+
+C = TypeVar("C", bound=RunConfig)
 
 
 def say(message: str = "") -> None:
@@ -37,19 +40,23 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(141)
 
 
-def parse_run_config(description: str) -> RunConfig:
-    """Reads `[PRESET|FILE.yaml] [--section.field value ...]` from the command line; the preset is `quickstart` if none
-    is given."""
+def parse_run_config(description: str | None, config_class: type[C] = RunConfig, preset: str = "quickstart") -> C:
+    """Reads `[PRESET|FILE.yaml] [--section.field value ...]` from the command line.
+
+    Args:
+        config_class: RunConfig, or a subclass whose further fields, which need defaults, become options too.
+        preset: taken if the command line names none.
+    """
     arguments = sys.argv[1:]
     named = bool(arguments) and not arguments[0].startswith("-")
-    default = load_config(arguments[0] if named else "quickstart")
+    loaded = load_config(arguments[0] if named else preset)
     description = (
         f"{description}\n\nFirst argument: a preset ({', '.join(preset_names())}) or a .yaml file; "
-        "the options below change single fields of it. Without it: quickstart."
+        f"the options below change single fields of it. Without it: {preset}."
     )
     return tyro.cli(
-        RunConfig,
-        default=default,
+        config_class,
+        default=config_class(loaded.model, loaded.optim, loaded.data, loaded.train),
         args=arguments[named:],
         description=description,
         config=(tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands),

@@ -67,7 +67,7 @@ class BaseGenerator(ABC):
     ) -> list[list[int]]:
         """Token ids of each continuation, the end-of-document token left out. Arguments and errors as in `generate`."""
         rows: list[list[int]] = [[] for _ in prompts]
-        for block_BN in self._blocks(prompts, max_new_tokens, SamplingConfig(**sampling)):
+        for block_BN in self.blocks(prompts, max_new_tokens, SamplingConfig(**sampling)):
             for row, block in zip(rows, block_BN, strict=True):
                 row += block.tolist()
         return [self._until_end(row) for row in rows]
@@ -76,7 +76,7 @@ class BaseGenerator(ABC):
         """The continuation of one prompt in pieces, as they are decoded. Arguments and errors as in `generate`."""
         ids: list[int] = []
         n_sent = 0
-        for block_BN in self._blocks([self.tokenizer.encode(prompt, bos=True)], max_new_tokens, SamplingConfig(**sampling)):
+        for block_BN in self.blocks([self.tokenizer.encode(prompt, bos=True)], max_new_tokens, SamplingConfig(**sampling)):
             ids = self._until_end(ids + block_BN[0].tolist())
             text = self.tokenizer.decode(ids)
             complete = len(text.rstrip("\ufffd"))  # a character whose bytes are not all there yet waits
@@ -86,10 +86,11 @@ class BaseGenerator(ABC):
         if ids and len(text := self.tokenizer.decode(ids)) > n_sent:
             yield text[n_sent:]
 
-    def _blocks(
+    def blocks(
         self, prompts: Sequence[Sequence[int]], max_new_tokens: int, sampling: SamplingConfig
     ) -> Iterator[np.ndarray]:
-        """Decodes in blocks until every row has ended or has max_new_tokens."""
+        """Decodes up to BLOCK tokens of every row at a time, int (B, n), until every row has ended or has
+        max_new_tokens. A row that has ended goes on; what follows its end means nothing."""
         self._check(prompts, max_new_tokens)
         length_B = np.array([len(prompt) for prompt in prompts], np.int32)
         limit = self.config.context_length

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from minillm_core.checkpoints import TrainingState, find_checkpoint, read_info
+from minillm_core.checkpoints import TrainingState, find_checkpoint, read_info, verify_checkpoint
 from minillm_core.config import RunConfig
 from minillm_core.errors import InputError
 from minillm_jax.model import MiniLLM
@@ -87,9 +87,10 @@ def load(path: str | Path, dtype: str = "float32") -> MiniLLM:
         dtype: of parameters and computation: float32, bfloat16 or float64 (which enables JAX's 64-bit mode).
 
     Raises:
-        InputError: there is no checkpoint of this framework, or it does not fit its own configuration.
+        InputError: there is no checkpoint of this framework, or it is damaged.
     """
     checkpoint = find_checkpoint(path, FRAMEWORK)
+    verify_checkpoint(checkpoint)
     config = read_info(checkpoint).config
     weights = read_payload(checkpoint, config, moments=False).weights
     compute_dtype = resolve_dtype(dtype)

@@ -7,7 +7,7 @@ core's checkpoints.py commits, lists and verifies; here tensors are written and 
 from collections.abc import Callable
 from pathlib import Path
 
-from minillm_core.checkpoints import TrainingState, find_checkpoint, read_info
+from minillm_core.checkpoints import TrainingState, find_checkpoint, read_info, verify_checkpoint
 from minillm_core.config import RunConfig
 from minillm_core.interchange import read_safetensors, write_hf_config, write_safetensors
 from minillm_core.params import check_shapes
@@ -61,9 +61,10 @@ def load(path: str | Path, dtype: str = "float32") -> MiniLLM:
         dtype: of parameters and computation: float32, bfloat16 or float64.
 
     Raises:
-        InputError: there is no checkpoint of this framework, or it does not fit its own configuration.
+        InputError: there is no checkpoint of this framework, or it is damaged.
     """
     checkpoint = find_checkpoint(path, FRAMEWORK)
+    verify_checkpoint(checkpoint)
     config = read_info(checkpoint).config
     weights = read_payload(checkpoint, config, moments=False).weights
     compute_dtype = resolve_dtype(dtype)

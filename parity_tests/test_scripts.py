@@ -1,0 +1,312 @@
+"""The commands, as a user runs them: real processes, real files, and what they say when something is wrong."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import yaml
+
+import minillm_jax
+import minillm_torch
+from minillm_core.checkpoints import TrainingState, checkpoint_steps, read_info, verify_checkpoint
+from minillm_core.config import DataConfig, OptimConfig, run_config_from_dict, to_dict
+from minillm_core.errors import InputError
+from minillm_core.metrics import read_metrics
+from parity_tests.conftest import ROOT, TINY, random_tokens, run_config, to_numpy, to_torch
+
+BACKENDS = {"jax": minillm_jax, "torch": minillm_torch}
+STEPS = 6
+
+
+def script(name: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "scripts" / f"{name}.py"), *arguments]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=environment(), timeout=300, check=False)
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "200"}
+
+
+def succeeds(name: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    done = script(name, *arguments, cwd=cwd)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def fails(message: str, name: str, *arguments: str, cwd: Path) -> str:
+    """A user's mistake: exit code 2, a message that matches, no traceback."""
+    done = script(name, *arguments, cwd=cwd)
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+    assert re.search(message, done.stderr, re.DOTALL), done.stderr
+    return done.stderr
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
+    """A folder with tiny.yaml and a run that train_jax.py and train_torch.py have finished from nothing."""
+    folder = tmp_path_factory.mktemp("home")
+    config = run_config(
+        TINY,
+        "runs/tiny",
+        data=DataConfig(corpus=str(corpus), dir="data/tiny", holdout_every=5),
+        optim=OptimConfig(learning_rate=3e-3, min_learning_rate=3e-4, warmup_steps=2),
+        steps=STEPS,
+        log_every=2,
+        eval_every=4,
+        checkpoint_every=3,
+    )
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(to_dict(config)))
+    for framework in BACKENDS:
+        done = succeeds(f"train_{framework}", "tiny.yaml", cwd=folder)
+        assert ("prepared" if framework == "jax" else "found prepared data") in done.stderr
+        assert done.stdout.startswith("The state of the Union is")
+        assert "python scripts/generate.py runs/tiny" in done.stderr
+        assert re.search(r"step +6/6  loss .* token/s  0:00:00 left", done.stderr)
+        assert "bits per byte" in done.stderr
+    return folder
+
+
+def test_both_write_the_same_files(home: Path) -> None:
+    run = home / "runs" / "tiny"
+    assert {path.name for path in run.iterdir()} == {"config.yaml", "tokenizer.model", "jax", "torch"}
+    for framework in BACKENDS:
+        folder = run / framework
+        assert {path.name for path in folder.iterdir()} == {"checkpoints", "metrics.jsonl", "loss.png"}
+        assert checkpoint_steps(folder / "checkpoints") == [3, 6]
+        assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
+        for step in (3, 6):
+            verify_checkpoint(folder / "checkpoints" / str(step))
+        shared = {"checkpoint.json", "tokenizer.model", "manifest.json"}
+        assert shared < {path.name for path in (folder / "checkpoints" / "6").iterdir()}
+
+
+def test_same_curve(home: Path) -> None:
+    rows = {name: read_metrics(home / "runs" / "tiny" / name / "metrics.jsonl") for name in BACKENDS}
+    keys = [(row["step"], row["split"]) for row in rows["jax"]]
+    assert keys == [(1, "train"), (2, "train"), (4, "train"), (4, "val"), (6, "train"), (6, "val")]
+    for ours, theirs in zip(rows["jax"], rows["torch"], strict=True):
+        assert ours.keys() == theirs.keys()
+        for name in ours.keys() - {"split", "tokens_per_second"}:
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-4), (name, ours, theirs)
+    assert rows["jax"][-1]["loss"] < rows["jax"][0]["loss"]
+
+
+@pytest.mark.parametrize("framework", BACKENDS)
+def test_second_run_finds_the_first(home: Path, framework: str) -> None:
+    before = (home / "runs/tiny" / framework / "metrics.jsonl").read_bytes()
+    done = succeeds(f"train_{framework}", "tiny.yaml", cwd=home)
+    assert "found prepared data in data/tiny" in done.stderr
+    assert "found the finished run" in done.stderr
+    assert "6 of 6 steps done" in done.stderr
+    assert done.stdout.startswith("The state of the Union is")
+    assert (home / "runs/tiny" / framework / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("framework", BACKENDS)
+def test_resumes_to_the_same_bits(home: Path, framework: str, tmp_path: Path) -> None:
+    """Continued from the checkpoint of step 3, the run ends where it ended."""
+    for name in ("tiny.yaml", "data", "runs"):
+        (shutil.copytree if (home / name).is_dir() else shutil.copy)(home / name, tmp_path / name)
+    folder = tmp_path / "runs/tiny" / framework
+    shutil.rmtree(folder / "checkpoints" / "6")
+    done = succeeds(f"train_{framework}", "tiny.yaml", cwd=tmp_path)
+    assert "resuming from" in done.stderr
+    ours, theirs = (payload(path / "runs/tiny" / framework / "checkpoints/6", framework) for path in (home, tmp_path))
+    assert_same_bits(ours, theirs)
+    steps = [(row["step"], row["split"]) for row in read_metrics(folder / "metrics.jsonl")]
+    assert steps == [(1, "train"), (2, "train"), (4, "train"), (4, "val"), (6, "train"), (6, "val")]
+
+
+def payload(checkpoint: Path, framework: str) -> TrainingState:
+    return BACKENDS[framework].read_payload(checkpoint, read_info(checkpoint).config, moments=True)
+
+
+def assert_same_bits(ours: TrainingState, theirs: TrainingState) -> None:
+    for group in ("weights", "exp_avg", "exp_avg_sq"):
+        a, b = getattr(ours, group), getattr(theirs, group)
+        assert a.keys() == b.keys()
+        assert len(a) > 0
+        for name in a:
+            assert a[name].dtype == b[name].dtype
+            assert a[name].tobytes() == b[name].tobytes(), f"{group} {name}"
+
+
+@pytest.mark.parametrize(("source", "target"), [("torch", "jax"), ("jax", "torch")])
+def test_convert_round_trip(home: Path, source: str, target: str, tmp_path: Path) -> None:
+    """There and back, to the bit: weights and both moments; and the copy is the same function."""
+    there, back = str(tmp_path / "there"), str(tmp_path / "back")
+    done = succeeds("convert", f"{source}->{target}", "runs/tiny", there, cwd=home)
+    converted = Path(done.stdout.strip())
+    assert converted == Path(there) / target / "checkpoints" / str(STEPS)
+    verify_checkpoint(converted)
+    original = home / "runs/tiny" / source / "checkpoints" / str(STEPS)
+    assert_same_bits(payload(original, source), payload(converted, target))
+    done = succeeds("convert", f"{target}-to-{source}", there, back, cwd=home)
+    assert_same_bits(payload(original, source), payload(Path(done.stdout.strip()), source))
+    info, copy = read_info(original), read_info(converted)
+    assert (copy.step, copy.config, copy.data_hashes, copy.converted_from) == (info.step, info.config, info.data_hashes, source)
+    tokens = random_tokens(TINY, 2, 300)
+    models = {source: BACKENDS[source].load(original), target: BACKENDS[target].load(there)}
+    logits = [to_numpy(models["jax"](jax.numpy.asarray(tokens))[0]), to_numpy(models["torch"](to_torch(tokens))[0])]
+    assert np.abs(logits[0] - logits[1]).max() <= 5e-5
+
+
+def test_convert_without_paths_and_quotes(home: Path, tmp_path: Path) -> None:
+    """`convert.py torch->jax`, which a shell takes apart, on the default run; and what is there is not overwritten."""
+    folder = tmp_path / "runs" / "quickstart"
+    shutil.copytree(home / "runs/tiny", folder)
+    shutil.rmtree(folder / "jax")
+    command = f"{sys.executable} {ROOT}/scripts/convert.py torch->jax"
+    for again in (False, True):
+        done = subprocess.run(
+            command, shell=True, cwd=tmp_path, capture_output=True, text=True, env=environment(), check=False
+        )
+        assert done.returncode == 0, done.stderr
+        assert "quote it" in done.stderr
+        assert "removed the empty file `jax`" in done.stderr
+        assert ("already converted" in done.stderr) == again
+        assert not (tmp_path / "jax").exists()
+    assert_same_bits(payload(folder / "torch/checkpoints/6", "torch"), payload(folder / "jax/checkpoints/6", "jax"))
+
+
+def test_convert_keeps_a_run_of_its_own(home: Path) -> None:
+    """A run trained in both frameworks: the copy goes beside it."""
+    before = (home / "runs/tiny/jax/checkpoints/6/manifest.json").read_bytes()
+    done = succeeds("convert", "torch->jax", "runs/tiny", cwd=home)
+    assert done.stdout.strip() == "runs/tiny-from-torch/jax/checkpoints/6"
+    assert (home / "runs/tiny/jax/checkpoints/6/manifest.json").read_bytes() == before
+    fails("holds another checkpoint of this step", "convert", "torch->jax", "runs/tiny", "runs/tiny", cwd=home)
+
+
+def test_training_goes_on_after_converting(home: Path, tmp_path: Path) -> None:
+    """Three steps in torch, converted, three in JAX: the losses of six steps in either."""
+    shutil.copytree(home / "data", tmp_path / "data")
+    shutil.copy(home / "tiny.yaml", tmp_path)
+    succeeds("convert", "torch->jax", str(home / "runs/tiny/torch/checkpoints/3"), "runs/tiny", cwd=tmp_path)
+    done = succeeds("train_jax", "tiny.yaml", cwd=tmp_path)
+    assert "resuming from runs/tiny/jax/checkpoints/3" in done.stderr
+    moved = read_metrics(tmp_path / "runs/tiny/jax/metrics.jsonl")
+    for framework in BACKENDS:
+        whole = {(r["step"], r["split"]): r["loss"] for r in read_metrics(home / "runs/tiny" / framework / "metrics.jsonl")}
+        for row in moved:
+            assert row["loss"] == pytest.approx(whole[row["step"], row["split"]], rel=1e-5)
+
+
+def test_generate_is_the_same_text(home: Path) -> None:
+    succeeds("convert", "torch->jax", "runs/tiny", "runs/same", cwd=home)
+    options = ("--prompt", "We the people", "--max-new-tokens", "40", "--seed", "5", "--top-k", "50", "--top-p", "0.9")
+    texts = [
+        succeeds("generate", path, "--backend", framework, *options, cwd=home).stdout
+        for framework, path in (("torch", "runs/tiny"), ("jax", "runs/same"))
+    ]
+    assert texts[0] == texts[1]
+    assert texts[0].startswith("We the people")
+    assert len(texts[0]) > 30
+
+
+@pytest.mark.parametrize("framework", BACKENDS)
+def test_evaluate_repeats_the_final_evaluation(home: Path, framework: str) -> None:
+    done = succeeds("evaluate", "runs/tiny", "--backend", framework, cwd=home)
+    values = {line.split()[0]: float(line.split()[1]) for line in done.stdout.splitlines()}
+    last = read_metrics(home / "runs/tiny" / framework / "metrics.jsonl")[-1]
+    for name in ("loss", "perplexity", "bits_per_byte"):
+        assert values[name] == pytest.approx(last[name], rel=1e-5)
+    train = succeeds("evaluate", "runs/tiny", "--backend", framework, "--split", "train", "--seq-len", "16", cwd=home)
+    assert train.stdout != done.stdout
+
+
+def test_prepare_data_finds_it(home: Path) -> None:
+    done = succeeds("prepare_data", "tiny.yaml", cwd=home)
+    assert "found" in done.stderr
+    assert len(done.stdout.splitlines()) == 2
+
+
+def test_plan(home: Path) -> None:
+    done = succeeds("plan", "mini-llm-50m", "llama-80b", cwd=home)
+    assert "50,049,408" in done.stdout
+    assert "agree with: jax, torch" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("message", "arguments"),
+    [
+        (r"no such configuration: quickstrat.*quickstart", ["train_jax", "quickstrat"]),
+        (r"train\.step", ["train_jax", "tiny.yaml", "--train.step", "3"]),
+        (r"belongs to another configuration.*optim\.weight_decay: 0\.2, was 0\.1", ["train_torch", "tiny.yaml", "--optim.weight_decay", "0.2"]),
+        (r"not empty and not a run directory.*data", ["train_jax", "tiny.yaml", "--train.out_dir", "data"]),
+        (r"another vocabulary.*expected: 600.*found: 512", ["train_torch", "tiny.yaml", "--model.vocab-size", "600"]),
+        (r"no jax checkpoint.*train first", ["generate", "runs/nothing"]),
+        (r"a torch checkpoint where a jax one is needed.*convert\.py 'torch->jax'", ["generate", "runs/tiny/torch/checkpoints/6"]),
+        (r"longer than the context.*at most 320", ["generate", "runs/tiny", "--prompt", "word " * 900]),
+        (r"temperature is out of range.*-1", ["generate", "runs/tiny", "--temperature", "-1"]),
+        (r"unknown conversion.*'torch->hx'", ["convert", "torch->hx"]),
+        (r"no torch checkpoint.*where: runs/quickstart", ["convert", "torch->jax"]),
+        (r"not a folder of prepared data", ["evaluate", "runs/tiny", "--data-dir", "runs"]),
+    ],
+)
+def test_mistakes(home: Path, message: str, arguments: list[str]) -> None:
+    fails(message, *arguments, cwd=home)
+
+
+@pytest.mark.parametrize("framework", BACKENDS)
+def test_damaged_checkpoints_are_named(home: Path, framework: str, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(home / "runs/tiny", run)
+    checkpoint = run / framework / "checkpoints" / "6"
+    victim = max((path for path in checkpoint.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    content = bytearray(victim.read_bytes())
+    content[len(content) // 2] ^= 1
+    victim.write_bytes(content)
+    name = victim.relative_to(checkpoint).as_posix()
+    with pytest.raises(InputError, match=f"(?s)damaged checkpoint.*content changed: {name}"):
+        BACKENDS[framework].load(checkpoint)
+    victim.write_bytes(content[:-1])
+    with pytest.raises(InputError, match=f"size: {name}"):
+        BACKENDS[framework].load(checkpoint)
+    victim.unlink()
+    with pytest.raises(InputError, match=f"missing: {name}"):
+        BACKENDS[framework].load(checkpoint)
+
+
+@pytest.mark.parametrize("framework", BACKENDS)
+def test_checkpoint_of_another_shape(home: Path, framework: str, tmp_path: Path) -> None:
+    """Every differing tensor in one message."""
+    config = read_info(home / "runs/tiny" / framework / "checkpoints/6").config
+    wrong = to_dict(config)
+    wrong["model"] |= {"hidden": 80, "n_layers": 3}
+    with pytest.raises(InputError) as error:
+        BACKENDS[framework].read_payload(
+            home / "runs/tiny" / framework / "checkpoints/6", run_config_from_dict(wrong, "test"), moments=False
+        )
+    assert "15 tensor(s) do not fit" in str(error.value)
+    assert "model.layers.1.mlp.down_proj.weight: expected (48, 80), found (48, 96)" in str(error.value)
+    assert "missing: model.layers.2.self_attn.q_proj.weight" in str(error.value)
+
+
+def test_newer_format_is_refused(home: Path, tmp_path: Path) -> None:
+    checkpoint = tmp_path / "6"
+    shutil.copytree(home / "runs/tiny/torch/checkpoints/6", checkpoint)
+    data = json.loads((checkpoint / "checkpoint.json").read_text())
+    (checkpoint / "checkpoint.json").write_text(json.dumps(data | {"format_version": 99, "version": "9.9"}))
+    with pytest.raises(InputError, match=r"(?s)another format version.*found: 99, written by version 9\.9"):
+        read_info(checkpoint)
+
+
+@pytest.mark.parametrize("framework", BACKENDS)
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
+def test_load_in_another_dtype(home: Path, framework: str, dtype: str) -> None:
+    with jax.enable_x64(dtype == "float64"):
+        model = BACKENDS[framework].load(home / "runs/tiny", dtype=dtype)
+        tokens = random_tokens(TINY, 1, 20)
+        logits, _ = model(jax.numpy.asarray(tokens) if framework == "jax" else to_torch(tokens))
+    assert str(logits.dtype).removeprefix("torch.") == dtype
+    assert model.config == TINY

@@ -1,0 +1,214 @@
+"""Parity and rates of both frameworks on this machine's GPU, or on its CPU: prints a report in Markdown.
+
+Parity is checked at float32 (no TF32) and bfloat16 against the tolerances that the tests hold; then a short training run
+of the preset on its own data and decoding are timed. On a GPU the default preset is mini-llm-50m, else quickstart.
+"""
+
+import os
+
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # two frameworks share the GPU; read at import
+
+import platform
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+
+import minillm_jax
+import minillm_torch
+from minillm_core.checkpoints import Tensors, TrainingState
+from minillm_core.cli import parse_run_config, run, say
+from minillm_core.config import RunConfig
+from minillm_core.data import PreparedData, prepare_data
+from minillm_core.errors import InputError
+from minillm_core.generation import BLOCK
+from minillm_core.params import forward_flops, init_params
+from minillm_core.sampling import SamplingConfig
+from minillm_core.schedule import learning_rate
+
+BACKENDS = (minillm_jax, minillm_torch)
+PARITY_LENGTH = 512
+
+
+@dataclass(frozen=True)
+class BenchmarkConfig(RunConfig):
+    """A run to benchmark."""
+
+    steps: int = 20
+    """Training steps to time, after two of warm-up."""
+    tokens: int = 256
+    """Tokens to decode: a multiple of 16, at least 32."""
+    decode_batch: int = 16
+    """Rows of the batched decoding; one row is timed as well."""
+    out: str | None = None
+    """Also write the report to this file."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One measured quantity and its bound."""
+
+    name: str
+    value: float
+    bound: float
+    at_least: bool = False
+
+    @property
+    def holds(self) -> bool:
+        return self.value >= self.bound if self.at_least else self.value <= self.bound
+
+    def row(self) -> str:
+        sign = ">=" if self.at_least else "<="
+        return f"| {self.name} | {self.value:.3g} | {sign} {self.bound:g} | {'yes' if self.holds else '**NO**'} |"
+
+
+def main() -> None:
+    on_gpu = torch.cuda.is_available() or jax.default_backend() == "gpu"
+    config = parse_run_config(__doc__, BenchmarkConfig, "mini-llm-50m" if on_gpu else "quickstart")
+    checks = [*parity(config, "float32"), *parity(config, "bfloat16")]
+    table = ["| parity | measured | bound | holds |", "|---|---|---|---|", *(check.row() for check in checks)]
+    rates = ["| rate | jax | torch |", "|---|---|---|", *training_rates(config), *decoding_rates(config)]
+    report = "\n".join([*header(config), "", *table, "", *rates, ""])
+    print(report)
+    if config.out:
+        Path(config.out).parent.mkdir(parents=True, exist_ok=True)
+        Path(config.out).write_text(report)
+    if not all(check.holds for check in checks):
+        raise InputError("the frameworks differ by more than the table allows on this machine (see the report)")
+
+
+def header(config: BenchmarkConfig) -> list[str]:
+    c = config.train
+    return [
+        f"# {Path(c.out_dir).name} on {jax.devices()[0].device_kind}",
+        "",
+        f"- {minillm_jax.describe_device()}; {minillm_torch.describe_device()}; Python {platform.python_version()}",
+        f"- {platform.platform()}, {os.cpu_count()} CPU cores",
+        f"- training: batch {c.batch_size} x {c.seq_len} in {c.grad_accum} micro-batches, compute dtype {c.compute_dtype}",
+    ]
+
+
+def parity(config: BenchmarkConfig, dtype: str) -> list[Check]:
+    """Logits and every gradient of both frameworks from the same initial weights, on random tokens."""
+    say(f"parity at {dtype}")
+    length = min(PARITY_LENGTH, config.model.context_length)
+    settings = replace(config.train, compute_dtype=dtype, batch_size=2, seq_len=length, grad_accum=1)
+    one = replace(config, train=settings)
+    weights = init_params(one.model, one.train.seed)
+    tokens = np.random.default_rng(0).integers(0, one.model.vocab_size, (2, settings.seq_len + 1)).astype(np.int32)
+    logits, grads = {}, {}
+    for backend in BACKENDS:
+        state = backend.import_state(one, TrainingState(weights, {}, {}), 0)
+        logits[backend.FRAMEWORK] = forward(backend, backend.model_of(one, state), tokens[:, :-1])
+        state, metrics = backend.make_train_step(one)(state, tokens, 0.0)
+        grads[backend.FRAMEWORK] = unclipped(one, backend.export_state(one, state), float(metrics["grad_norm"]))
+        free_memory()
+    ours, theirs = torch.from_numpy(logits["jax"]), torch.from_numpy(logits["torch"])
+    pairs = [(grads["jax"][name].ravel().astype(np.float64), array.ravel().astype(np.float64)) for name, array in grads["torch"].items()]
+    if dtype == "float32":
+        error = float((ours - theirs).abs().max() / max(1.0, float(theirs.abs().max())))
+        worst = max(float(np.linalg.norm(a - b) / np.linalg.norm(b)) for a, b in pairs)
+        return [Check("float32 logits, largest error", error, 5e-5), Check("float32 gradients, worst relative norm", worst, 1e-4)]
+    log_p, log_q = torch.log_softmax(theirs, -1), torch.log_softmax(ours, -1)
+    return [
+        Check("bfloat16 mean KL, nat", float((log_p.exp() * (log_p - log_q)).sum(-1).mean()), 1e-3),
+        Check("bfloat16 top-1 agreement", float((ours.argmax(-1) == theirs.argmax(-1)).double().mean()), 0.97, True),
+        Check(
+            "bfloat16 gradients, worst cosine",
+            min(float(a @ b / (np.linalg.norm(a) * np.linalg.norm(b))) for a, b in pairs),
+            0.999,
+            True,
+        ),
+    ]
+
+
+def forward(backend: Any, model: Any, tokens: np.ndarray) -> np.ndarray:
+    """Logits in float64."""
+    if backend is minillm_jax:
+        return np.asarray(model(jnp.asarray(tokens))[0]).astype(np.float64)
+    with torch.inference_mode():
+        device = model.model.norm.weight.device
+        return model(torch.from_numpy(tokens).long().to(device))[0].double().cpu().numpy()
+
+
+def unclipped(config: RunConfig, state: TrainingState, grad_norm: float) -> Tensors:
+    """The gradient behind a first update: its first moment is (1 - beta1) times the clipped gradient."""
+    factor = min(1.0, config.optim.grad_clip / (grad_norm + 1e-6)) * (1 - config.optim.beta1)
+    return {name: moment / factor for name, moment in state.exp_avg.items()}
+
+
+def training_rates(config: BenchmarkConfig) -> list[str]:
+    """Tokens per second of the preset's train step on its own data, and the losses on the way."""
+    prepare_data(config.data, config.model.vocab_size)
+    data = PreparedData(config.data.dir, config.model.vocab_size)
+    c = config.train
+    speeds, losses = [], []
+    for backend in BACKENDS:
+        say(f"training, {backend.FRAMEWORK}")
+        step, state = backend.make_train_step(config), backend.init_state(config)
+        batches = [data.batch(n, c.batch_size, c.seq_len, c.seed) for n in range(config.steps + 2)]
+        for n, tokens in enumerate(batches):
+            if n == 2:
+                float(metrics["loss"])
+                started = time.perf_counter()
+            state, metrics = step(state, tokens, learning_rate(config.optim, n, c.steps))
+        losses.append(float(metrics["loss"]))
+        speeds.append(config.steps * c.batch_size * c.seq_len / (time.perf_counter() - started))
+        del state
+        free_memory()
+    flops = 3 * forward_flops(config.model, 1, c.seq_len) / c.seq_len
+    return [
+        f"| training, token/s | {speeds[0]:,.0f} | {speeds[1]:,.0f} |",
+        f"| training, TFLOP/s of matrix products | {speeds[0] * flops / 1e12:.3g} | {speeds[1] * flops / 1e12:.3g} |",
+        f"| loss after {config.steps + 2} steps | {losses[0]:.4f} | {losses[1]:.4f} |",
+    ]
+
+
+def decoding_rates(config: BenchmarkConfig) -> list[str]:
+    """Tokens per second of greedy decoding, all rows together, compilation and prefill not counted."""
+    weights = init_params(config.model, config.train.seed)
+    tokenizer = PreparedData(config.data.dir, config.model.vocab_size).tokenizer
+    tokenizer.eos_id = -1  # untrained weights might stop at any token
+    dtype = "bfloat16" if jax.default_backend() == "gpu" else "float32"
+    rows = []
+    for batch in (1, config.decode_batch):
+        speeds = []
+        for backend in BACKENDS:
+            say(f"decoding, {backend.FRAMEWORK}, batch {batch}")
+            model = build(backend, config, weights, dtype)
+            generator = backend.Generator(model, tokenizer)
+            prompts = [[1, *range(10, 40)]] * batch
+            speeds.append(batch * decode_speed(generator, prompts, config.tokens))
+            free_memory()
+        rows.append(f"| decoding {dtype}, batch {batch}, token/s | {speeds[0]:,.0f} | {speeds[1]:,.0f} |")
+    return rows
+
+
+def build(backend: Any, config: RunConfig, weights: Tensors, dtype: str) -> Any:
+    if backend is minillm_jax:
+        return backend.build_model(config.model, weights, param_dtype=jnp.dtype(dtype), compute_dtype=jnp.dtype(dtype))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    kind = getattr(torch, dtype)
+    return backend.build_model(config.model, weights, param_dtype=kind, compute_dtype=kind, device=device)
+
+
+def decode_speed(generator: Any, prompts: list[list[int]], n_tokens: int) -> float:
+    """Tokens per second of one row, from the first block, which compiles and prefills, to the last."""
+    times = []
+    for _ in generator.blocks(prompts, n_tokens, SamplingConfig(temperature=0.0)):
+        times.append(time.perf_counter())
+    return (len(times) - 1) * BLOCK / (times[-1] - times[0])
+
+
+def free_memory() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    run(main)
