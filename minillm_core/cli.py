@@ -40,7 +40,7 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(141)
 
 
-def parse_run_config(description: str | None, config_class: type[C] = RunConfig, preset: str = "quickstart") -> C:
+def parse_run_config(description: str | None, config_class: type[C], preset: str = "quickstart") -> C:
     """Reads `[PRESET|FILE.yaml] [--section.field value ...]` from the command line.
 
     Args:

@@ -6,6 +6,7 @@ wrong type is refused with every such problem named at once.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import types
@@ -322,9 +323,8 @@ def _coerce(hint: Any, value: Any, name: str, problems: list[str]) -> Any:
         return value
     problem = f"{name}: expected {hint.__name__}, found {value!r} ({type(value).__name__})"
     if hint in (int, float) and isinstance(value, str):
-        try:
-            problem += f"; YAML reads this as text, write {float(value):.1e}" if hint is float else "; remove the quotes"
-        except ValueError:
-            pass
+        with contextlib.suppress(ValueError):
+            as_number = f"{float(value):.1e}" if hint is float else str(int(value))
+            problem += f"; YAML reads this as text, write {as_number}"
     problems.append(problem)
     return None

@@ -41,12 +41,16 @@ def prepare_data(config: DataConfig, vocab_size: int) -> bool:
     """
     target = Path(config.dir)
     if target.exists():
-        meta = PreparedData(config.dir, vocab_size).meta
+        existing = PreparedData(config.dir, vocab_size).meta
         wanted = {"corpus": config.corpus, "holdout_every": config.holdout_every}
-        found = {key: meta.get(key) for key in wanted}
+        found = {key: existing.get(key) for key in wanted}
         if found != wanted:
             raise InputError(
-                "the folder was prepared from another corpus", expected=wanted, found=found, where=target, do=_redo(target)
+                "the folder was prepared from another corpus",
+                expected=wanted,
+                found=found,
+                where=target,
+                do=_redo(target),
             )
         return False
     documents = list_documents(config)
@@ -54,7 +58,9 @@ def prepare_data(config: DataConfig, vocab_size: int) -> bool:
     partial.mkdir(parents=True)
     try:
         train_texts = (text for document in documents if document.split == "train" for text in document.chunks())
-        train_tokenizer((line for text in train_texts for line in text.split("\n")), vocab_size, partial / "tokenizer.model")
+        train_tokenizer(
+            (line for text in train_texts for line in text.split("\n")), vocab_size, partial / "tokenizer.model"
+        )
         tokenizer = Tokenizer(partial / "tokenizer.model")
         dtype = np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
         meta: dict[str, Any] = {
@@ -181,7 +187,10 @@ class PreparedData:
         if n_windows < 1:
             found = f"{len(self.tokens[split])} tokens"
             raise InputError(
-                f"the {split} split is shorter than one sequence", expected=f"{seq_len + 1} tokens", found=found, where=self.dir
+                f"the {split} split is shorter than one sequence",
+                expected=f"{seq_len + 1} tokens",
+                found=found,
+                where=self.dir,
             )
         return n_windows
 

@@ -8,7 +8,13 @@ class InputError(ValueError):
     """
 
     def __init__(
-        self, problem: str, *, expected: object = None, found: object = None, where: object = None, do: str | None = None
+        self,
+        problem: str,
+        *,
+        expected: object = None,
+        found: object = None,
+        where: object = None,
+        do: str | None = None,
     ):
         lines = [problem]
         for label, value in (("expected", expected), ("found", found), ("where", where), ("what to do", do)):

@@ -76,7 +76,9 @@ class BaseGenerator(ABC):
         """The continuation of one prompt in pieces, as they are decoded. Arguments and errors as in `generate`."""
         ids: list[int] = []
         n_sent = 0
-        for block_BN in self.blocks([self.tokenizer.encode(prompt, bos=True)], max_new_tokens, SamplingConfig(**sampling)):
+        for block_BN in self.blocks(
+            [self.tokenizer.encode(prompt, bos=True)], max_new_tokens, SamplingConfig(**sampling)
+        ):
             ids = self._until_end(ids + block_BN[0].tolist())
             text = self.tokenizer.decode(ids)
             complete = len(text.rstrip("\ufffd"))  # a character whose bytes are not all there yet waits

@@ -23,7 +23,6 @@ from minillm_core.rundir import open_run
 from minillm_core.schedule import learning_rate
 from minillm_core.tokenizer import Tokenizer
 
-
 SAMPLE_PROMPT = "The state of the Union is"
 
 
@@ -75,9 +74,7 @@ def train(config: RunConfig, backend: Backend) -> Path:
     return final
 
 
-def _initial_or_newest(
-    config: RunConfig, backend: Backend, data: PreparedData, checkpoints: Path
-) -> tuple[State, int]:
+def _initial_or_newest(config: RunConfig, backend: Backend, data: PreparedData, checkpoints: Path) -> tuple[State, int]:
     steps = checkpoint_steps(checkpoints)
     if not steps:
         return backend.init_state(config), 0
@@ -98,17 +95,15 @@ def _initial_or_newest(
     return backend.import_state(config, saved, info.step), info.step
 
 
-def _run_steps(
-    config: RunConfig, backend: Backend, data: PreparedData, state: State, start: int, folder: Path
-) -> None:
+def _run_steps(config: RunConfig, backend: Backend, data: PreparedData, state: State, start: int, folder: Path) -> None:
     c = config.train
     train_step = backend.make_train_step(config)
     log = MetricsLog(folder / "metrics.jsonl", start)
     writer = CheckpointWriter(folder / "checkpoints")
     progress = _Progress(config, start)
     say(
-        f"training {count_params(config.model):,} parameters for {c.steps - start} steps of {c.batch_size} x {c.seq_len} "
-        f"tokens, {backend.describe_device()}"
+        f"training {count_params(config.model):,} parameters for {c.steps - start} steps "
+        f"of {c.batch_size} x {c.seq_len} tokens, {backend.describe_device()}"
     )
     unread: deque[tuple[int, float, dict[str, Any]]] = deque()
 
@@ -140,7 +135,10 @@ def _run_steps(
             with progress.paused():
                 eval_step = backend.make_eval_step(backend.model_of(config, state))
                 loss = evaluate(eval_step, data, "val", config.train, None if is_last else c.eval_batches)
-                row = {"bits_per_byte": bits_per_byte(loss, data.tokens_per_byte("val")), "perplexity": perplexity(loss)}
+                row = {
+                    "bits_per_byte": bits_per_byte(loss, data.tokens_per_byte("val")),
+                    "perplexity": perplexity(loss),
+                }
                 log.write(step, "val", loss, **row)
                 _report([{"step": step, "split": "val", "loss": loss, **row}])
                 plot_loss(log.path, folder / "loss.png")

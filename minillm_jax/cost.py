@@ -1,6 +1,7 @@
 """What a model of any size costs, counted on the framework's own abstract model: nothing is allocated."""
 
 import math
+from typing import Any
 
 import jax
 import jax.extend
@@ -29,8 +30,12 @@ def _matmul_flops(jaxpr: jax.extend.core.Jaxpr) -> int:
     for equation in jaxpr.eqns:
         if equation.primitive.name == "dot_general":
             contracted, _ = equation.params["dimension_numbers"][0]
-            inner = math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
-            total += 2 * inner * math.prod(equation.outvars[0].aval.shape)
+            left, out = (_shape(variable) for variable in (equation.invars[0], equation.outvars[0]))
+            total += 2 * math.prod(left[axis] for axis in contracted) * math.prod(out)
         for inner_jaxpr in jax.extend.core.jaxprs_in_params(equation.params):
             total += _matmul_flops(inner_jaxpr)
     return total
+
+
+def _shape(variable: Any) -> tuple[int, ...]:
+    return variable.aval.shape

@@ -51,9 +51,10 @@ def _prefill(
     graphdef: Any, params: Params, rope: Params, tokens_BT: jax.Array, length_B: jax.Array, cache: KVCache
 ) -> DecodeState:
     """Positions past a row's length hold padding; they are not visible, and decoding overwrites them."""
-    logits_BTV, cache = merge_model(graphdef, params, rope)(tokens_BT, cache)
+    logits_BTV, full_cache = merge_model(graphdef, params, rope)(tokens_BT, cache)
+    assert full_cache is not None  # a cache went in
     logits_BV = jnp.take_along_axis(logits_BTV, length_B[:, None, None] - 1, axis=1)[:, 0]
-    return logits_BV, dataclasses.replace(cache, length_B=length_B)
+    return logits_BV, dataclasses.replace(full_cache, length_B=length_B)
 
 
 @partial(jax.jit, static_argnums=(0, 1), donate_argnums=4)
@@ -74,8 +75,9 @@ def _decode(
         tokens_BN, (logits_BV, cache) = carry
         token_B = jnp.argmax(logits_BV, axis=-1) if greedy else sample(logits_BV, uniforms_BN[:, i], *filters)
         token_B = token_B.astype(jnp.int32)
-        logits_BTV, cache = model(token_B[:, None], cache)
-        return tokens_BN.at[:, i].set(token_B), (logits_BTV[:, 0], cache)
+        logits_BTV, cache_after = model(token_B[:, None], cache)
+        assert cache_after is not None  # a cache went in
+        return tokens_BN.at[:, i].set(token_B), (logits_BTV[:, 0], cache_after)
 
     return jax.lax.fori_loop(0, n_tokens, body, (jnp.zeros(uniforms_BN.shape, jnp.int32), state))
 

@@ -40,10 +40,7 @@ class Decoder(nnx.Module):
 
     def __call__(self, tokens_BT: jax.Array, cache: KVCache | None) -> tuple[jax.Array, KVCache | None]:
         _, T = tokens_BT.shape
-        if cache is None:
-            position_BT = jnp.arange(T)[None]
-        else:
-            position_BT = cache.length_B[:, None] + jnp.arange(T)
+        position_BT = jnp.arange(T)[None] + (0 if cache is None else cache.length_B[:, None])
         cos_BTH, sin_BTH = self.cos_SH[...][position_BT], self.sin_SH[...][position_BT]
         x_BTD = self.embed_tokens(tokens_BT)
         layer_caches: list[LayerCache] = []

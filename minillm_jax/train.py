@@ -7,7 +7,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from flax import nnx
 
 from minillm_core.backend import EvalStep, TrainStep
 from minillm_core.checkpoints import Tensors, TrainingState
@@ -32,7 +31,7 @@ def resolve_dtype(name: str) -> jnp.dtype:
     """The compute dtype meant by `train.compute_dtype`: `auto` is bfloat16 on a GPU and float32 elsewhere."""
     if name == "auto":
         name = "bfloat16" if jax.default_backend() == "gpu" else "float32"
-    if name == "float64" and not jax.config.jax_enable_x64:
+    if name == "float64" and not jax.config.read("jax_enable_x64"):
         jax.config.update("jax_enable_x64", True)  # without it JAX would silently compute in float32
     return jnp.dtype(name)
 

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -97,7 +96,8 @@ def model_structure(
 
 def split_model(model: MiniLLM) -> tuple[nnx.GraphDef[MiniLLM], Params, Params]:
     """A model as its static structure, its parameters and its constants: plain pytrees for jitted functions."""
-    graphdef, params, rope = nnx.split(model, nnx.Param, RopeTable)
+    graphdef, state = nnx.split(model)
+    params, rope = nnx.split_state(state, nnx.Param, RopeTable)
     return graphdef, _flatten(params), _flatten(rope)
 
 

@@ -38,10 +38,7 @@ class Decoder(nn.Module):
 
     def forward(self, tokens_BT: Tensor, cache: KVCache | None) -> tuple[Tensor, KVCache | None]:
         _, T = tokens_BT.shape
-        if cache is None:
-            position_BT = torch.arange(T)[None]
-        else:
-            position_BT = cache.length_B[:, None] + torch.arange(T)
+        position_BT = torch.arange(T)[None] + (0 if cache is None else cache.length_B[:, None])
         position_BT = position_BT.to(tokens_BT.device, non_blocking=True)
         cos_BTH, sin_BTH = self.cos_SH[position_BT], self.sin_SH[position_BT]
         x_BTD = self.embed_tokens(tokens_BT)

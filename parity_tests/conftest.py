@@ -161,7 +161,7 @@ def to_numpy(array: jax.Array | torch.Tensor) -> np.ndarray:
 def assert_close(name: str, ours: np.ndarray, theirs: np.ndarray, tolerance: float) -> None:
     """Largest difference, absolute or relative to the largest value, whichever is smaller."""
     assert ours.shape == theirs.shape, f"{name}: shapes {ours.shape} and {theirs.shape}"
-    assert np.isfinite(ours).all() and np.isfinite(theirs).all(), f"{name}: not finite"
+    assert np.isfinite([ours, theirs]).all(), f"{name}: not finite"
     error = np.abs(ours - theirs).max() / max(1.0, np.abs(theirs).max())
     assert error <= tolerance, f"{name}: differs by {error:.2e}, more than {tolerance:.0e}"
 

@@ -1,9 +1,7 @@
 """The production precision: bounds on distributions, gradients and a training run, measured, not derived."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 import torch
 
 import minillm_jax
@@ -11,7 +9,7 @@ import minillm_torch
 from minillm_core.checkpoints import TrainingState
 from minillm_core.config import ModelConfig, OptimConfig
 from minillm_core.params import init_params
-from parity_tests.conftest import BFLOAT16, MODELS, Pair, random_tokens, run_config, to_numpy, to_torch
+from parity_tests.conftest import BFLOAT16, MODELS, Pair, random_tokens, run_config, to_torch
 from parity_tests.test_gradients import gradients, run_both
 
 

@@ -91,8 +91,6 @@ def test_overflow_raises(framework: str) -> None:
 )
 def test_bad_tokens(framework: str, tokens: np.ndarray, message: str) -> None:
     pair = make_pair(MODELS["gqa"], TIERS["float32"])
+    model, as_tensor = (pair.jax, jnp.asarray) if framework == "jax" else (pair.torch, torch.from_numpy)
     with pytest.raises(InputError, match=message):
-        if framework == "jax":
-            pair.jax(jnp.asarray(tokens))
-        else:
-            pair.torch(torch.from_numpy(tokens))
+        model(as_tensor(tokens))

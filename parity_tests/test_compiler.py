@@ -13,4 +13,6 @@ def test_vmapped_sum_of_squares(float64: Tier) -> None:
     ours = jax.jit(jax.vmap(lambda row: jnp.sum((matrix @ row) ** 2)))(rows)
     expected = ((rows @ matrix.T) ** 2).sum(axis=1)
     error = np.abs(np.asarray(ours) - expected).max() / expected.max()
-    assert error <= 1e-14, f"jax {jax.__version__} computes wrong numbers here (relative error {error:.1e}): use another"
+    assert error <= 1e-14, (
+        f"jax {jax.__version__} computes wrong numbers here (relative error {error:.1e}): use another"
+    )

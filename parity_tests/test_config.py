@@ -22,13 +22,20 @@ def test_original_settings() -> None:
     assert config.train.batch_size * config.train.seq_len == 524_288
     assert (config.train.steps, config.train.grad_accum, config.optim.warmup_steps) == (10_000, 4, 1000)
     assert (config.optim.learning_rate, config.optim.min_learning_rate) == (6e-4, 6e-5)
-    assert (config.optim.weight_decay, config.optim.beta1, config.optim.beta2, config.optim.grad_clip) == (0.1, 0.9, 0.95, 1)
+    assert (config.optim.weight_decay, config.optim.beta1, config.optim.beta2, config.optim.grad_clip) == (
+        0.1,
+        0.9,
+        0.95,
+        1,
+    )
 
 
 BAD_FIELDS = {
-    "optim.learning_rate=6e-4": (r"optim\.learning_rate: expected float, found '6e-4' \(str\); YAML reads this as text, write 6\.0e-04"),
+    "optim.learning_rate=6e-4": (
+        r"optim\.learning_rate: expected float, found '6e-4' \(str\); YAML reads this as text, write 6\.0e-04"
+    ),
     "model.n_kv_head=2": r"model\.n_kv_head: unknown field; did you mean model\.n_kv_heads\?",
-    "train.steps='100'": r"train\.steps: expected int, found '100' \(str\); remove the quotes",
+    "train.steps='100'": r"train\.steps: expected int, found '100' \(str\); YAML reads this as text, write 100",
     "train.steps=1.5": r"train\.steps: expected int, found 1\.5 \(float\)",
     "train.steps=true": r"train\.steps: expected int, found True \(bool\)",
     "model.width=null": r"model\.width: expected int, found None",

@@ -21,7 +21,16 @@ from parity_tests.conftest import TINY
 
 @pytest.mark.parametrize(
     "text",
-    ["", " ", "\n\n  two  spaces\t\ttabs\r\n", "héllo 😀 \u200b\u3000 漢字", "\x00\x01", "x" * 3000, "<s></s><unk>", "1234567890"],
+    [
+        "",
+        " ",
+        "\n\n  two  spaces\t\ttabs\r\n",
+        "héllo 😀 \u200b\u3000 漢字",
+        "\x00\x01",
+        "x" * 3000,
+        "<s></s><unk>",
+        "1234567890",
+    ],
 )
 def test_tokenizer_loses_nothing(text: str, tokenizer: Tokenizer) -> None:
     assert tokenizer.decode(tokenizer.encode(text)) == text

@@ -49,7 +49,9 @@ def test_greedy_tokens_agree(name: str, tokenizer: Tokenizer, tmp_path: Path) ->
         assert row == (out[: out.index(tokenizer.eos_id)] if tokenizer.eos_id in out else out)
 
 
-@pytest.mark.parametrize("options", [{}, {"top_k": 20}, {"top_p": 0.7}, {"temperature": 1.7, "top_k": 40, "top_p": 0.9}])
+@pytest.mark.parametrize(
+    "options", [{}, {"top_k": 20}, {"top_p": 0.7}, {"temperature": 1.7, "top_k": 40, "top_p": 0.9}]
+)
 def test_same_seed_same_tokens(options: dict[str, Any], tier: Tier, tokenizer: Tokenizer) -> None:
     settings = {"max_new_tokens": 60, "temperature": 1.0, "seed": 11} | options
     both = generators(TINY, tier, tokenizer)
@@ -98,7 +100,8 @@ def reference_filter(logits: np.ndarray, temperature: float, top_k: int, top_p: 
 
 
 @pytest.mark.parametrize(
-    ("temperature", "top_k", "top_p"), [(1.0, 0, 1.0), (0.5, 0, 0.9), (1.5, 7, 1.0), (1.0, 12, 0.6), (1.0, 1, 1.0), (2.0, 0, 0.01)]
+    ("temperature", "top_k", "top_p"),
+    [(1.0, 0, 1.0), (0.5, 0, 0.9), (1.5, 7, 1.0), (1.0, 12, 0.6), (1.0, 1, 1.0), (2.0, 0, 0.01)],
 )
 def test_samples_follow_the_filtered_distribution(temperature: float, top_k: int, top_p: float, float64: Tier) -> None:
     """Over an even grid of uniforms, each token is drawn in proportion to its probability, to within one draw."""
@@ -164,7 +167,9 @@ def test_stops_at_the_end_of_the_document(framework: str, tokenizer: Tokenizer) 
         (lambda g: g.generate(["a"], max_new_tokens=3, top_k=-1), "top_k"),
     ],
 )
-def test_bad_requests(framework: str, request_of: Callable[[BaseGenerator], Any], message: str, tokenizer: Tokenizer) -> None:
+def test_bad_requests(
+    framework: str, request_of: Callable[[BaseGenerator], Any], message: str, tokenizer: Tokenizer
+) -> None:
     generator = generators(TINY, TIERS["float32"], tokenizer)[framework]
     with pytest.raises(InputError, match=message):
         request_of(generator)

@@ -38,7 +38,9 @@ def gradients(pair: Pair, tokens: np.ndarray) -> tuple[dict[str, np.ndarray], di
 
     @jax.jit
     def grad(params: jax_weights.Params) -> jax_weights.Params:
-        return jax.grad(lambda p: jax_mean_loss(jax_weights.merge_model(graphdef, p, rope), jnp.asarray(tokens)))(params)
+        return jax.grad(lambda p: jax_mean_loss(jax_weights.merge_model(graphdef, p, rope), jnp.asarray(tokens)))(
+            params
+        )
 
     torch_mean_loss(pair.torch, to_torch(tokens)).backward()
     theirs = {path: param.grad for path, param in pair.torch.named_parameters()}

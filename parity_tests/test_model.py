@@ -6,14 +6,21 @@ import numpy as np
 import pytest
 import torch
 
-import minillm_jax
-import minillm_torch
-from minillm_core.config import ModelConfig
 from minillm_core.params import init_params
 from minillm_jax import weights
 from minillm_jax.train import mean_loss as jax_mean_loss
 from minillm_torch.train import mean_loss as torch_mean_loss
-from parity_tests.conftest import LENGTHS, MODELS, TIERS, Pair, assert_close, make_pair, random_tokens, to_numpy, to_torch
+from parity_tests.conftest import (
+    LENGTHS,
+    MODELS,
+    TIERS,
+    Pair,
+    assert_close,
+    make_pair,
+    random_tokens,
+    to_numpy,
+    to_torch,
+)
 
 
 @pytest.mark.parametrize("length", LENGTHS)

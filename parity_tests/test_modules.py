@@ -90,7 +90,10 @@ def test_attend(module_pair: Pair) -> None:
 def test_fused_attention_is_attention(module_pair: Pair) -> None:
     """torch's fused kernel, used on a GPU, means the same as `attend`."""
     c = module_pair.config
-    q, k, v = (both(module_pair, 2, 64, heads, c.resolved_head_dim, seed=i)[1] for i, heads in enumerate([c.n_heads, c.n_kv_heads, c.n_kv_heads]))
+    q, k, v = (
+        both(module_pair, 2, 64, heads, c.resolved_head_dim, seed=i)[1]
+        for i, heads in enumerate([c.n_heads, c.n_kv_heads, c.n_kv_heads])
+    )
     plain = torch_layers.attend(q, k, v, torch.arange(64)[None])
     assert_close("attend_fused", to_numpy(torch_layers.attend_fused(q, k, v)), to_numpy(plain), module_pair.tier.module)
 

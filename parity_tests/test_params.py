@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 
 import minillm_jax
 import minillm_torch
@@ -46,8 +47,10 @@ def test_names_are_a_bijection(config: ModelConfig) -> None:
 def test_round_trip_in_memory(config: ModelConfig) -> None:
     """Canonical -> framework -> canonical, bit for bit, and the two frameworks' layouts are what they claim."""
     tensors = random_weights(config)
-    for weights in (jax_weights, torch_weights):
-        back = weights.to_canonical(config, weights.to_framework(config, tensors)) if weights is jax_weights else tensors
+    in_jax = jax_weights.from_canonical(config, tensors, np.float32)
+    in_torch = torch_weights.from_canonical(config, tensors, torch.float32)
+    for back in (jax_weights.to_canonical(config, in_jax), torch_weights.to_canonical(config, in_torch)):
+        assert list(back) == list(tensors)
         assert all(np.array_equal(back[name], tensors[name]) for name in tensors)
     kernel = jax_weights.to_framework(config, tensors)["model.layers.0.mlp.up_proj.kernel"]
     assert kernel.shape == (config.width, config.hidden)
@@ -98,4 +101,3 @@ def test_initial_weights_are_these_bits() -> None:
     spec = param_table(MODELS["gqa"])["model.layers.1.mlp.gate_proj.weight"]
     frozen = [0.02610214240849018, 0.03391113504767418, 0.014867681078612804, -0.020043442025780678]
     assert np.array_equal(init_param(spec, 1337)[5, :4], np.array(frozen, np.float32))
-

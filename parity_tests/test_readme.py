@@ -13,10 +13,26 @@ from parity_tests.test_scripts import STEPS, succeeds
 
 README = (ROOT / "README.md").read_text()
 COMMANDS = [line.split("#")[0].strip() for line in re.findall(r"^python scripts/.*$", README, re.MULTILINE)]
-TINY_MODEL = (
-    "--model.vocab_size 512 --model.context_length 320 --model.width 32 --model.n_layers 1 --model.n_heads 2 "
-    "--model.n_kv_heads 1 --model.head_dim 16 --model.hidden 48 --optim.warmup_steps 1"
-).split()
+TINY_MODEL = [
+    "--model.vocab_size",
+    "512",
+    "--model.context_length",
+    "320",
+    "--model.width",
+    "32",
+    "--model.n_layers",
+    "1",
+    "--model.n_heads",
+    "2",
+    "--model.n_kv_heads",
+    "1",
+    "--model.head_dim",
+    "16",
+    "--model.hidden",
+    "48",
+    "--optim.warmup_steps",
+    "1",
+]
 
 
 def tiny(script: str, arguments: list[str], corpus: Path) -> list[str]:

@@ -153,7 +153,12 @@ def test_convert_round_trip(home: Path, source: str, target: str, tmp_path: Path
     done = succeeds("convert", f"{target}-to-{source}", there, back, cwd=home)
     assert_same_bits(payload(original, source), payload(Path(done.stdout.strip()), source))
     info, copy = read_info(original), read_info(converted)
-    assert (copy.step, copy.config, copy.data_hashes, copy.converted_from) == (info.step, info.config, info.data_hashes, source)
+    assert (copy.step, copy.config, copy.data_hashes, copy.converted_from) == (
+        info.step,
+        info.config,
+        info.data_hashes,
+        source,
+    )
     tokens = random_tokens(TINY, 2, 300)
     models = {source: BACKENDS[source].load(original), target: BACKENDS[target].load(there)}
     logits = [to_numpy(models["jax"](jax.numpy.asarray(tokens))[0]), to_numpy(models["torch"](to_torch(tokens))[0])]
@@ -196,7 +201,9 @@ def test_training_goes_on_after_converting(home: Path, tmp_path: Path) -> None:
     assert "resuming from runs/tiny/jax/checkpoints/3" in done.stderr
     moved = read_metrics(tmp_path / "runs/tiny/jax/metrics.jsonl")
     for framework in BACKENDS:
-        whole = {(r["step"], r["split"]): r["loss"] for r in read_metrics(home / "runs/tiny" / framework / "metrics.jsonl")}
+        whole = {
+            (r["step"], r["split"]): r["loss"] for r in read_metrics(home / "runs/tiny" / framework / "metrics.jsonl")
+        }
         for row in moved:
             assert row["loss"] == pytest.approx(whole[row["step"], row["split"]], rel=1e-5)
 
@@ -241,11 +248,17 @@ def test_plan(home: Path) -> None:
     [
         (r"no such configuration: quickstrat.*quickstart", ["train_jax", "quickstrat"]),
         (r"train\.step", ["train_jax", "tiny.yaml", "--train.step", "3"]),
-        (r"belongs to another configuration.*optim\.weight_decay: 0\.2, was 0\.1", ["train_torch", "tiny.yaml", "--optim.weight_decay", "0.2"]),
+        (
+            r"belongs to another configuration.*optim\.weight_decay: 0\.2, was 0\.1",
+            ["train_torch", "tiny.yaml", "--optim.weight_decay", "0.2"],
+        ),
         (r"not empty and not a run directory.*data", ["train_jax", "tiny.yaml", "--train.out_dir", "data"]),
         (r"another vocabulary.*expected: 600.*found: 512", ["train_torch", "tiny.yaml", "--model.vocab-size", "600"]),
         (r"no jax checkpoint.*train first", ["generate", "runs/nothing"]),
-        (r"a torch checkpoint where a jax one is needed.*convert\.py 'torch->jax'", ["generate", "runs/tiny/torch/checkpoints/6"]),
+        (
+            r"a torch checkpoint where a jax one is needed.*convert\.py 'torch->jax'",
+            ["generate", "runs/tiny/torch/checkpoints/6"],
+        ),
         (r"longer than the context.*at most 320", ["generate", "runs/tiny", "--prompt", "word " * 900]),
         (r"temperature is out of range.*-1", ["generate", "runs/tiny", "--temperature", "-1"]),
         (r"unknown conversion.*'torch->hx'", ["convert", "torch->hx"]),

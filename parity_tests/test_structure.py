@@ -11,8 +11,19 @@ import minillm_torch
 from parity_tests.conftest import ROOT
 
 PACKAGES = ("minillm_core", "minillm_jax", "minillm_torch")
+JAX = {"jax", "jaxlib", "flax", "optax", "orbax"}
 FORBIDDEN = {
-    "minillm_core": {"jax", "jaxlib", "flax", "optax", "orbax", "torch", "minillm_jax", "minillm_torch", "transformers"},
+    "minillm_core": {
+        "jax",
+        "jaxlib",
+        "flax",
+        "optax",
+        "orbax",
+        "torch",
+        "minillm_jax",
+        "minillm_torch",
+        "transformers",
+    },
     "minillm_jax": {"torch", "minillm_torch", "transformers"},
     "minillm_torch": {"jax", "jaxlib", "flax", "optax", "orbax", "minillm_jax", "transformers"},
 }
@@ -46,7 +57,9 @@ def public_names(path: Path) -> dict[str, list[str]]:
             members = [(node, member) for member in node.body if isinstance(member, ast.FunctionDef)]
         for member in members:
             owner, function = member if isinstance(member, tuple) else (None, member)
-            if isinstance(function, ast.FunctionDef) and (not function.name.startswith("_") or function.name == "__init__"):
+            if isinstance(function, ast.FunctionDef) and (
+                not function.name.startswith("_") or function.name == "__init__"
+            ):
                 arguments = [a.arg for a in (*function.args.args, *function.args.kwonlyargs)]
                 names[f"{owner.name}.{function.name}" if owner else function.name] = arguments
     return names

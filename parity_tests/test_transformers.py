@@ -14,7 +14,18 @@ from minillm_core.checkpoints import Tensors, TrainingState
 from minillm_core.config import ModelConfig, RopeScaling
 from minillm_core.interchange import to_hf_config
 from minillm_core.rope import inverse_frequencies
-from parity_tests.conftest import MODELS, TIERS, Tier, assert_close, make_pair, random_tokens, random_weights, run_config, to_numpy, to_torch
+from parity_tests.conftest import (
+    MODELS,
+    TIERS,
+    Tier,
+    assert_close,
+    make_pair,
+    random_tokens,
+    random_weights,
+    run_config,
+    to_numpy,
+    to_torch,
+)
 
 
 def random_config(seed: int) -> ModelConfig:
@@ -52,7 +63,7 @@ def load_llama(config: ModelConfig, weights: Tensors, folder: Path, dtype: torch
     model, report = LlamaForCausalLM.from_pretrained(
         folder, dtype=dtype, attn_implementation="sdpa", output_loading_info=True
     )
-    assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
+    assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     return model.eval()
 
 
@@ -70,7 +81,9 @@ def test_float32(any_config: ModelConfig, tmp_path: Path) -> None:
     llama = load_llama(any_config, weights, tmp_path, torch.float32)
     tokens = random_tokens(any_config, 2, 500)
     expected = llama_logits(llama, tokens)
-    for framework, logits in zip(("jax", "torch"), make_pair(any_config, TIERS["float32"], weights).logits(tokens), strict=True):
+    for framework, logits in zip(
+        ("jax", "torch"), make_pair(any_config, TIERS["float32"], weights).logits(tokens), strict=True
+    ):
         assert_close(framework, logits, expected, TIERS["float32"].logits)
 
 

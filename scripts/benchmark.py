@@ -1,6 +1,6 @@
-"""Parity and rates of both frameworks on this machine's GPU, or on its CPU: prints a report in Markdown.
+"""Parity and rates of both frameworks on this machine's GPU, or on its CPU: a report in Markdown.
 
-Parity is checked at float32 (no TF32) and bfloat16 against the tolerances that the tests hold; then a short training run
+Parity is checked at float32 (no TF32) and bfloat16 against the tolerances that the tests hold; then a short training
 of the preset on its own data and decoding are timed. On a GPU the default preset is mini-llm-50m, else quickstart.
 """
 
@@ -89,7 +89,7 @@ def header(config: BenchmarkConfig) -> list[str]:
         "",
         f"- {minillm_jax.describe_device()}; {minillm_torch.describe_device()}; Python {platform.python_version()}",
         f"- {platform.platform()}, {os.cpu_count()} CPU cores",
-        f"- training: batch {c.batch_size} x {c.seq_len} in {c.grad_accum} micro-batches, compute dtype {c.compute_dtype}",
+        f"- training: {c.batch_size} x {c.seq_len} tokens in {c.grad_accum} micro-batches, {c.compute_dtype} precision",
     ]
 
 
@@ -109,11 +109,17 @@ def parity(config: BenchmarkConfig, dtype: str) -> list[Check]:
         grads[backend.FRAMEWORK] = unclipped(one, backend.export_state(one, state), float(metrics["grad_norm"]))
         free_memory()
     ours, theirs = torch.from_numpy(logits["jax"]), torch.from_numpy(logits["torch"])
-    pairs = [(grads["jax"][name].ravel().astype(np.float64), array.ravel().astype(np.float64)) for name, array in grads["torch"].items()]
+    pairs = [
+        (grads["jax"][name].ravel().astype(np.float64), array.ravel().astype(np.float64))
+        for name, array in grads["torch"].items()
+    ]
     if dtype == "float32":
         error = float((ours - theirs).abs().max() / max(1.0, float(theirs.abs().max())))
         worst = max(float(np.linalg.norm(a - b) / np.linalg.norm(b)) for a, b in pairs)
-        return [Check("float32 logits, largest error", error, 5e-5), Check("float32 gradients, worst relative norm", worst, 1e-4)]
+        return [
+            Check("float32 logits, largest error", error, 5e-5),
+            Check("float32 gradients, worst relative norm", worst, 1e-4),
+        ]
     log_p, log_q = torch.log_softmax(theirs, -1), torch.log_softmax(ours, -1)
     return [
         Check("bfloat16 mean KL, nat", float((log_p.exp() * (log_p - log_q)).sum(-1).mean()), 1e-3),
@@ -154,7 +160,7 @@ def training_rates(config: BenchmarkConfig) -> list[str]:
         batches = [data.batch(n, c.batch_size, c.seq_len, c.seed) for n in range(config.steps + 2)]
         for n, tokens in enumerate(batches):
             if n == 2:
-                float(metrics["loss"])
+                backend.export_state(config, state)  # waits for the device
                 started = time.perf_counter()
             state, metrics = step(state, tokens, learning_rate(config.optim, n, c.steps))
         losses.append(float(metrics["loss"]))

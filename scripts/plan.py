@@ -22,7 +22,10 @@ def plan(names: tyro.conf.Positional[tuple[str, ...]] = ()) -> None:
         names: presets or .yaml files; without any, every preset.
     """
     frameworks = [name for name in FRAMEWORKS if importlib.util.find_spec(name)]
-    print(f"{'configuration':<16} {'parameters':>15} {'GFLOP/token':>12} {'weights':>12} {'training':>12} {'KV cache':>12}")
+    print(
+        f"{'configuration':<16} {'parameters':>15} {'GFLOP/token':>12} "
+        f"{'weights':>12} {'training':>12} {'KV cache':>12}"
+    )
     for name in names or preset_names():
         config = load_config(name)
         model, seq_len = config.model, config.train.seq_len

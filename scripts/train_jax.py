@@ -2,11 +2,12 @@
 
 import minillm_jax
 from minillm_core.cli import parse_run_config, run
+from minillm_core.config import RunConfig
 from minillm_core.loop import train_and_sample
 
 
 def main() -> None:
-    train_and_sample(parse_run_config(__doc__), minillm_jax)
+    train_and_sample(parse_run_config(__doc__, RunConfig), minillm_jax)
 
 
 if __name__ == "__main__":
