@@ -74,11 +74,13 @@ class BaseGenerator(ABC):
 
     def stream(self, prompt: str, *, max_new_tokens: int, **sampling: Any) -> Iterator[str]:
         """The continuation of one prompt in pieces, as they are decoded. Arguments and errors as in `generate`."""
+        prompts = [self.tokenizer.encode(prompt, bos=True)]
+        return self._text_of(self.blocks(prompts, max_new_tokens, SamplingConfig(**sampling)))
+
+    def _text_of(self, blocks: Iterator[np.ndarray]) -> Iterator[str]:
         ids: list[int] = []
         n_sent = 0
-        for block_BN in self.blocks(
-            [self.tokenizer.encode(prompt, bos=True)], max_new_tokens, SamplingConfig(**sampling)
-        ):
+        for block_BN in blocks:
             ids = self._until_end(ids + block_BN[0].tolist())
             text = self.tokenizer.decode(ids)
             complete = len(text.rstrip("\ufffd"))  # a character whose bytes are not all there yet waits
@@ -93,7 +95,12 @@ class BaseGenerator(ABC):
     ) -> Iterator[np.ndarray]:
         """Decodes up to BLOCK tokens of every row at a time, int (B, n), until every row has ended or has
         max_new_tokens. A row that has ended goes on; what follows its end means nothing."""
-        self._check(prompts, max_new_tokens)
+        self._check(prompts, max_new_tokens)  # at the call, not at the first block
+        return self._decode_blocks(prompts, max_new_tokens, sampling)
+
+    def _decode_blocks(
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, sampling: SamplingConfig
+    ) -> Iterator[np.ndarray]:
         length_B = np.array([len(prompt) for prompt in prompts], np.int32)
         limit = self.config.context_length
         tokens_BT = np.zeros((len(prompts), bucket(int(length_B.max()), limit)), np.int32)
