@@ -8,7 +8,9 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +26,7 @@ from minillm_core.corpus import list_documents
 from minillm_core.data import prepare_data
 from minillm_core.params import param_table
 from minillm_core.tokenizer import Tokenizer
+from minillm_jax.weights import Params, merge_model, split_model
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -127,11 +130,25 @@ class Pair:
     def logits(self, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         with torch.inference_mode():
             theirs = self.torch(to_torch(tokens))[0]
-        return to_numpy(jax.jit(lambda t: self.jax(t)[0])(tokens)), to_numpy(theirs)
+        ours, _ = jax_forward(*split_model(self.jax), tokens, None)
+        return to_numpy(ours), to_numpy(theirs)
 
 
-def make_pair(config: ModelConfig, tier: Tier, weights: Tensors | None = None) -> Pair:
-    weights = random_weights(config) if weights is None else weights
+@partial(jax.jit, static_argnums=0)
+def jax_forward(
+    graphdef: Any, params: Params, rope: Params, tokens: jax.Array, cache: minillm_jax.KVCache | None
+) -> tuple[jax.Array, minillm_jax.KVCache | None]:
+    """The JAX model as one compiled function, shared by all tests of one shape."""
+    return merge_model(graphdef, params, rope)(tokens, cache)
+
+
+@lru_cache
+def make_pair(config: ModelConfig, tier: Tier) -> Pair:
+    """The pair with `random_weights`; built once, so a test that trains needs its own."""
+    return pair_of(config, tier, random_weights(config))
+
+
+def pair_of(config: ModelConfig, tier: Tier, weights: Tensors) -> Pair:
     return Pair(
         config,
         tier,

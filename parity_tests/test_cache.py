@@ -2,10 +2,8 @@
 
 import dataclasses
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -14,8 +12,19 @@ import torch
 import minillm_jax
 import minillm_torch
 from minillm_core.errors import InputError
-from minillm_jax.weights import Params, merge_model, split_model
-from parity_tests.conftest import MODELS, TIERS, Pair, Tier, assert_close, make_pair, random_tokens, to_numpy, to_torch
+from minillm_jax.weights import split_model
+from parity_tests.conftest import (
+    MODELS,
+    TIERS,
+    Pair,
+    Tier,
+    assert_close,
+    jax_forward,
+    make_pair,
+    random_tokens,
+    to_numpy,
+    to_torch,
+)
 
 BACKENDS = {"jax": minillm_jax, "torch": minillm_torch}
 
@@ -24,14 +33,9 @@ def new_cache(pair: Pair, framework: str, batch: int, capacity: int) -> Any:
     return BACKENDS[framework].init_cache(pair.config, batch, capacity, getattr(pair.tier, framework))
 
 
-@partial(jax.jit, static_argnums=0)
-def _call(graphdef: Any, params: Params, rope: Params, tokens: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
-    return merge_model(graphdef, params, rope)(tokens, cache)
-
-
 def call(pair: Pair, framework: str, tokens: np.ndarray, cache: Any) -> tuple[np.ndarray, Any]:
     if framework == "jax":
-        logits, cache = _call(*split_model(pair.jax), tokens, cache)
+        logits, cache = jax_forward(*split_model(pair.jax), tokens, cache)
     else:
         with torch.inference_mode():
             logits, cache = pair.torch(to_torch(tokens), cache)

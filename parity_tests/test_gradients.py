@@ -1,9 +1,10 @@
 """Every gradient by name, one clipped AdamW update, and whole training runs."""
 
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -32,20 +33,20 @@ from parity_tests.conftest import (
 RATE = 1e-2
 
 
+@partial(jax.jit, static_argnums=0)
+def _jax_gradient(
+    graphdef: Any, params: jax_weights.Params, rope: jax_weights.Params, tokens: jax.Array
+) -> jax_weights.Params:
+    return jax.grad(lambda p: jax_mean_loss(jax_weights.merge_model(graphdef, p, rope), tokens))(params)
+
+
 def gradients(pair: Pair, tokens: np.ndarray) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """d loss / d parameter by canonical name, both frameworks."""
-    graphdef, params, rope = jax_weights.split_model(pair.jax)
-
-    @jax.jit
-    def grad(params: jax_weights.Params) -> jax_weights.Params:
-        return jax.grad(lambda p: jax_mean_loss(jax_weights.merge_model(graphdef, p, rope), jnp.asarray(tokens)))(
-            params
-        )
-
+    pair.torch.zero_grad()
     torch_mean_loss(pair.torch, to_torch(tokens)).backward()
     theirs = {path: param.grad for path, param in pair.torch.named_parameters()}
     return (
-        minillm_jax.to_canonical(pair.config, grad(params)),
+        minillm_jax.to_canonical(pair.config, _jax_gradient(*jax_weights.split_model(pair.jax), tokens)),
         minillm_torch.to_canonical(pair.config, theirs),
     )
 

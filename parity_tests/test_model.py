@@ -20,6 +20,7 @@ from parity_tests.conftest import (
     Tier,
     assert_close,
     make_pair,
+    pair_of,
     random_tokens,
     to_numpy,
     to_torch,
@@ -77,7 +78,7 @@ def test_causality_by_gradient(name: str, float64: object) -> None:
 @pytest.mark.parametrize("name", ["gqa", "mqa-untied"])
 def test_first_loss_is_that_of_guessing(name: str) -> None:
     config = MODELS[name]
-    pair = make_pair(config, TIERS["float32"], init_params(config, seed=0))
+    pair = pair_of(config, TIERS["float32"], init_params(config, seed=0))
     tokens = random_tokens(config, 4, 257)
     for framework, loss in (
         ("jax", float(jax_mean_loss(pair.jax, jnp.asarray(tokens)))),

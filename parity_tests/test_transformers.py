@@ -20,6 +20,7 @@ from parity_tests.conftest import (
     Tier,
     assert_close,
     make_pair,
+    pair_of,
     random_tokens,
     random_weights,
     run_config,
@@ -82,7 +83,7 @@ def test_float32(any_config: ModelConfig, tmp_path: Path) -> None:
     tokens = random_tokens(any_config, 2, 500)
     expected = llama_logits(llama, tokens)
     for framework, logits in zip(
-        ("jax", "torch"), make_pair(any_config, TIERS["float32"], weights).logits(tokens), strict=True
+        ("jax", "torch"), pair_of(any_config, TIERS["float32"], weights).logits(tokens), strict=True
     ):
         assert_close(framework, logits, expected, TIERS["float32"].logits)
 
