@@ -1,15 +1,13 @@
 """What the train loop asks of a framework: the common public names of minillm_jax and minillm_torch."""
 
-import importlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import numpy as np
 
 from minillm_core.checkpoints import TrainingState
 from minillm_core.config import ModelConfig, RunConfig
-from minillm_core.errors import InputError
 
 State = Any
 """Parameters and Adam moments, as the framework keeps them."""
@@ -43,20 +41,5 @@ class Backend(Protocol):
     def load(self, path: str | Path, dtype: str = "float32") -> Model: ...
     def count_params(self, config: ModelConfig) -> int: ...
     def count_forward_flops(self, config: ModelConfig, batch: int, seq_len: int) -> int: ...
+    def resolve_dtype(self, name: str) -> Any: ...
     def describe_device(self) -> str: ...
-
-
-def load_backend(framework: str) -> Backend:
-    """The package of a framework, imported when asked for by name.
-
-    Raises:
-        InputError: the framework is not installed.
-    """
-    try:
-        return cast(Backend, importlib.import_module(f"minillm_{framework}"))
-    except ModuleNotFoundError as error:
-        if error.name and error.name.startswith("minillm"):
-            raise
-        raise InputError(
-            f"{framework} is not installed", found=f"no module {error.name}", do=f"pip install -e '.[{framework}]'"
-        ) from error

@@ -153,7 +153,9 @@ def verify_checkpoint(checkpoint: Path) -> None:
     problems += [f"unexpected: {name}" for name in _files(checkpoint) if manifest and name not in manifest]
     if problems:
         raise InputError(
-            "damaged checkpoint:\n  " + "\n  ".join(problems), where=checkpoint, do="use another checkpoint of the run"
+            "damaged checkpoint:\n  " + "\n  ".join(problems),
+            where=checkpoint,
+            do="use another checkpoint of the run; to train on from the one before, move this folder away",
         )
 
 

@@ -1,5 +1,6 @@
 """What the scripts share: parsing a RunConfig, and turning a user's mistake into a message and an exit code."""
 
+import logging
 import sys
 from collections.abc import Callable, Iterable
 from typing import TypeVar
@@ -27,6 +28,7 @@ def print_stream(prompt: str, pieces: Iterable[str]) -> None:
 
 def run(main: Callable[[], None]) -> None:
     """Calls a script's main: exits with 2 and a plain message on an InputError, with 130 on Ctrl-C."""
+    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports every file it writes at level INFO
     try:
         main()
     except InputError as error:

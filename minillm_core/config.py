@@ -118,7 +118,7 @@ class OptimConfig:
     learning_rate: float
     """Reached at the end of the warm-up."""
     min_learning_rate: float
-    """Reached by cosine decay at the last step."""
+    """Where the cosine decay ends, one step after the last."""
     warmup_steps: int
     weight_decay: float = 0.1
     beta1: float = 0.9
@@ -131,6 +131,12 @@ class OptimConfig:
         for field in ("min_learning_rate", "warmup_steps", "weight_decay"):
             value = getattr(self, field)
             _require(value >= 0, f"optim.{field} is negative", expected="0 or more", found=value)
+        _require(
+            self.min_learning_rate <= self.learning_rate,
+            "optim.min_learning_rate is above optim.learning_rate",
+            expected=f"at most {self.learning_rate}",
+            found=self.min_learning_rate,
+        )
         for field in ("beta1", "beta2"):
             value = getattr(self, field)
             _require(0 <= value < 1, f"optim.{field} is out of range", expected="0 <= value < 1", found=value)
@@ -171,7 +177,7 @@ class TrainConfig:
     log_every: int = 10
     eval_every: int = 100
     eval_batches: int = 8
-    """Batches of the held-out split per evaluation on the way; the last evaluation reads the whole split."""
+    """Micro-batches of the held-out split per evaluation on the way; the last evaluation reads the whole split."""
     checkpoint_every: int = 100
     seed: int = 0
     compute_dtype: ComputeDtype = "auto"

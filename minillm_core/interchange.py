@@ -32,7 +32,7 @@ def read_safetensors(path: Path) -> Iterator[tuple[str, np.ndarray]]:
         raise InputError("missing or damaged safetensors file", found=error, where=path) from error
 
 
-def to_hf_config(config: ModelConfig, dtype: str = "float32") -> dict[str, Any]:
+def to_hf_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
     """The `config.json` with which `transformers` builds the same model (LlamaForCausalLM)."""
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
     if config.rope_scaling is not None:
@@ -71,5 +71,5 @@ def to_hf_config(config: ModelConfig, dtype: str = "float32") -> dict[str, Any]:
     }
 
 
-def write_hf_config(path: Path, config: ModelConfig) -> None:
-    path.write_text(json.dumps(to_hf_config(config), indent=1) + "\n")
+def write_hf_config(path: Path, config: ModelConfig, dtype: str) -> None:
+    path.write_text(json.dumps(to_hf_config(config, dtype), indent=1) + "\n")

@@ -1,7 +1,7 @@
 """The train loop, one for both frameworks: data, schedule, logging, evaluation, checkpoints.
 
-It dispatches step n before it reads the metrics of step n - 1, and reads those only at log ticks, so an accelerator
-never waits for the host.
+It dispatches step n before it reads the metrics of step n - 1, and reads those only at log ticks: between ticks nothing
+waits for the device.
 """
 
 import math
@@ -103,7 +103,7 @@ def _run_steps(config: RunConfig, backend: Backend, data: PreparedData, state: S
     progress = _Progress(config, start)
     say(
         f"training {count_params(config.model):,} parameters for {c.steps - start} steps "
-        f"of {c.batch_size} x {c.seq_len} tokens, {backend.describe_device()}"
+        f"of {c.batch_size} x {c.seq_len} tokens, {backend.resolve_dtype(c.compute_dtype)}, {backend.describe_device()}"
     )
     unread: deque[tuple[int, float, dict[str, Any]]] = deque()
 
@@ -112,51 +112,54 @@ def _run_steps(config: RunConfig, backend: Backend, data: PreparedData, state: S
             step, rate, metrics = unread.popleft()
             loss, grad_norm = float(metrics["loss"]), float(metrics["grad_norm"])
             if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+                writer.wait()
                 raise InputError(
                     f"step {step}: the loss or the gradient is not finite",
                     found=f"loss {loss}, gradient norm {grad_norm}, learning rate {rate:.3e}",
                     where=f"last checkpoint: {checkpoint_steps(folder / 'checkpoints')[-1:] or 'none'}",
-                    do="lower optim.learning_rate or raise optim.warmup_steps",
+                    do="lower optim.learning_rate or raise optim.warmup_steps, and give another --train.out_dir",
                 )
             speed = progress.tick(step, loss, grad_norm, rate)
             log.write(step, "train", loss, grad_norm=grad_norm, learning_rate=rate, tokens_per_second=round(speed, 1))
 
-    for n in range(start, c.steps):
-        rate = learning_rate(config.optim, n, c.steps)
-        state, metrics = train_step(state, data.batch(n, c.batch_size, c.seq_len, c.seed), rate)
-        step = n + 1
-        if step % c.log_every == 0 or step in (1, c.steps):
-            unread.append((step, rate, metrics))
-        elif unread:
-            read_metrics_until(0)
-        is_last = step == c.steps
-        if is_last or step % c.eval_every == 0:
-            read_metrics_until(0)
+    def evaluate_now(step: int) -> None:
+        eval_step = backend.make_eval_step(backend.model_of(config, state))
+        loss = evaluate(eval_step, data, "val", c, None if step == c.steps else c.eval_batches)
+        compression = bits_per_byte(loss, data.tokens_per_byte("val"))
+        row = {"bits_per_byte": compression, "perplexity": perplexity(loss)}
+        log.write(step, "val", loss, **row)
+        _report([{"step": step, "split": "val", "loss": loss, **row}])
+        plot_loss(log.path, folder / "loss.png")
+
+    try:
+        for n in range(start, c.steps):
+            rate = learning_rate(config.optim, n, c.steps)
+            state, metrics = train_step(state, data.batch(n, c.batch_size, c.seq_len, c.seed), rate)
+            step = n + 1
+            evaluates, saves = (step == c.steps or step % every == 0 for every in (c.eval_every, c.checkpoint_every))
+            if step == 1 or step % c.log_every == 0 or evaluates or saves:
+                unread.append((step, rate, metrics))
+            # The step just dispatched is read after the next one, unless something hangs on it: no state is evaluated
+            # or saved whose loss and gradient were not seen to be finite.
+            read_metrics_until(0 if evaluates or saves or (unread and unread[-1][0] != step) else 1)
             with progress.paused():
-                eval_step = backend.make_eval_step(backend.model_of(config, state))
-                loss = evaluate(eval_step, data, "val", config.train, None if is_last else c.eval_batches)
-                row = {
-                    "bits_per_byte": bits_per_byte(loss, data.tokens_per_byte("val")),
-                    "perplexity": perplexity(loss),
-                }
-                log.write(step, "val", loss, **row)
-                _report([{"step": step, "split": "val", "loss": loss, **row}])
-                plot_loss(log.path, folder / "loss.png")
-        if is_last or step % c.checkpoint_every == 0:
-            read_metrics_until(0)
-            with progress.paused():
-                info = CheckpointInfo(backend.FRAMEWORK, step, config, data.hashes())
-                writer.save(info, data.tokenizer.path, partial(backend.start_payload, config=config, state=state))
-    writer.wait()
+                if evaluates:
+                    evaluate_now(step)
+                if saves:
+                    info = CheckpointInfo(backend.FRAMEWORK, step, config, data.hashes())
+                    start_payload = partial(backend.start_payload, config=config, state=state)
+                    writer.save(info, data.tokenizer.path, start_payload)
+    finally:
+        writer.wait()
     say(f"saved {folder / 'checkpoints' / str(c.steps)}")
 
 
 def evaluate(
     eval_step: EvalStep, data: PreparedData, split: str, config: TrainConfig, n_batches: int | None = None
 ) -> float:
-    """Mean loss in nats per token over a whole split, or over `n_batches` batches spread evenly over it."""
+    """Mean loss in nats per token over a whole split, or over `n_batches` micro-batches spread evenly over it."""
     sums, n_targets = [], 0.0
-    for window in data.windows(split, config.batch_size, config.seq_len, n_batches):
+    for window in data.windows(split, config.batch_size // config.grad_accum, config.seq_len, n_batches):
         sums.append(eval_step(window.tokens, window.mask))
         n_targets += float(window.mask.sum())
     return math.fsum(float(value) for value in sums) / n_targets

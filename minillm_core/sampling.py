@@ -15,13 +15,14 @@ class SamplingConfig:
     """0 takes the most likely token; 1 leaves the distribution as it is."""
     top_k: int = 0
     """Keep the k most likely tokens; 0 keeps all."""
-    top_p: float = 1.0
+    top_p: float = 0.95
     """Keep the fewest most likely tokens that together have at least this probability."""
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not self.temperature >= 0:
-            raise InputError("temperature is out of range", expected="0 or more", found=self.temperature)
+        if self.temperature != 0 and not 1e-6 <= self.temperature < float("inf"):
+            expected = "0 (the most likely token) or at least 1e-6"
+            raise InputError("temperature is out of range", expected=expected, found=self.temperature)
         if self.top_k < 0:
             raise InputError("top_k is negative", expected="0 (keep all) or more", found=self.top_k)
         if not 0 < self.top_p <= 1:

@@ -3,7 +3,6 @@
 core's checkpoints.py commits, lists and verifies; here tensors are written and read.
 """
 
-import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,8 +19,6 @@ from minillm_jax.train import TrainState, resolve_dtype
 from minillm_jax.weights import build_model, to_canonical, to_framework
 
 FRAMEWORK = "jax"
-
-logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports every file it writes at level INFO
 
 
 def start_payload(folder: Path, config: RunConfig, state: TrainState) -> Callable[[], None]:

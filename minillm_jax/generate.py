@@ -38,7 +38,7 @@ class Generator(BaseGenerator):
     def _decode(
         self, state: DecodeState, uniforms_BN: np.ndarray, n_tokens: int, sampling: SamplingConfig
     ) -> tuple[np.ndarray, DecodeState]:
-        filters = (sampling.temperature, sampling.top_k, sampling.top_p)
+        filters = (float(sampling.temperature), min(sampling.top_k, self.config.vocab_size), float(sampling.top_p))
         greedy = sampling.temperature == 0
         tokens_BN, state = _decode(
             self._graphdef, greedy, self._params, self._rope, state, uniforms_BN, n_tokens, filters
@@ -51,10 +51,11 @@ def _prefill(
     graphdef: Any, params: Params, rope: Params, tokens_BT: jax.Array, length_B: jax.Array, cache: KVCache
 ) -> DecodeState:
     """Positions past a row's length hold padding; they are not visible, and decoding overwrites them."""
-    logits_BTV, full_cache = merge_model(graphdef, params, rope)(tokens_BT, cache)
+    model = merge_model(graphdef, params, rope)
+    x_BTD, full_cache = model.model(tokens_BT, cache)
     assert full_cache is not None  # a cache went in
-    logits_BV = jnp.take_along_axis(logits_BTV, length_B[:, None, None] - 1, axis=1)[:, 0]
-    return logits_BV, dataclasses.replace(full_cache, length_B=length_B)
+    last_B1D = jnp.take_along_axis(x_BTD, length_B[:, None, None] - 1, axis=1)
+    return model.head(last_B1D)[:, 0], dataclasses.replace(full_cache, length_B=length_B)
 
 
 @partial(jax.jit, static_argnums=(0, 1), donate_argnums=4)
@@ -85,7 +86,9 @@ def _decode(
 def sample(
     logits_BV: jax.Array, uniform_B: jax.Array, temperature: jax.Array, top_k: jax.Array, top_p: jax.Array
 ) -> jax.Array:
-    """One token per row, by inverse CDF over the filtered distribution sorted by probability, ties by token id.
+    """One token per row, by inverse CDF over the filtered distribution, in the order of token ids.
+
+    Sorting only selects: were the CDF in the order of probability, rounding would swap near-equal tokens' places.
 
     Args:
         uniform_B: in [0, 1), one per row.
@@ -93,15 +96,14 @@ def sample(
         top_k: keep the k most likely tokens; 0 keeps all.
         top_p: keep the fewest most likely tokens that together have at least this probability.
     """
-    logits_BV = logits_BV.astype(at_least_float32(logits_BV.dtype)) / temperature
+    logits_BV = logits_BV.astype(at_least_float32(logits_BV.dtype))
+    logits_BV = (logits_BV - jnp.max(logits_BV, axis=-1, keepdims=True)) / temperature
     order_BV = jnp.argsort(-logits_BV, axis=-1, stable=True)
-    rank_V = jnp.arange(logits_BV.shape[-1])
+    rank_BV = jnp.argsort(order_BV, axis=-1)
     sorted_BV = jnp.take_along_axis(logits_BV, order_BV, axis=-1)
-    sorted_BV = jnp.where((top_k == 0) | (rank_V < top_k), sorted_BV, -jnp.inf)
+    sorted_BV = jnp.where((top_k == 0) | (jnp.arange(sorted_BV.shape[-1]) < top_k), sorted_BV, -jnp.inf)
     probs_BV = jax.nn.softmax(sorted_BV, axis=-1)
     before_BV = jnp.cumsum(probs_BV, axis=-1) - probs_BV
-    kept_BV = jnp.where((before_BV < top_p) | (rank_V == 0), probs_BV, 0.0)
-    cdf_BV = jnp.cumsum(kept_BV, axis=-1)
-    below_BV = (cdf_BV <= uniform_B[:, None] * cdf_BV[:, -1:]) & (kept_BV > 0)
-    index_B1 = jnp.minimum(below_BV.sum(axis=-1, keepdims=True), (kept_BV > 0).sum(axis=-1, keepdims=True) - 1)
-    return jnp.take_along_axis(order_BV, index_B1, axis=-1)[:, 0]
+    probs_BV = jnp.where((before_BV < top_p) | (before_BV == 0), probs_BV, 0.0)
+    cdf_BV = jnp.cumsum(jnp.take_along_axis(probs_BV, rank_BV, axis=-1), axis=-1)
+    return jnp.argmax(cdf_BV > uniform_B[:, None] * cdf_BV[:, -1:], axis=-1)

@@ -13,12 +13,15 @@ from jax.typing import DTypeLike
 from minillm_core.config import ModelConfig
 from minillm_jax.kv_cache import LayerCache, append
 
-HIGHEST = jax.lax.Precision.HIGHEST  # float32 means float32: no TF32; bfloat16 products are not affected
-
 
 def at_least_float32(dtype: DTypeLike) -> jnp.dtype:
     """float32 for float32 and smaller, float64 for float64."""
     return jnp.promote_types(dtype, jnp.float32)
+
+
+def precision_of(dtype: DTypeLike) -> jax.lax.Precision | None:
+    """float32 means float32, without TF32; 16-bit products keep XLA's default, which leaves it every fast kernel."""
+    return None if jnp.dtype(dtype).itemsize == 2 else jax.lax.Precision.HIGHEST
 
 
 def matmul(x: jax.Array, w: jax.Array) -> jax.Array:
@@ -26,7 +29,9 @@ def matmul(x: jax.Array, w: jax.Array) -> jax.Array:
 
     Left with its leading axes, XLA:CPU transposes copies in the backward pass: a SwiGLU gradient took twice as long.
     """
-    return jnp.matmul(x.reshape(-1, x.shape[-1]), w, precision=HIGHEST).reshape(*x.shape[:-1], w.shape[-1])
+    return jnp.matmul(x.reshape(-1, x.shape[-1]), w, precision=precision_of(x.dtype)).reshape(
+        *x.shape[:-1], w.shape[-1]
+    )
 
 
 class Linear(nnx.Module):
@@ -84,15 +89,15 @@ def attend(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, position_BT:
     B, T, N, H = q_BTNH.shape
     S, K = k_BSKH.shape[1:3]
     high = at_least_float32(q_BTNH.dtype)
-    q_BKGTH = q_BTNH.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
-    k_BK1HS = k_BSKH.transpose(0, 2, 3, 1)[:, :, None]
-    v_BK1SH = v_BSKH.transpose(0, 2, 1, 3)[:, :, None]
-    scores_BKGTS = jnp.matmul(q_BKGTH, k_BK1HS, precision=HIGHEST, preferred_element_type=high) * H**-0.5
+    G, precision = N // K, precision_of(q_BTNH.dtype)
+    q_BKxH = q_BTNH.reshape(B, T, K, G, H).transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, H)  # x: a group's queries
+    k_BKHS, v_BKSH = k_BSKH.transpose(0, 2, 3, 1), v_BSKH.transpose(0, 2, 1, 3)
+    scores_BKxS = jnp.matmul(q_BKxH, k_BKHS, precision=precision, preferred_element_type=high) * H**-0.5
     visible_BTS = jnp.arange(S) <= position_BT[:, :, None]
-    scores_BKGTS = jnp.where(visible_BTS[:, None, None], scores_BKGTS, -jnp.inf)
+    scores_BKGTS = jnp.where(visible_BTS[:, None, None], scores_BKxS.reshape(B, K, G, T, S), -jnp.inf)
     weights_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1).astype(v_BSKH.dtype)
-    out_BKGTH = jnp.matmul(weights_BKGTS, v_BK1SH, precision=HIGHEST)
-    return out_BKGTH.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
+    out_BKxH = jnp.matmul(weights_BKGTS.reshape(B, K, G * T, S), v_BKSH, precision=precision)
+    return out_BKxH.reshape(B, K, G, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
 
 
 def attend_fused(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array) -> jax.Array:
@@ -101,9 +106,11 @@ def attend_fused(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array) -> jax
 
 
 def can_fuse(q_BTNH: jax.Array) -> bool:
-    """Whether the fused kernel's conditions hold: a GPU, 16-bit inputs, head_dim a multiple of 8 up to 128, even T."""
+    """Whether the fused kernel's conditions hold: an Ampere or later GPU, 16-bit inputs, head_dim a multiple of 8 up to
+    128, even T."""
     _, T, _, H = q_BTNH.shape
-    return jax.default_backend() == "gpu" and q_BTNH.dtype.itemsize == 2 and H % 8 == 0 and H <= 128 and T % 2 == 0
+    fits = q_BTNH.dtype.itemsize == 2 and H % 8 == 0 and H <= 128 and T % 2 == 0
+    return fits and jax.default_backend() == "gpu" and float(jax.devices()[0].compute_capability) >= 8.0
 
 
 class Attention(nnx.Module):

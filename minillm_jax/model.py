@@ -11,20 +11,12 @@ from jax.typing import DTypeLike
 
 from minillm_core.config import ModelConfig
 from minillm_core.errors import InputError
-from minillm_core.rope import rope_table
 from minillm_jax.kv_cache import KVCache, LayerCache, check_room
 from minillm_jax.layers import Block, Embedding, Linear, RMSNorm, at_least_float32
 
 
 class RopeTable(nnx.Variable):
     """Cosines or sines of every position: constant, not trained, not saved."""
-
-
-def rope_arrays(config: ModelConfig, compute_dtype: DTypeLike) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines of every position, (context_length, H/2), in at least float32."""
-    dtype = at_least_float32(compute_dtype)
-    cos, sin = rope_table(config)
-    return jnp.asarray(cos, dtype), jnp.asarray(sin, dtype)
 
 
 class Decoder(nnx.Module):
@@ -35,7 +27,8 @@ class Decoder(nnx.Module):
         self.embed_tokens = Embedding(config.vocab_size, config.width, **dtypes)
         self.layers = nnx.List([Block(config, **dtypes) for _ in range(config.n_layers)])
         self.norm = RMSNorm(config.width, eps=config.norm_eps, param_dtype=param_dtype)
-        cos_SH, sin_SH = rope_arrays(config, compute_dtype)
+        shape = (config.context_length, config.resolved_head_dim // 2)
+        cos_SH, sin_SH = (jnp.zeros(shape, dtype=at_least_float32(compute_dtype)) for _ in range(2))
         self.cos_SH, self.sin_SH = RopeTable(cos_SH), RopeTable(sin_SH)
 
     def __call__(self, tokens_BT: jax.Array, cache: KVCache | None) -> tuple[jax.Array, KVCache | None]:
@@ -55,7 +48,7 @@ class Decoder(nnx.Module):
 
 
 class MiniLLM(nnx.Module):
-    """A Llama-style language model; its weights start at zero (see weights.py for real ones)."""
+    """A Llama-style language model; weights.py fills in its weights and rotary tables, which start at zero."""
 
     def __init__(self, config: ModelConfig, *, param_dtype: DTypeLike, compute_dtype: DTypeLike):
         self.config = config
@@ -79,16 +72,23 @@ class MiniLLM(nnx.Module):
             InputError: more tokens than the context or the cache holds, or a token id outside the vocabulary (under jit
                 only what shapes tell).
         """
-        check_tokens(self.config, tokens_BT)
+        tokens_BT = check_tokens(self.config, tokens_BT)
         if cache is not None:
             check_room(cache, tokens_BT.shape[1])
         x_BTD, cache = self.model(tokens_BT, cache)
-        logits_BTV = self.model.embed_tokens.attend(x_BTD) if self.lm_head is None else self.lm_head(x_BTD)
-        return logits_BTV, cache
+        return self.head(x_BTD), cache
+
+    def head(self, x_BTD: jax.Array) -> jax.Array:
+        """Logits (B, T, V) of the decoder's output."""
+        return self.model.embed_tokens.attend(x_BTD) if self.lm_head is None else self.lm_head(x_BTD)
 
 
-def check_tokens(config: ModelConfig, tokens_BT: jax.Array) -> None:
-    """Raises InputError for too many tokens or, where their values are known, for ids outside the vocabulary."""
+def check_tokens(config: ModelConfig, tokens_BT: jax.Array) -> jax.Array:
+    """The tokens as int32.
+
+    Raises:
+        InputError: too many tokens or, where their values are known, ids outside the vocabulary.
+    """
     if tokens_BT.ndim != 2 or not jnp.issubdtype(tokens_BT.dtype, jnp.integer):
         raise InputError("tokens are not a batch of ids", expected="integers (B, T)", found=jax.typeof(tokens_BT))
     if tokens_BT.shape[1] > config.context_length:
@@ -99,6 +99,7 @@ def check_tokens(config: ModelConfig, tokens_BT: jax.Array) -> None:
         if low < 0 or high >= config.vocab_size:
             found = f"ids from {low} to {high}"
             raise InputError("token id outside the vocabulary", expected=f"0 to {config.vocab_size - 1}", found=found)
+    return jnp.asarray(tokens_BT, jnp.int32)
 
 
 def abstract_model(config: ModelConfig) -> MiniLLM:

@@ -15,7 +15,8 @@ from jax.typing import DTypeLike
 from minillm_core.checkpoints import Tensors
 from minillm_core.config import ModelConfig
 from minillm_core.params import check_shapes, param_table
-from minillm_jax.model import MiniLLM, RopeTable, abstract_model, rope_arrays
+from minillm_core.rope import rope_table
+from minillm_jax.model import MiniLLM, RopeTable, abstract_model
 
 SUFFIXES: dict[str, tuple[str, Callable[[np.ndarray], np.ndarray]]] = {
     "kernel": ("weight", np.transpose),
@@ -90,8 +91,9 @@ def model_structure(
 ) -> tuple[nnx.GraphDef[MiniLLM], Params]:
     """A model's static structure and its constants, without its parameters."""
     abstract = nnx.eval_shape(lambda: MiniLLM(config, param_dtype=param_dtype, compute_dtype=compute_dtype))
-    cos_SH, sin_SH = rope_arrays(config, compute_dtype)
-    return split_model(abstract)[0], {"model.cos_SH": cos_SH, "model.sin_SH": sin_SH}
+    graphdef, _, rope = split_model(abstract)
+    tables = zip(("model.cos_SH", "model.sin_SH"), rope_table(config), strict=True)
+    return graphdef, {path: jnp.asarray(table, rope[path].dtype) for path, table in tables}
 
 
 def split_model(model: MiniLLM) -> tuple[nnx.GraphDef[MiniLLM], Params, Params]:

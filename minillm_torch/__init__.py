@@ -13,6 +13,7 @@ from minillm_torch.train import (
     make_eval_step,
     make_train_step,
     model_of,
+    resolve_dtype,
 )
 from minillm_torch.weights import build_model, to_canonical
 
@@ -36,6 +37,7 @@ __all__ = [
     "make_train_step",
     "model_of",
     "read_payload",
+    "resolve_dtype",
     "start_payload",
     "to_canonical",
     "write_payload",

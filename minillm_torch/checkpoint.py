@@ -20,14 +20,18 @@ FRAMEWORK = "torch"
 
 def start_payload(folder: Path, config: RunConfig, state: TrainState) -> Callable[[], None]:
     """Copies the state off the device; the returned function writes it."""
-    snapshot = export_state(config, state)
+    exported = export_state(config, state)
+    # On a CPU these arrays are the parameters' own memory, which the next step changes in place.
+    groups = (exported.weights, exported.exp_avg, exported.exp_avg_sq)
+    snapshot = TrainingState(*({name: array.copy() for name, array in group.items()} for group in groups))
     return lambda: write_payload(folder, config, snapshot)
 
 
 def write_payload(folder: Path, config: RunConfig, state: TrainingState) -> None:
     """Writes framework-free tensors, bit for bit; an empty moment group is left out."""
     write_safetensors(folder / "model.safetensors", state.weights)
-    write_hf_config(folder / "config.json", config.model)
+    dtype = next(iter(state.weights.values())).dtype.name
+    write_hf_config(folder / "config.json", config.model, dtype)
     if state.exp_avg:
         moments = {f"exp_avg.{name}": array for name, array in state.exp_avg.items()}
         moments |= {f"exp_avg_sq.{name}": array for name, array in state.exp_avg_sq.items()}
@@ -68,6 +72,7 @@ def load(path: str | Path, dtype: str = "float32") -> MiniLLM:
     config = read_info(checkpoint).config
     weights = read_payload(checkpoint, config, moments=False).weights
     compute_dtype = resolve_dtype(dtype)
-    return build_model(
+    model = build_model(
         config.model, weights, param_dtype=compute_dtype, compute_dtype=compute_dtype, device=default_device()
     )
+    return model.requires_grad_(False)

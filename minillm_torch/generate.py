@@ -37,7 +37,7 @@ class Generator(BaseGenerator):
     def _decode(
         self, state: DecodeState, uniforms_BN: np.ndarray, n_tokens: int, sampling: SamplingConfig
     ) -> tuple[np.ndarray, DecodeState]:
-        filters = (sampling.temperature, sampling.top_k, sampling.top_p)
+        filters = (float(sampling.temperature), min(sampling.top_k, self.config.vocab_size), float(sampling.top_p))
         greedy = sampling.temperature == 0
         uniforms = torch.from_numpy(uniforms_BN).to(self._device)
         tokens_BN, state = _decode(self._model, greedy, state, uniforms, n_tokens, filters)
@@ -47,10 +47,9 @@ class Generator(BaseGenerator):
 @torch.inference_mode()
 def _prefill(model: MiniLLM, tokens_BT: Tensor, length_B: Tensor, cache: KVCache) -> DecodeState:
     """Positions past a row's length hold padding; they are not visible, and decoding overwrites them."""
-    logits_BTV, full_cache = model(tokens_BT, cache)
-    last_B11 = (length_B - 1).to(tokens_BT.device)[:, None, None]
-    logits_BV = torch.take_along_dim(logits_BTV, last_B11, dim=1)[:, 0]
-    return logits_BV, dataclasses.replace(full_cache, length_B=length_B)
+    x_BTD, full_cache = model.model(tokens_BT, cache)
+    last_B1D = torch.take_along_dim(x_BTD, (length_B - 1).to(tokens_BT.device)[:, None, None], dim=1)
+    return model.head(last_B1D)[:, 0], dataclasses.replace(full_cache, length_B=length_B)
 
 
 @torch.inference_mode()
@@ -74,7 +73,9 @@ def _decode(
 
 
 def sample(logits_BV: Tensor, uniform_B: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
-    """One token per row, by inverse CDF over the filtered distribution sorted by probability, ties by token id.
+    """One token per row, by inverse CDF over the filtered distribution, in the order of token ids.
+
+    Sorting only selects: were the CDF in the order of probability, rounding would swap near-equal tokens' places.
 
     Args:
         uniform_B: in [0, 1), one per row.
@@ -82,15 +83,16 @@ def sample(logits_BV: Tensor, uniform_B: Tensor, temperature: float, top_k: int,
         top_k: keep the k most likely tokens; 0 keeps all.
         top_p: keep the fewest most likely tokens that together have at least this probability.
     """
-    logits_BV = logits_BV.to(at_least_float32(logits_BV.dtype)) / temperature
+    logits_BV = logits_BV.to(at_least_float32(logits_BV.dtype))
+    logits_BV = (logits_BV - torch.amax(logits_BV, dim=-1, keepdim=True)) / temperature
     order_BV = torch.argsort(-logits_BV, dim=-1, stable=True)
-    rank_V = torch.arange(logits_BV.shape[-1], device=logits_BV.device)
+    rank_BV = torch.argsort(order_BV, dim=-1)
     sorted_BV = torch.take_along_dim(logits_BV, order_BV, dim=-1)
-    sorted_BV = sorted_BV.masked_fill((rank_V >= top_k) & (top_k > 0), -torch.inf)
-    probs_BV = torch.softmax(sorted_BV, dim=-1)
+    if top_k > 0:
+        sorted_BV = sorted_BV.index_fill(-1, torch.arange(top_k, sorted_BV.shape[-1]).to(sorted_BV.device), -torch.inf)
+    # torch's cumsum adds one by one, which in float32 drifts over a large vocabulary; XLA's adds in a tree.
+    probs_BV = torch.softmax(sorted_BV, dim=-1).double()
     before_BV = torch.cumsum(probs_BV, dim=-1) - probs_BV
-    kept_BV = probs_BV.masked_fill(~((before_BV < top_p) | (rank_V == 0)), 0.0)
-    cdf_BV = torch.cumsum(kept_BV, dim=-1)
-    below_BV = (cdf_BV <= uniform_B[:, None] * cdf_BV[:, -1:]) & (kept_BV > 0)
-    index_B1 = torch.minimum(below_BV.sum(dim=-1, keepdim=True), (kept_BV > 0).sum(dim=-1, keepdim=True) - 1)
-    return torch.take_along_dim(order_BV, index_B1, dim=-1)[:, 0]
+    probs_BV = probs_BV.masked_fill(~((before_BV < top_p) | (before_BV == 0)), 0.0)
+    cdf_BV = torch.cumsum(torch.take_along_dim(probs_BV, rank_BV, dim=-1), dim=-1)
+    return torch.argmax((cdf_BV > uniform_B[:, None] * cdf_BV[:, -1:]).int(), dim=-1)

@@ -37,7 +37,9 @@ class KVCache:
 def init_cache(
     config: ModelConfig, batch_size: int, capacity: int, dtype: torch.dtype, device: torch.device | str = "cpu"
 ) -> KVCache:
-    """An empty cache for up to `capacity` tokens per row."""
+    """An empty cache for up to `capacity` tokens per row; raises InputError if that is more than the context."""
+    if capacity > config.context_length:
+        raise InputError("the cache is longer than the context", expected=config.context_length, found=capacity)
     shape = (batch_size, capacity, config.n_kv_heads, config.resolved_head_dim)
 
     def zeros() -> Tensor:

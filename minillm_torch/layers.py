@@ -76,15 +76,15 @@ def attend(q_BTNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor, position_BT: Tensor) 
     B, T, N, H = q_BTNH.shape
     S, K = k_BSKH.shape[1:3]
     high = at_least_float32(q_BTNH.dtype)
-    q_BKGTH = q_BTNH.reshape(B, T, K, N // K, H).permute(0, 2, 3, 1, 4)
-    k_BK1HS = k_BSKH.permute(0, 2, 3, 1)[:, :, None]
-    v_BK1SH = v_BSKH.permute(0, 2, 1, 3)[:, :, None]
-    scores_BKGTS = torch.matmul(q_BKGTH.to(high), k_BK1HS.to(high)) * H**-0.5
+    G = N // K
+    q_BKxH = q_BTNH.reshape(B, T, K, G, H).permute(0, 2, 3, 1, 4).reshape(B, K, G * T, H)  # x: a group's queries
+    k_BKHS, v_BKSH = k_BSKH.permute(0, 2, 3, 1), v_BSKH.permute(0, 2, 1, 3)
+    scores_BKxS = torch.matmul(q_BKxH.to(high), k_BKHS.to(high)) * H**-0.5
     visible_BTS = torch.arange(S, device=q_BTNH.device) <= position_BT[:, :, None]
-    scores_BKGTS = scores_BKGTS.masked_fill(~visible_BTS[:, None, None], -torch.inf)
+    scores_BKGTS = scores_BKxS.reshape(B, K, G, T, S).masked_fill(~visible_BTS[:, None, None], -torch.inf)
     weights_BKGTS = torch.softmax(scores_BKGTS, dim=-1).to(v_BSKH.dtype)
-    out_BKGTH = torch.matmul(weights_BKGTS, v_BK1SH)
-    return out_BKGTH.permute(0, 3, 1, 2, 4).reshape(B, T, N, H)
+    out_BKxH = torch.matmul(weights_BKGTS.reshape(B, K, G * T, S), v_BKSH)
+    return out_BKxH.reshape(B, K, G, T, H).permute(0, 3, 1, 2, 4).reshape(B, T, N, H)
 
 
 def attend_fused(q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor) -> Tensor:
@@ -94,9 +94,11 @@ def attend_fused(q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor) -> Tensor:
 
 
 def can_fuse(q_BTNH: Tensor) -> bool:
-    """Whether the fused kernel's conditions hold: a GPU, 16-bit inputs, head_dim a multiple of 8 up to 128, even T."""
+    """Whether the fused kernel's conditions hold: an Ampere or later GPU, 16-bit inputs, head_dim a multiple of 8 up to
+    128, even T."""
     _, T, _, H = q_BTNH.shape
-    return q_BTNH.is_cuda and q_BTNH.dtype.itemsize == 2 and H % 8 == 0 and H <= 128 and T % 2 == 0
+    fits = q_BTNH.dtype.itemsize == 2 and H % 8 == 0 and H <= 128 and T % 2 == 0
+    return fits and q_BTNH.is_cuda and torch.cuda.get_device_capability(q_BTNH.device) >= (8, 0)
 
 
 class Attention(nn.Module):

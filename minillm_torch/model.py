@@ -8,20 +8,12 @@ from torch import Tensor, nn
 
 from minillm_core.config import ModelConfig
 from minillm_core.errors import InputError
-from minillm_core.rope import rope_table
 from minillm_torch.kv_cache import KVCache, LayerCache, check_room
 from minillm_torch.layers import Block, Embedding, Linear, RMSNorm, at_least_float32
 
 
 class RopeTable(nn.Buffer):
     """Cosines or sines of every position: constant, not trained, not saved."""
-
-
-def rope_arrays(config: ModelConfig, compute_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of every position, (context_length, H/2), in at least float32."""
-    dtype = at_least_float32(compute_dtype)
-    cos, sin = rope_table(config)
-    return torch.tensor(cos, dtype=dtype), torch.tensor(sin, dtype=dtype)
 
 
 class Decoder(nn.Module):
@@ -33,13 +25,15 @@ class Decoder(nn.Module):
         self.embed_tokens = Embedding(config.vocab_size, config.width, **dtypes)
         self.layers = nn.ModuleList([Block(config, **dtypes) for _ in range(config.n_layers)])
         self.norm = RMSNorm(config.width, eps=config.norm_eps, param_dtype=param_dtype)
-        cos_SH, sin_SH = rope_arrays(config, compute_dtype)
+        shape = (config.context_length, config.resolved_head_dim // 2)
+        cos_SH, sin_SH = (torch.zeros(shape, dtype=at_least_float32(compute_dtype)) for _ in range(2))
         self.cos_SH, self.sin_SH = RopeTable(cos_SH, persistent=False), RopeTable(sin_SH, persistent=False)
 
     def forward(self, tokens_BT: Tensor, cache: KVCache | None) -> tuple[Tensor, KVCache | None]:
         _, T = tokens_BT.shape
-        position_BT = torch.arange(T)[None] + (0 if cache is None else cache.length_B[:, None])
-        position_BT = position_BT.to(tokens_BT.device, non_blocking=True)
+        position_BT = torch.arange(T, device=tokens_BT.device)[None]
+        if cache is not None:
+            position_BT = position_BT + cache.length_B[:, None].to(tokens_BT.device, non_blocking=True)
         cos_BTH, sin_BTH = self.cos_SH[position_BT], self.sin_SH[position_BT]
         x_BTD = self.embed_tokens(tokens_BT)
         layer_caches: list[LayerCache] = []
@@ -54,7 +48,7 @@ class Decoder(nn.Module):
 
 
 class MiniLLM(nn.Module):
-    """A Llama-style language model; its weights start at zero (see weights.py for real ones)."""
+    """A Llama-style language model; weights.py fills in its weights and rotary tables, which start at zero."""
 
     def __init__(self, config: ModelConfig, *, param_dtype: torch.dtype, compute_dtype: torch.dtype):
         super().__init__()
@@ -79,17 +73,24 @@ class MiniLLM(nn.Module):
             InputError: more tokens than the context or the cache holds, or a token id outside the vocabulary (on a GPU
                 only what shapes tell).
         """
-        check_tokens(self.config, tokens_BT)
+        tokens_BT = check_tokens(self.config, tokens_BT)
         if cache is not None:
             check_room(cache, tokens_BT.shape[1])
         x_BTD, cache = self.model(tokens_BT, cache)
-        logits_BTV = self.model.embed_tokens.attend(x_BTD) if self.lm_head is None else self.lm_head(x_BTD)
-        return logits_BTV, cache
+        return self.head(x_BTD), cache
+
+    def head(self, x_BTD: Tensor) -> Tensor:
+        """Logits (B, T, V) of the decoder's output."""
+        return self.model.embed_tokens.attend(x_BTD) if self.lm_head is None else self.lm_head(x_BTD)
 
 
-def check_tokens(config: ModelConfig, tokens_BT: Tensor) -> None:
-    """Raises InputError for too many tokens or, where their values are known, for ids outside the vocabulary."""
-    if tokens_BT.ndim != 2 or tokens_BT.is_floating_point():
+def check_tokens(config: ModelConfig, tokens_BT: Tensor) -> Tensor:
+    """The tokens as int64.
+
+    Raises:
+        InputError: too many tokens or, where their values are known, ids outside the vocabulary.
+    """
+    if tokens_BT.ndim != 2 or tokens_BT.is_floating_point() or tokens_BT.dtype == torch.bool:
         found = f"{tokens_BT.dtype} {tuple(tokens_BT.shape)}"
         raise InputError("tokens are not a batch of ids", expected="integers (B, T)", found=found)
     if tokens_BT.shape[1] > config.context_length:
@@ -100,6 +101,7 @@ def check_tokens(config: ModelConfig, tokens_BT: Tensor) -> None:
         if low < 0 or high >= config.vocab_size:
             found = f"ids from {low} to {high}"
             raise InputError("token id outside the vocabulary", expected=f"0 to {config.vocab_size - 1}", found=found)
+    return tokens_BT.long()
 
 
 def abstract_model(config: ModelConfig) -> MiniLLM:

@@ -4,16 +4,18 @@ import torch
 from torch import Tensor
 
 from minillm_core.config import OptimConfig
+from minillm_core.params import param_table
 from minillm_torch.model import MiniLLM
-from minillm_torch.weights import Params
+from minillm_torch.weights import Params, param_paths
 
 
 def make_optimizer(config: OptimConfig, model: MiniLLM) -> torch.optim.AdamW:
     """AdamW over the model's parameters; the learning rate is set at every update."""
-    params = list(model.parameters())
+    params, table = dict(model.named_parameters()), param_table(model.config)
+    decays = {path: table[name].decays for name, path in param_paths(model.config).items()}
     groups = [
-        {"params": [param for param in params if param.ndim > 1], "weight_decay": config.weight_decay},
-        {"params": [param for param in params if param.ndim == 1], "weight_decay": 0.0},
+        {"params": [params[path] for path in decays if decays[path]], "weight_decay": config.weight_decay},
+        {"params": [params[path] for path in decays if not decays[path]], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=0.0, betas=(config.beta1, config.beta2), eps=config.eps)
 

@@ -14,7 +14,8 @@ from torch import nn
 from minillm_core.checkpoints import Tensors
 from minillm_core.config import ModelConfig
 from minillm_core.params import check_shapes, param_table
-from minillm_torch.model import MiniLLM, RopeTable, abstract_model, rope_arrays
+from minillm_core.rope import rope_table
+from minillm_torch.model import MiniLLM, RopeTable, abstract_model
 
 SUFFIXES: dict[str, tuple[str, Callable[[np.ndarray], np.ndarray]]] = {
     "weight": ("weight", np.asarray),
@@ -26,7 +27,7 @@ Params = dict[str, Any]
 
 
 def canonical_name(path: str) -> str:
-    """`...q_proj.kernel` -> `...q_proj.weight`; a path with an unknown leaf name keeps it."""
+    """The path itself; a path with an unknown leaf name keeps it."""
     parent, _, leaf = path.rpartition(".")
     return f"{parent}.{SUFFIXES[leaf][0]}" if leaf in SUFFIXES else path
 
@@ -96,14 +97,9 @@ def build_model(
     """
     with torch.device("meta"):
         model = MiniLLM(config, param_dtype=param_dtype, compute_dtype=compute_dtype)
-    cos_SH, sin_SH = rope_arrays(config, compute_dtype)
+    cos_SH, sin_SH = (torch.tensor(table, dtype=model.model.cos_SH.dtype) for table in rope_table(config))
     model.model.cos_SH = RopeTable(cos_SH.to(device), persistent=False)
     model.model.sin_SH = RopeTable(sin_SH.to(device), persistent=False)
     params = from_canonical(config, tensors, param_dtype, device)
     model.load_state_dict({path: nn.Parameter(tensor) for path, tensor in params.items()}, assign=True)
     return model
-
-
-def split_model(model: MiniLLM) -> tuple[MiniLLM, Params, Params]:
-    """A model as itself, its parameters and its constants by framework path."""
-    return model, dict(model.named_parameters()), dict(model.named_buffers())

@@ -26,6 +26,7 @@ from minillm_core.corpus import list_documents
 from minillm_core.data import prepare_data
 from minillm_core.params import param_table
 from minillm_core.tokenizer import Tokenizer
+from minillm_core.tolerance import BFLOAT16_MODULE, TOLERANCES
 from minillm_jax.weights import Params, merge_model, split_model
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -33,16 +34,13 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @dataclass(frozen=True)
 class Tier:
-    """A precision, and how far two frameworks may differ in it. Errors are relative to the largest value compared,
-    or absolute where that is below 1."""
+    """A precision, and how far the frameworks may differ in it."""
 
     name: str
     module: float
     logits: float
     gradient: float
-    """Relative norm of the difference, per parameter."""
     run_loss: float
-    """Over 100 steps."""
 
     @property
     def jax(self) -> jnp.dtype:
@@ -53,12 +51,9 @@ class Tier:
         return getattr(torch, self.name)
 
 
-TIERS = {
-    "float64": Tier("float64", module=1e-13, logits=1e-12, gradient=1e-11, run_loss=1e-11),
-    "float32": Tier("float32", module=1e-5, logits=5e-5, gradient=1e-4, run_loss=1e-4),
-}
-BFLOAT16 = Tier("bfloat16", module=1e-2, logits=math.nan, gradient=math.nan, run_loss=math.nan)
-"""One rounding is 2^-9 = 2e-3 of a value; whole models in bfloat16 are compared as distributions (test_bfloat16.py)."""
+TIERS = {name: Tier(name, **vars(tolerance)) for name, tolerance in TOLERANCES.items()}
+BFLOAT16 = Tier("bfloat16", BFLOAT16_MODULE, logits=math.nan, gradient=math.nan, run_loss=math.nan)
+"""Whole models in bfloat16 are compared as distributions (test_bfloat16.py)."""
 
 _SHAPE = {"vocab_size": 509, "context_length": 640, "width": 96, "n_layers": 2, "hidden": 160}
 MODELS = {

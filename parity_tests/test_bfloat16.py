@@ -9,13 +9,17 @@ import minillm_torch
 from minillm_core.checkpoints import TrainingState
 from minillm_core.config import ModelConfig, OptimConfig
 from minillm_core.params import init_params
-from parity_tests.conftest import BFLOAT16, MODELS, Pair, random_tokens, run_config, to_torch
+from minillm_core.tolerance import BFLOAT16_GRADIENT_COSINE, BFLOAT16_MEAN_KL, BFLOAT16_TOP1_AGREEMENT
+from minillm_jax.loss import token_losses as jax_token_losses
+from minillm_torch.loss import token_losses as torch_token_losses
+from parity_tests.conftest import BFLOAT16, MODELS, Pair, random_tokens, random_weights, run_config, to_numpy, to_torch
 from parity_tests.test_gradients import gradients, run_both
 
 
 def bfloat16_pair(config: ModelConfig) -> Pair:
-    """float32 parameters, bfloat16 computation."""
-    weights = init_params(config, seed=0)
+    """float32 parameters, bfloat16 computation. Not at initial weights, where logits hardly depend on attention: there
+    a model without attention passed these bounds."""
+    weights = random_weights(config, sharpness=1.0)
     return Pair(
         config,
         BFLOAT16,
@@ -26,13 +30,13 @@ def bfloat16_pair(config: ModelConfig) -> Pair:
 
 
 def test_distributions(config: ModelConfig) -> None:
-    """Mean KL <= 1e-3 nat (measured: 4e-7) and top-1 agreement >= 97 % (measured: 99 to 100 %) at T = 512."""
+    """Mean KL <= 1e-3 nat (measured: 6e-5) and top-1 agreement >= 97 % (measured: 97.4 to 98.0 %) at T = 512."""
     ours, theirs = (to_torch(x, torch.float64) for x in bfloat16_pair(config).logits(random_tokens(config, 4, 512)))
     log_p, log_q = torch.log_softmax(theirs, -1), torch.log_softmax(ours, -1)
     divergence = float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
     agreement = float((ours.argmax(-1) == theirs.argmax(-1)).double().mean())
-    assert divergence <= 1e-3, f"mean KL {divergence:.1e} nat"
-    assert agreement >= 0.97, f"top-1 agreement {agreement:.1%}"
+    assert divergence <= BFLOAT16_MEAN_KL, f"mean KL {divergence:.1e} nat"
+    assert agreement >= BFLOAT16_TOP1_AGREEMENT, f"top-1 agreement {agreement:.1%}"
 
 
 def test_gradients(config: ModelConfig) -> None:
@@ -41,7 +45,7 @@ def test_gradients(config: ModelConfig) -> None:
     for name in ours:
         a, b = ours[name].astype(np.float64).ravel(), theirs[name].astype(np.float64).ravel()
         cosine = a @ b / (np.linalg.norm(a) * np.linalg.norm(b))
-        assert cosine >= 0.999, f"{name}: cosine {cosine:.5f}"
+        assert cosine >= BFLOAT16_GRADIENT_COSINE, f"{name}: cosine {cosine:.5f}"
 
 
 def test_hundred_steps() -> None:
@@ -58,3 +62,16 @@ def test_hundred_steps() -> None:
     noise = np.ptp([ours for ours, _ in by_seed])
     for ours, theirs in by_seed:
         assert abs(ours - theirs) <= noise, f"{ours:.4f} and {theirs:.4f} where seeds differ by {noise:.4f}"
+
+
+def test_loss_is_not_in_bfloat16() -> None:
+    """From bfloat16 logits, the loss of float64: both promote before the logarithm."""
+    logits = torch.randn(2, 40, 300, generator=torch.Generator().manual_seed(0)).mul(4).bfloat16()
+    targets = random_tokens(MODELS["gqa"], 2, 40) % 300
+    expected = (
+        torch.logsumexp(logits.double(), -1) - torch.gather(logits.double(), -1, to_torch(targets)[..., None])[..., 0]
+    )
+    theirs = torch_token_losses(logits, to_torch(targets))
+    ours = jax_token_losses(jnp.asarray(logits.float().numpy(), jnp.bfloat16), jnp.asarray(targets))
+    for framework, losses in (("jax", ours), ("torch", theirs)):
+        assert np.abs(to_numpy(losses) - expected.numpy()).max() <= 1e-5, framework

@@ -110,3 +110,20 @@ def test_bad_tokens(framework: str, tokens: np.ndarray, message: str) -> None:
     model, as_tensor = (pair.jax, jnp.asarray) if framework == "jax" else (pair.torch, torch.from_numpy)
     with pytest.raises(InputError, match=message):
         model(as_tensor(tokens))
+
+
+@pytest.mark.parametrize("framework", BACKENDS)
+def test_no_cache_beyond_the_context(framework: str) -> None:
+    """Positions past the rotary table would be clamped silently."""
+    pair = make_pair(MODELS["gqa"], TIERS["float32"])
+    with pytest.raises(InputError, match="longer than the context"):
+        new_cache(pair, framework, 1, 641)
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.int16, np.uint8, np.int64])
+def test_any_integer_dtype(dtype: type) -> None:
+    pair = make_pair(MODELS["gqa"], TIERS["float32"])
+    tokens = np.array([[3, 100, 7]])
+    expected = to_numpy(pair.torch(to_torch(tokens))[0])
+    assert_close("torch", to_numpy(pair.torch(torch.from_numpy(tokens.astype(dtype)))[0]), expected, 0.0)
+    assert_close("jax", to_numpy(pair.jax(jnp.asarray(tokens.astype(dtype)))[0]), expected, 5e-5)

@@ -5,7 +5,15 @@ from pathlib import Path
 import pytest
 import yaml
 
-from minillm_core.config import config_differences, dump_config, load_config, preset_names, to_dict
+from minillm_core.config import (
+    ModelConfig,
+    RopeScaling,
+    config_differences,
+    dump_config,
+    load_config,
+    preset_names,
+    to_dict,
+)
 from minillm_core.errors import InputError
 
 
@@ -19,6 +27,21 @@ def test_presets_survive_a_round_trip(preset: str, tmp_path: Path) -> None:
 
 def test_original_settings() -> None:
     config = load_config("mini-llm-50m")
+    assert config.model == ModelConfig(
+        vocab_size=32_000,
+        context_length=2048,
+        width=384,
+        n_layers=16,
+        n_heads=6,
+        n_kv_heads=6,
+        hidden=1536,
+        head_dim=64,
+        tie_embeddings=True,
+        rope_theta=10_000.0,
+        rope_scaling=None,
+        norm_eps=1e-6,
+    )
+    assert config.optim.eps == 1e-8
     assert config.train.batch_size * config.train.seq_len == 524_288
     assert (config.train.steps, config.train.grad_accum, config.optim.warmup_steps) == (10_000, 4, 1000)
     assert (config.optim.learning_rate, config.optim.min_learning_rate) == (6e-4, 6e-5)
@@ -28,6 +51,30 @@ def test_original_settings() -> None:
         0.95,
         1,
     )
+
+
+LLAMA = {"vocab_size": 128_256, "context_length": 131_072, "rope_theta": 500_000.0, "norm_eps": 1e-5}
+LLAMA_31 = {**LLAMA, "rope_scaling": RopeScaling(8.0, 1.0, 4.0, 8192), "tie_embeddings": False, "head_dim": 128}
+PUBLISHED_SHAPES = {  # as in the config.json of meta-llama/Llama-3.2-1B, Llama-3.1-8B and Llama-3.1-70B
+    "llama-1b": ModelConfig(
+        **LLAMA,
+        width=2048,
+        n_layers=16,
+        n_heads=32,
+        n_kv_heads=8,
+        head_dim=64,
+        hidden=8192,
+        rope_scaling=RopeScaling(32.0, 1.0, 4.0, 8192),
+        tie_embeddings=True,
+    ),
+    "llama-8b": ModelConfig(**LLAMA_31, width=4096, n_layers=32, n_heads=32, n_kv_heads=8, hidden=14_336),
+    "llama-70b": ModelConfig(**LLAMA_31, width=8192, n_layers=80, n_heads=64, n_kv_heads=8, hidden=28_672),
+}
+
+
+@pytest.mark.parametrize("preset", PUBLISHED_SHAPES)
+def test_published_shapes(preset: str) -> None:
+    assert load_config(preset).model == PUBLISHED_SHAPES[preset]
 
 
 BAD_FIELDS = {

@@ -13,7 +13,7 @@ from minillm_core.config import DataConfig, OptimConfig
 from minillm_core.corpus import list_documents
 from minillm_core.data import PreparedData, permute, prepare_data
 from minillm_core.errors import InputError
-from minillm_core.metrics import bits_per_byte
+from minillm_core.metrics import bits_per_byte, perplexity
 from minillm_core.schedule import learning_rate
 from minillm_core.tokenizer import BOS_ID, EOS_ID, Tokenizer
 from parity_tests.conftest import TINY
@@ -87,6 +87,7 @@ def test_every_epoch_reads_every_window_once(data_config: DataConfig) -> None:
     assert sorted(rows[:n_windows]) == expected
     assert sorted(rows[n_windows:]) == expected
     assert rows[:n_windows] != rows[n_windows:]
+    assert not np.array_equal(data.batch(0, 8, seq_len, seed=4), data.batch(0, 8, seq_len, seed=5))
     whole = data.batch(3, 8, seq_len, seed=4)
     assert whole.dtype == np.int32
     assert np.array_equal(whole, np.concatenate([data.batch(n, 4, seq_len, seed=4) for n in (6, 7)]))
@@ -98,8 +99,12 @@ def test_held_out_windows_cover_every_token_once(data_config: DataConfig) -> Non
     assert np.concatenate(targets).tolist() == data.tokens["val"][1:].tolist()
     few = list(data.windows("val", batch_size=3, seq_len=33, n_batches=2))
     assert [w.tokens.shape for w in few] == [(3, 34)] * 2
+    last_start = (len(data.tokens["val"]) - 2) // 33 * 33
+    assert few[0].tokens[0, 0] == data.tokens["val"][0]
+    assert few[-1].tokens[-1, 0] == data.tokens["val"][last_start], "spread evenly, to the last window"
     total = 2.0 * (len(data.tokens["val"]) - 1)  # nats, were every token to cost 2
     expected = total / math.log(2) / data.meta["val"]["n_bytes"]
+    assert perplexity(math.log(7)) == pytest.approx(7)
     assert bits_per_byte(2.0, data.tokens_per_byte("val")) == pytest.approx(expected, rel=1e-12)
 
 

@@ -19,7 +19,7 @@ from minillm_core.sampling import SamplingConfig, uniforms
 from minillm_core.tokenizer import Tokenizer
 from minillm_jax import generate as jax_generate
 from minillm_torch import generate as torch_generate
-from parity_tests.conftest import MODELS, TIERS, TINY, Pair, Tier, make_pair, random_weights, to_torch
+from parity_tests.conftest import MODELS, TIERS, TINY, Pair, Tier, make_pair, random_weights, to_numpy, to_torch
 from parity_tests.test_transformers import load_llama
 
 BACKENDS = {"jax": minillm_jax, "torch": minillm_torch}
@@ -65,7 +65,7 @@ def test_decode_compiles_once(tokenizer: Tokenizer) -> None:
     """One compilation of the decoding loop for any number of tokens, temperature and filter."""
     generator = generators(TINY, TIERS["float32"], tokenizer)["jax"]
     before = jax_generate._decode._cache_size()
-    for n_tokens, options in ((3, {}), (50, {"top_k": 5}), (90, {"temperature": 0.3, "top_p": 0.5})):
+    for n_tokens, options in ((3, {}), (50, {"top_k": 5}), (90, {"temperature": 1, "top_p": 1})):
         generator.generate_tokens([[1, 2 + n_tokens]], max_new_tokens=n_tokens, **options)
     capacities = {bucket(2 + n, TINY.context_length) for n in (3, 50, 90)}
     assert jax_generate._decode._cache_size() - before == len(capacities)
@@ -79,6 +79,44 @@ def test_the_cache_is_donated(tokenizer: Tokenizer) -> None:
     old = cache.layers[0].k_BSKH
     generator._decode((logits, cache), np.zeros((1, BLOCK), np.float32), 2, SamplingConfig())
     assert old.is_deleted()
+
+
+def reference_tokens(pair: Pair, prompt: list[int], row: int, n: int, seed: int, **filters: Any) -> list[int]:
+    """Sampling written out, without cache, padding or blocks: one Philox number per (seed, row, position)."""
+    ids = list(prompt)
+    for _ in range(n):
+        with torch.no_grad():
+            logits = to_numpy(pair.torch(torch.tensor([ids]))[0])[0, -1]
+        cdf = np.cumsum(reference_filter(logits, **filters))
+        number = int(np.random.Philox(key=(row << 64) | seed).random_raw(len(ids) + 1)[len(ids)]) >> 40
+        ids.append(int(np.argmax(cdf > number / 2**24 * cdf[-1])))
+    return ids[len(prompt) :]
+
+
+@pytest.mark.parametrize(
+    "filters",
+    [{"temperature": 1.0, "top_k": 0, "top_p": 1.0}, {"temperature": 1.7, "top_k": 40, "top_p": 0.9}],
+)
+def test_tokens_are_those_of_a_plain_loop(filters: dict[str, Any], float64: Tier, tokenizer: Tokenizer) -> None:
+    """Both frameworks could draw the same wrong numbers; a loop without their machinery cannot."""
+    pair = make_pair(TINY, float64)
+    for name, generator in generators(TINY, float64, tokenizer).items():
+        rows = generator.generate_tokens(PROMPTS, max_new_tokens=2 * BLOCK + 3, seed=11, **filters)
+        for i, (prompt, row) in enumerate(zip(PROMPTS, rows, strict=True)):
+            expected = reference_tokens(pair, prompt, i, 2 * BLOCK + 3, 11, **filters)
+            end = expected.index(tokenizer.eos_id) if tokenizer.eos_id in expected else None
+            assert row == expected[:end], name
+
+
+def test_large_vocabulary_draws_agree() -> None:
+    """The same float32 logits give the same tokens over 32,000 pieces, where a float32 cumsum drifts."""
+    rng = np.random.default_rng(0)
+    logits = (3 * rng.standard_normal((400, 32_000))).astype(np.float32)
+    numbers = (rng.integers(0, 2**24, 400) / 2**24).astype(np.float32)
+    for filters in ((1.0, 0, 1.0), (0.8, 0, 0.95)):
+        ours = np.asarray(jax_generate.sample(jnp.asarray(logits), jnp.asarray(numbers), *filters))
+        theirs = torch_generate.sample(torch.from_numpy(logits), torch.from_numpy(numbers), *filters).numpy()
+        assert (ours == theirs).mean() >= 0.995, f"{(ours != theirs).sum()} of 400 draws differ"
 
 
 def reference_filter(logits: np.ndarray, temperature: float, top_k: int, top_p: float) -> np.ndarray:
@@ -149,6 +187,9 @@ def test_stops_at_the_end_of_the_document(framework: str, tokenizer: Tokenizer) 
     generator.tokenizer.eos_id = whole[33]
     stopped = generator.generate_tokens([[1, 9]], max_new_tokens=60, temperature=1.0)[0]
     assert stopped == whole[: whole.index(whole[33])]
+    prompt = generator.tokenizer.decode([9])
+    streamed = "".join(generator.stream(prompt, max_new_tokens=60, temperature=1.0))
+    assert streamed == generator.generate([prompt], max_new_tokens=60, temperature=1.0)[0]
 
 
 @pytest.mark.parametrize("framework", BACKENDS)

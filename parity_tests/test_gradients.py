@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -119,7 +120,9 @@ def test_one_update(config: ModelConfig, tier: Tier, grad_clip: float) -> None:
         expected = weights[name] * (1 - RATE * decay) - RATE * grad / (np.abs(grad) + optim.eps)
         assert_close_norm(f"AdamW {name}", theirs.weights[name], expected, max(tier.gradient, 1e-7))
     total = np.sqrt(sum((m.astype(np.float64) ** 2).sum() for m in theirs.exp_avg.values())) / (1 - optim.beta1)
-    assert abs(total - norm_torch * factor) <= 1e-4 * total, "clipping scales by min(1, max_norm / (norm + 1e-6))"
+    assert abs(total - norm_torch * factor) <= (1e-11 if tier.name == "float64" else 1e-4) * total, (
+        "clipping scales by min(1, max_norm / (norm + 1e-6))"
+    )
 
 
 def test_hundred_steps(tier: Tier) -> None:
@@ -154,3 +157,31 @@ def test_accumulation_is_one_large_batch(backend: object, float64: Tier) -> None
     assert abs(whole_loss - split_loss) <= 1e-12
     for name, array in whole.weights.items():
         assert_close(name, split.weights[name], array, 1e-12)
+
+
+def test_the_train_state_is_donated() -> None:
+    """JAX reuses the old state's memory: it is gone after the step."""
+    config = run_config(MODELS["gqa"])
+    state = minillm_jax.init_state(config)
+    minillm_jax.make_train_step(config)(state, random_tokens(config.model, 4, 33), 1e-3)
+    assert all(array.is_deleted() for array in jax.tree.leaves(state))
+
+
+@pytest.mark.parametrize("backend", [minillm_jax, minillm_torch], ids=["jax", "torch"])
+def test_a_save_under_way_holds_the_state_it_was_given(backend: object, tmp_path: Path) -> None:
+    """Steps taken while the payload is still being written do not reach it."""
+    config = run_config(MODELS["gqa"])
+    state, step = backend.init_state(config), backend.make_train_step(config)
+    state, _ = step(state, random_tokens(config.model, 4, 33), 1e-2)
+    exported = backend.export_state(config, state)
+    expected = {name: array.copy() for name, array in exported.weights.items()}
+    moments = {name: array.copy() for name, array in exported.exp_avg.items()}
+    finish = backend.start_payload(tmp_path, config, state)
+    for seed in range(3):
+        state, _ = step(state, random_tokens(config.model, 4, 33, seed), 1e-2)
+    finish()
+    saved = backend.read_payload(tmp_path, config, moments=True)
+    for name, array in expected.items():
+        assert np.array_equal(saved.weights[name], array), name
+        assert np.array_equal(saved.exp_avg[name], moments[name]), name
+        assert not np.array_equal(backend.export_state(config, state).weights[name], array), "nothing moved"

@@ -67,6 +67,7 @@ def test_causality_by_gradient(name: str, float64: object) -> None:
         return jnp.sum(hidden_BTD[0, t] * jnp.arange(1.0, config.width + 1))
 
     ours = np.abs(to_numpy(jax.jit(jax.grad(pick))(params["model.embed_tokens.embedding"]))).max(axis=1)
+    pair.torch.zero_grad()
     hidden_BTD, _ = pair.torch.model(to_torch(tokens), None)
     (hidden_BTD[0, t] * torch.arange(1.0, config.width + 1)).sum().backward()
     theirs = np.abs(to_numpy(pair.torch.model.embed_tokens.weight.grad)).max(axis=1)

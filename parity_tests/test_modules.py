@@ -1,5 +1,8 @@
 """Every submodule by name, the same inputs, both frameworks."""
 
+from operator import attrgetter
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,8 +25,10 @@ def both(pair: Pair, *shape: int, seed: int = 0) -> tuple[jax.Array, torch.Tenso
 def positions(module_pair: Pair) -> tuple[list[jax.Array], list[torch.Tensor]]:
     cos, sin = (table[None, :LENGTH] for table in rope_table(module_pair.config))
     position = np.arange(LENGTH)[None]
-    ours = [jnp.asarray(cos, module_pair.tier.jax), jnp.asarray(sin, module_pair.tier.jax), jnp.asarray(position)]
-    return ours, [to_torch(cos, module_pair.tier.torch), to_torch(sin, module_pair.tier.torch), to_torch(position)]
+    high_jax = jax_layers.at_least_float32(module_pair.tier.jax)
+    high_torch = torch_layers.at_least_float32(module_pair.tier.torch)
+    ours = [jnp.asarray(cos, high_jax), jnp.asarray(sin, high_jax), jnp.asarray(position)]
+    return ours, [to_torch(cos, high_torch), to_torch(sin, high_torch), to_torch(position)]
 
 
 def test_embedding(module_pair: Pair) -> None:
@@ -32,21 +37,44 @@ def test_embedding(module_pair: Pair) -> None:
     assert_close("embed_tokens", to_numpy(ours), to_numpy(module_pair.torch.model.embed_tokens(to_torch(tokens))), 0.0)
 
 
-@pytest.mark.parametrize("name", ["input_layernorm", "post_attention_layernorm", "mlp"])
-@pytest.mark.parametrize("layer", [0, 1])
-def test_pointwise(module_pair: Pair, layer: int, name: str) -> None:
-    x_jax, x_torch = both(module_pair, 2, LENGTH, module_pair.config.width)
-    ours = getattr(module_pair.jax.model.layers[layer], name)(x_jax)
-    theirs = getattr(module_pair.torch.model.layers[layer], name)(x_torch)
-    assert_close(f"layers.{layer}.{name}", to_numpy(ours), to_numpy(theirs), module_pair.tier.module)
+def test_every_pointwise_module_by_name(module_pair: Pair) -> None:
+    """Every norm, projection and MLP of every layer, the final norm and the output head."""
+    c = module_pair.config
+    ours, theirs = module_pair.jax, module_pair.torch
+    modules = [("model.norm", ours.model.norm, theirs.model.norm, c.width)]
+    modules.append(("head", ours.head, theirs.head, c.width))
+    for i, (block_jax, block_torch) in enumerate(zip(ours.model.layers, theirs.model.layers, strict=True)):
+        widths = {
+            "input_layernorm": c.width,
+            "self_attn.q_proj": c.width,
+            "self_attn.k_proj": c.width,
+            "self_attn.v_proj": c.width,
+            "self_attn.o_proj": c.n_heads * c.resolved_head_dim,
+            "post_attention_layernorm": c.width,
+            "mlp": c.width,
+            "mlp.gate_proj": c.width,
+            "mlp.up_proj": c.width,
+            "mlp.down_proj": c.hidden,
+        }
+        for name, width in widths.items():
+            pick = attrgetter(name)
+            modules.append((f"layers.{i}.{name}", pick(block_jax), pick(block_torch), width))
+    for name, module_jax, module_torch, width in modules:
+        x_jax, x_torch = both(module_pair, 2, 50, width)
+        assert_close(name, to_numpy(module_jax(x_jax)), to_numpy(module_torch(x_torch)), module_pair.tier.module)
 
 
-@pytest.mark.parametrize("name", ["q_proj", "k_proj", "v_proj"])
-def test_projection(module_pair: Pair, name: str) -> None:
-    x_jax, x_torch = both(module_pair, 2, LENGTH, module_pair.config.width)
-    ours = getattr(module_pair.jax.model.layers[0].self_attn, name)(x_jax)
-    theirs = getattr(module_pair.torch.model.layers[0].self_attn, name)(x_torch)
-    assert_close(name, to_numpy(ours), to_numpy(theirs), module_pair.tier.module)
+def test_rotary_tables_are_the_shared_ones(module_pair: Pair) -> None:
+    """At least float32, in a bfloat16 model too."""
+    for table, ours, theirs in zip(
+        rope_table(module_pair.config),
+        (module_pair.jax.model.cos_SH[...], module_pair.jax.model.sin_SH[...]),
+        (module_pair.torch.model.cos_SH, module_pair.torch.model.sin_SH),
+        strict=True,
+    ):
+        assert ours.dtype.itemsize == theirs.dtype.itemsize == (8 if module_pair.tier.name == "float64" else 4)
+        assert np.array_equal(to_numpy(ours), to_numpy(theirs))
+        assert np.abs(to_numpy(ours) - table).max() <= 6e-8
 
 
 def test_rope(module_pair: Pair) -> None:
@@ -87,15 +115,41 @@ def test_attend(module_pair: Pair) -> None:
     assert_close("attend against loops", ours, expected, module_pair.tier.module)
 
 
-def test_fused_attention_is_attention(module_pair: Pair) -> None:
-    """torch's fused kernel, used on a GPU, means the same as `attend`."""
+def test_fused_attention_is_attention(module_pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a GPU fuses means the same as `attend`; JAX's cuDNN call runs here as XLA, with a float32 softmax."""
     c = module_pair.config
-    q, k, v = (
-        both(module_pair, 2, 64, heads, c.resolved_head_dim, seed=i)[1]
-        for i, heads in enumerate([c.n_heads, c.n_kv_heads, c.n_kv_heads])
-    )
-    plain = torch_layers.attend(q, k, v, torch.arange(64)[None])
-    assert_close("attend_fused", to_numpy(torch_layers.attend_fused(q, k, v)), to_numpy(plain), module_pair.tier.module)
+    heads = (c.n_heads, c.n_kv_heads, c.n_kv_heads)
+    inputs = [both(module_pair, 2, 64, n, c.resolved_head_dim, seed=i) for i, n in enumerate(heads)]
+    q, k, v = (theirs for _, theirs in inputs)
+    plain = to_numpy(torch_layers.attend(q, k, v, torch.arange(64)[None]))
+    assert_close("torch", to_numpy(torch_layers.attend_fused(q, k, v)), plain, module_pair.tier.module)
+
+    def in_xla(*args: jax.Array, implementation: str, **options: bool) -> jax.Array:
+        assert implementation == "cudnn"
+        return attention(*args, implementation="xla", **options)
+
+    attention = jax.nn.dot_product_attention
+    monkeypatch.setattr(jax.nn, "dot_product_attention", in_xla)
+    fused = to_numpy(jax_layers.attend_fused(*(ours for ours, _ in inputs)))
+    assert_close("jax", fused, plain, max(module_pair.tier.module, 1e-5))
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "fits"),
+    [
+        ((2, 64, 4, 64), "bfloat16", True),
+        ((2, 63, 4, 64), "bfloat16", False),
+        ((2, 64, 4, 12), "bfloat16", False),
+        ((2, 64, 4, 256), "bfloat16", False),
+        ((2, 64, 4, 64), "float32", False),
+    ],
+)
+def test_when_to_fuse(shape: tuple[int, ...], dtype: str, fits: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not jax_layers.can_fuse(jnp.zeros(shape, dtype)), "there is no GPU here"
+    assert not torch_layers.can_fuse(torch.zeros(shape, dtype=getattr(torch, dtype)))
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(compute_capability="9.0")])
+    assert jax_layers.can_fuse(jnp.zeros(shape, dtype)) == fits
 
 
 @pytest.mark.parametrize("layer", [0, 1])

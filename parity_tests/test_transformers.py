@@ -33,7 +33,7 @@ def random_config(seed: int) -> ModelConfig:
     rng = np.random.default_rng(seed)
     n_kv_heads, group = int(rng.choice([1, 2, 3])), int(rng.choice([1, 2, 4]))
     head_dim = int(rng.choice([8, 16, 22]))
-    scaling = RopeScaling(float(rng.choice([4.0, 32.0])), 1.0, 4.0, 64) if seed % 3 == 0 else None
+    scaling = RopeScaling(4.0 + seed, 0.5 + seed / 4, 3.0 + seed, 64) if seed % 3 == 0 else None
     return ModelConfig(
         vocab_size=int(rng.integers(100, 400)),
         context_length=640,
@@ -124,6 +124,6 @@ def test_float64(
 
 def test_config_is_understood() -> None:
     config = MODELS["mha-narrow-heads-scaled"]
-    llama = LlamaConfig(**to_hf_config(config))
+    llama = LlamaConfig(**to_hf_config(config, "float32"))
     assert (llama.hidden_size, llama.num_hidden_layers, llama.head_dim) == (96, 2, 12)
     assert llama.rope_parameters["rope_type"] == "llama3"

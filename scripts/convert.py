@@ -13,8 +13,9 @@ from functools import partial
 from pathlib import Path
 
 import tyro
+from backends import load_backend
 
-from minillm_core.backend import Backend, load_backend
+from minillm_core.backend import Backend
 from minillm_core.checkpoints import (
     FRAMEWORKS,
     CheckpointInfo,

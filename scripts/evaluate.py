@@ -4,8 +4,8 @@ from dataclasses import replace
 from typing import Literal
 
 import tyro
+from backends import load_backend
 
-from minillm_core.backend import load_backend
 from minillm_core.checkpoints import find_checkpoint, read_info
 from minillm_core.cli import run, say
 from minillm_core.data import PreparedData, hash_file
@@ -30,7 +30,7 @@ def main(
         backend: the framework that runs the model.
         split: the prepared split to read.
         data_dir: a folder of prepared data; by default the one the run was trained on.
-        batch_size: windows at a time; by default the run's.
+        batch_size: windows at a time; by default the run's micro-batch.
         seq_len: tokens of a window; each starts without context. By default the run's.
         dtype: of the parameters and the computation.
     """
@@ -44,8 +44,9 @@ def main(
             where=f"{data.dir / 'tokenizer.model'} and {checkpoint / 'tokenizer.model'}",
             do="prepare the data with the run's configuration",
         )
-    train = replace(config.train, batch_size=batch_size or config.train.batch_size, grad_accum=1)
-    train = replace(train, seq_len=seq_len or config.train.seq_len)
+    rows = config.train.batch_size // config.train.grad_accum if batch_size is None else batch_size
+    length = config.train.seq_len if seq_len is None else seq_len
+    train = replace(config, train=replace(config.train, batch_size=rows, grad_accum=1, seq_len=length)).train
     say(f"evaluating {checkpoint} on {data.dir}, split {split}, {framework.describe_device()}")
     loss = evaluate(framework.make_eval_step(framework.load(checkpoint, dtype)), data, split, train)
     print(f"loss {loss:.6f} nats per token")

@@ -3,8 +3,8 @@
 from typing import Literal
 
 import tyro
+from backends import load_backend
 
-from minillm_core.backend import load_backend
 from minillm_core.checkpoints import find_checkpoint
 from minillm_core.cli import print_stream, run
 from minillm_core.tokenizer import Tokenizer

@@ -3,8 +3,8 @@
 import importlib.util
 
 import tyro
+from backends import load_backend
 
-from minillm_core.backend import load_backend
 from minillm_core.checkpoints import FRAMEWORKS
 from minillm_core.cli import run
 from minillm_core.config import load_config, preset_names

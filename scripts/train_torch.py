@@ -1,13 +1,14 @@
 """Trains a model in PyTorch, from raw text to a sample of what it has learnt."""
 
-import minillm_torch
+from backends import load_backend
+
 from minillm_core.cli import parse_run_config, run
 from minillm_core.config import RunConfig
 from minillm_core.loop import train_and_sample
 
 
 def main() -> None:
-    train_and_sample(parse_run_config(__doc__, RunConfig), minillm_torch)
+    train_and_sample(parse_run_config(__doc__, RunConfig), load_backend("torch"))
 
 
 if __name__ == "__main__":
