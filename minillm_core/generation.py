@@ -24,7 +24,7 @@ def bucket(n: int, limit: int) -> int:
 
 
 class BaseGenerator(ABC):
-    """Generates text from a model. Same seed, same text, in both frameworks."""
+    """Generates text from a model. The same seed draws the same numbers in both frameworks."""
 
     def __init__(self, model: Any, tokenizer: Tokenizer):
         """Raises InputError if the tokenizer has another vocabulary than the model."""

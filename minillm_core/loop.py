@@ -64,7 +64,7 @@ def train(config: RunConfig, backend: Backend) -> Path:
     folder = run_dir / backend.FRAMEWORK
     checkpoints = folder / "checkpoints"
 
-    state, start = _initial_or_newest(config, backend, data, checkpoints)
+    state, start = initial_or_newest(config, backend, data, checkpoints)
     final = checkpoints / str(config.train.steps)
     if start == config.train.steps:
         say(f"found the finished run in {folder}: {start} of {config.train.steps} steps done")
@@ -74,7 +74,12 @@ def train(config: RunConfig, backend: Backend) -> Path:
     return final
 
 
-def _initial_or_newest(config: RunConfig, backend: Backend, data: PreparedData, checkpoints: Path) -> tuple[State, int]:
+def initial_or_newest(config: RunConfig, backend: Backend, data: PreparedData, checkpoints: Path) -> tuple[State, int]:
+    """The state to go on from, and its step: the newest checkpoint, or the initial weights.
+
+    Raises:
+        InputError: the newest checkpoint is damaged, or was trained on other data.
+    """
     steps = checkpoint_steps(checkpoints)
     if not steps:
         return backend.init_state(config), 0

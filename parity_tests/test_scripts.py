@@ -92,7 +92,7 @@ def test_both_write_the_same_files(home: Path) -> None:
 def test_same_curve(home: Path) -> None:
     rows = {name: read_metrics(home / "runs" / "tiny" / name / "metrics.jsonl") for name in BACKENDS}
     keys = [(row["step"], row["split"]) for row in rows["jax"]]
-    assert keys == [(1, "train"), (2, "train"), (4, "train"), (4, "val"), (6, "train"), (6, "val")]
+    assert keys == [(1, "train"), (2, "train"), (3, "train"), (4, "train"), (4, "val"), (6, "train"), (6, "val")]
     for ours, theirs in zip(rows["jax"], rows["torch"], strict=True):
         assert ours.keys() == theirs.keys()
         for name in ours.keys() - {"split", "tokens_per_second"}:
@@ -113,17 +113,18 @@ def test_second_run_finds_the_first(home: Path, framework: str) -> None:
 
 @pytest.mark.parametrize("framework", BACKENDS)
 def test_resumes_to_the_same_bits(home: Path, framework: str, tmp_path: Path) -> None:
-    """Continued from the checkpoint of step 3, the run ends where it ended."""
+    """Continued from the checkpoint of step 3, twice, the run ends where it ended."""
     for name in ("tiny.yaml", "data", "runs"):
         (shutil.copytree if (home / name).is_dir() else shutil.copy)(home / name, tmp_path / name)
     folder = tmp_path / "runs/tiny" / framework
-    shutil.rmtree(folder / "checkpoints" / "6")
-    done = succeeds(f"train_{framework}", "tiny.yaml", cwd=tmp_path)
-    assert "resuming from" in done.stderr
+    for _ in range(2):
+        shutil.rmtree(folder / "checkpoints" / "6")
+        done = succeeds(f"train_{framework}", "tiny.yaml", cwd=tmp_path)
+        assert "resuming from" in done.stderr
     ours, theirs = (payload(path / "runs/tiny" / framework / "checkpoints/6", framework) for path in (home, tmp_path))
     assert_same_bits(ours, theirs)
     steps = [(row["step"], row["split"]) for row in read_metrics(folder / "metrics.jsonl")]
-    assert steps == [(1, "train"), (2, "train"), (4, "train"), (4, "val"), (6, "train"), (6, "val")]
+    assert steps == [(1, "train"), (2, "train"), (3, "train"), (4, "train"), (4, "val"), (6, "train"), (6, "val")]
 
 
 def payload(checkpoint: Path, framework: str) -> TrainingState:
@@ -323,3 +324,21 @@ def test_load_in_another_dtype(home: Path, framework: str, dtype: str) -> None:
         logits, _ = model(jax.numpy.asarray(tokens) if framework == "jax" else to_torch(tokens))
     assert str(logits.dtype).removeprefix("torch.") == dtype
     assert model.config == TINY
+
+
+@pytest.mark.parametrize("command", [["train_torch"], ["generate", "--backend", "torch"]], ids=["train", "generate"])
+def test_without_torch(command: list[str], home: Path, tmp_path: Path) -> None:
+    """After installing for JAX alone, asking for torch says what to install."""
+    (tmp_path / "torch.py").write_text("raise ModuleNotFoundError(\"No module named 'torch'\", name='torch')")
+    path = str(ROOT / "scripts" / f"{command[0]}.py")
+    done = subprocess.run(
+        [sys.executable, path, *command[1:]],
+        cwd=home,
+        capture_output=True,
+        text=True,
+        env=environment() | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"},
+        check=False,
+    )
+    assert done.returncode == 2, done.stderr
+    assert "torch is not installed" in done.stderr
+    assert "pip install" in done.stderr

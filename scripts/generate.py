@@ -21,8 +21,8 @@ def generate(
     seed: int = 0,
     dtype: Literal["float32", "bfloat16", "float64"] = "float32",
 ) -> None:
-    """Continues a prompt until the end of the document or max_new_tokens. The same seed gives the same text in both
-    frameworks.
+    """Continues a prompt until the end of the document or max_new_tokens. The same seed draws the same
+    numbers in both frameworks.
 
     Args:
         path: a run, a run's framework folder, or one checkpoint.

@@ -1,0 +1,173 @@
+"""Whole runs against an independent one, and what the train loop does when things go wrong."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import minillm_jax
+import minillm_torch
+from minillm_core import loop
+from minillm_core.checkpoints import checkpoint_steps
+from minillm_core.config import DataConfig, OptimConfig, RunConfig
+from minillm_core.data import PreparedData
+from minillm_core.errors import InputError
+from minillm_core.metrics import read_metrics
+from minillm_core.params import init_params
+from parity_tests.conftest import TINY, run_config
+
+BACKENDS = {"jax": minillm_jax, "torch": minillm_torch}
+STEPS = 6
+
+
+def small_run(data: DataConfig, out_dir: Path, **train: Any) -> RunConfig:
+    optim = OptimConfig(learning_rate=3e-3, min_learning_rate=3e-4, warmup_steps=2)
+    settings = {"steps": STEPS, "log_every": 1, "eval_every": STEPS, "checkpoint_every": 3} | train
+    return run_config(TINY, out_dir, data=data, optim=optim, **settings)
+
+
+def independent_run(config: RunConfig) -> tuple[list[dict[str, float]], dict[str, float], dict[str, torch.Tensor]]:
+    """The run with transformers' Llama, torch's AdamW and clipping, and the schedule written out.
+
+    It shares with the project the initial weights, the order of the batches and the token files.
+
+    Returns:
+        the rows of the steps, the held-out row, the final weights.
+    """
+    llama = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=512,
+            hidden_size=48,
+            intermediate_size=96,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=16,
+            max_position_embeddings=320,
+            rms_norm_eps=1e-6,
+            tie_word_embeddings=True,
+            rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
+        )
+    )
+    weights = {name: torch.from_numpy(array) for name, array in init_params(TINY, config.train.seed).items()}
+    assert llama.load_state_dict(weights, strict=False).missing_keys == ["lm_head.weight"]
+    llama.tie_weights()
+    params = list(llama.parameters())
+    matrices, norms = [p for p in params if p.ndim > 1], [p for p in params if p.ndim == 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": 0.1}, {"params": norms, "weight_decay": 0.0}], betas=(0.9, 0.95), eps=1e-8
+    )
+    folder = Path(config.data.dir)
+    train, val = (np.fromfile(folder / f"{split}.bin", "<u2").astype(np.int64) for split in ("train", "val"))
+    windows = {tuple(train[i * 32 : i * 32 + 33]) for i in range((len(train) - 1) // 32)}
+    data = PreparedData(folder, 512)
+    rows = []
+    for step in range(STEPS):
+        batch = data.batch(step, 4, 32, config.train.seed)
+        for row in batch:
+            windows.remove(tuple(row))  # a window of the text, not seen before
+        tokens = torch.from_numpy(batch.astype(np.int64))
+        logits = llama(tokens[:, :-1]).logits.reshape(-1, 512)
+        loss = torch.nn.functional.cross_entropy(logits, tokens[:, 1:].reshape(-1))
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(params, 1.0)
+        cosine = 0.5 * (1 + math.cos(math.pi * (step - 2) / (STEPS - 2)))
+        rate = 3e-3 * (step + 1) / 3 if step < 2 else 3e-4 + cosine * (3e-3 - 3e-4)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+        optimizer.zero_grad()
+        rows.append({"loss": loss.item(), "grad_norm": norm.item(), "learning_rate": rate})
+    nats = 0.0
+    with torch.no_grad():
+        for start in range(0, len(val) - 1, 32):
+            x = torch.from_numpy(val[start : start + 33])
+            log_probs = torch.log_softmax(llama(x[None, :-1]).logits[0].double(), -1)
+            nats -= float(log_probs[torch.arange(len(x) - 1), x[1:]].sum())
+    n_bytes = sum(path.stat().st_size for path in sorted(Path(config.data.corpus).glob("*.txt"))[4::5])
+    loss = nats / (len(val) - 1)
+    held_out = {"loss": loss, "bits_per_byte": nats / math.log(2) / n_bytes, "perplexity": math.exp(loss)}
+    return rows, held_out, dict(llama.state_dict())
+
+
+@pytest.fixture(scope="module")
+def expected(data_config: DataConfig) -> Any:
+    return independent_run(small_run(data_config, Path("unused")))
+
+
+@pytest.mark.parametrize("framework", BACKENDS)
+@pytest.mark.parametrize("grad_accum", [1, 2])
+def test_run_against_an_independent_one(
+    framework: str, grad_accum: int, data_config: DataConfig, expected: Any, tmp_path: Path
+) -> None:
+    """Both could be wrong together in the loop, the schedule or the evaluation; this run shares none of them."""
+    config = small_run(data_config, tmp_path / "run", grad_accum=grad_accum)
+    checkpoint = loop.train(config, BACKENDS[framework])
+    train_rows, held_out, weights = expected
+    rows = read_metrics(tmp_path / "run" / framework / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6, 6]
+    for row, ours in zip(rows, [*train_rows, held_out], strict=True):
+        for name, value in ours.items():
+            assert row[name] == pytest.approx(value, rel=1e-5), f"step {row['step']} {row['split']} {name}"
+    final = BACKENDS[framework].read_payload(checkpoint, config, moments=False).weights
+    for name, array in final.items():
+        assert np.abs(array - weights[name].numpy()).max() <= 1e-4, name
+
+
+def poisoned(backend: Any, bad_step: int) -> Any:
+    """The backend, with a loss that is not a number from `bad_step` on."""
+
+    def make_train_step(config: RunConfig) -> Callable[..., Any]:
+        step = backend.make_train_step(config)
+        done = 0
+
+        def poisoned_step(state: Any, tokens: np.ndarray, rate: float) -> Any:
+            nonlocal done
+            done += 1
+            state, metrics = step(state, tokens, rate)
+            return state, metrics | ({"loss": float("nan")} if done >= bad_step else {})
+
+        return poisoned_step
+
+    return SimpleNamespace(**(vars(backend) | {"make_train_step": make_train_step}))
+
+
+@pytest.mark.parametrize("framework", BACKENDS)
+def test_no_state_is_saved_unchecked(framework: str, data_config: DataConfig, tmp_path: Path) -> None:
+    """The loss becomes NaN between two log ticks; the checkpoint between them is not written."""
+    config = small_run(data_config, tmp_path / "run", steps=8, log_every=8, checkpoint_every=3)
+    with pytest.raises(InputError, match=r"(?s)step 6: the loss or the gradient is not finite.*last checkpoint: \[3\]"):
+        loop.train(config, poisoned(BACKENDS[framework], 4))
+    assert checkpoint_steps(tmp_path / "run" / framework / "checkpoints") == [3]
+
+
+def test_a_failed_save_is_reported(data_config: DataConfig, tmp_path: Path) -> None:
+    def failing(folder: Path, config: RunConfig, state: Any) -> Callable[[], None]:
+        def finish() -> None:
+            raise OSError("No space left on device")
+
+        return finish
+
+    backend = SimpleNamespace(**(vars(minillm_torch) | {"start_payload": failing}))
+    with pytest.raises(OSError, match="No space left"):
+        loop.train(small_run(data_config, tmp_path / "run"), backend)
+    assert checkpoint_steps(tmp_path / "run/torch/checkpoints") == []
+
+
+@pytest.mark.parametrize("framework", BACKENDS)
+def test_other_data_is_refused_on_resume(framework: str, data_config: DataConfig, tmp_path: Path) -> None:
+    config = small_run(data_config, tmp_path / "run", steps=3)
+    checkpoint = loop.train(config, BACKENDS[framework])
+    info = json.loads((checkpoint / "checkpoint.json").read_text())
+    assert info["data_hashes"].keys() == {"tokenizer", "train", "val"}
+    other = PreparedData(data_config.dir, TINY.vocab_size)
+    other.meta["train"]["sha256"] = "0" * 64
+    with pytest.raises(InputError, match="trained on other data"):
+        loop.initial_or_newest(config, BACKENDS[framework], other, checkpoint.parent)
