@@ -223,6 +223,7 @@ class RunConfig:
             "optim.warmup_steps is more than train.steps",
             expected=f"at most {self.train.steps}",
             found=self.optim.warmup_steps,
+            do="lower --optim.warmup_steps too",
         )
 
 

@@ -128,6 +128,8 @@ def _run_steps(config: RunConfig, backend: Backend, data: PreparedData, state: S
             log.write(step, "train", loss, grad_norm=grad_norm, learning_rate=rate, tokens_per_second=round(speed, 1))
 
     def evaluate_now(step: int) -> None:
+        if step == c.steps:
+            say(f"evaluating on the whole held-out text, {len(data.tokens['val']):,} tokens")
         eval_step = backend.make_eval_step(backend.model_of(config, state))
         loss = evaluate(eval_step, data, "val", c, None if step == c.steps else c.eval_batches)
         compression = bits_per_byte(loss, data.tokens_per_byte("val"))
@@ -148,6 +150,7 @@ def _run_steps(config: RunConfig, backend: Backend, data: PreparedData, state: S
             # or saved whose loss and gradient were not seen to be finite.
             read_metrics_until(0 if evaluates or saves or (unread and unread[-1][0] != step) else 1)
             with progress.paused():
+                # Evaluation first: a committed checkpoint then has all its metrics, also after a crash.
                 if evaluates:
                     evaluate_now(step)
                 if saves:

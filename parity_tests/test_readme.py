@@ -82,7 +82,7 @@ def test_commands(command: str, home: Path, corpus: Path) -> None:
 def test_python(home: Path) -> None:
     """The README's Python, on the run that its commands made."""
     block = next(block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL))
-    code = f"import os, numpy as np\nos.chdir({str(home)!r})\ntokens_BT = np.array([[1, 5, 9]])\n{block}"
+    code = f"import os\nos.chdir({str(home)!r})\n{block}"
     code = code.replace("max_new_tokens=50", "max_new_tokens=5")
     namespace: dict[str, object] = {}
     exec(code, namespace)

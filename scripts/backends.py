@@ -19,5 +19,7 @@ def load_backend(framework: str) -> Backend:
         if error.name and error.name.startswith("minillm"):
             raise
         raise InputError(
-            f"{framework} is not installed", found=f"no module {error.name}", do=f"pip install -e '.[{framework}]'"
+            f"{framework} is not installed",
+            found=f"no module {error.name}",
+            do=f"pip install -c constraints.txt -e '.[{framework}]'",
         ) from error
