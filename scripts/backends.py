@@ -14,7 +14,7 @@ def load_backend(framework: str) -> Backend:
     Raises:
         InputError: the framework is not installed.
     """
-    # Read when torch is imported. By default its waiting threads spin: on busy cores that made a step 4 to 7 times slower.
+    # Read when torch is imported. Its waiting threads otherwise spin: on busy cores a step took 4 to 7 times longer.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
         return cast(Backend, importlib.import_module(f"minillm_{framework}"))
