@@ -104,7 +104,7 @@ def header(config: BenchmarkConfig) -> list[str]:
         f"# {Path(c.out_dir).name} on {jax.devices()[0].device_kind}",
         "",
         f"- {minillm_jax.describe_device()}; {minillm_torch.describe_device()}; Python {platform.python_version()}",
-        f"- {platform.platform()}, {os.cpu_count()} CPU cores",
+        f"- {platform.system()} {platform.machine()}, {os.cpu_count()} CPU cores",
         f"- training: {c.batch_size} x {c.seq_len} tokens in {c.grad_accum} micro-batches, {c.compute_dtype} precision",
     ]
 
