@@ -7,13 +7,14 @@
         ...                 the payload: Orbax (jax) or safetensors (torch)
 
 A checkpoint is written aside, hashed, flushed to disk and then renamed: a folder with a number for its name is whole.
+Names that start with a dot are work that was not finished; `<step>.damaged` is a checkpoint that its run has replaced.
 """
 
+import contextlib
 import dataclasses
 import json
-import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,8 +24,8 @@ import numpy as np
 
 from minillm_core import __version__
 from minillm_core.config import RunConfig, run_config_from_dict, to_dict
-from minillm_core.data import hash_file
 from minillm_core.errors import InputError
+from minillm_core.files import commit_folder, hash_file, is_disk_full, remove_folder
 
 FORMAT_VERSION = 1
 FRAMEWORKS = ("jax", "torch")
@@ -39,7 +40,9 @@ class CheckpointInfo:
 
     framework: str
     step: int
-    """Updates done."""
+    """Batches seen: the place in the data and in the schedule."""
+    updates: int
+    """Adam's count: `step`, less the updates that were skipped (`train.nonfinite`)."""
     config: RunConfig
     data_hashes: dict[str, str]
     converted_from: str | None = None
@@ -121,6 +124,7 @@ def read_info(checkpoint: Path) -> CheckpointInfo:
         return CheckpointInfo(
             framework=data["framework"],
             step=int(data["step"]),
+            updates=int(data.get("updates", data["step"])),
             config=run_config_from_dict(data["config"], path),
             data_hashes=dict(data["data_hashes"]),
             converted_from=data["converted_from"],
@@ -155,59 +159,128 @@ def verify_checkpoint(checkpoint: Path) -> None:
         raise InputError(
             "damaged checkpoint:\n  " + "\n  ".join(problems),
             where=checkpoint,
-            do="use another checkpoint of the run; to train on from the one before, move this folder away",
+            do="use another checkpoint of the run; training goes on from the newest good one by itself",
         )
 
 
-class CheckpointWriter:
-    """Commits checkpoints into one folder, in the background, one at a time."""
+def newest_good(folder: Path, report: Callable[[str], None]) -> Path | None:
+    """The newest checkpoint of a `checkpoints` folder whose files are whole; None if the folder has none at all.
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    Args:
+        report: told of each damaged one on the way; it stays where it is.
+
+    Raises:
+        InputError: all are damaged.
+    """
+    steps = checkpoint_steps(folder)
+    for step in reversed(steps):
+        try:
+            verify_checkpoint(folder / str(step))
+        except InputError as error:
+            report(f"left aside: {error}")
+        else:
+            return folder / str(step)
+    if steps:
+        raise InputError(
+            "every checkpoint of the run is damaged",
+            found=f"steps {', '.join(map(str, steps))}",
+            where=folder,
+            do="restore one from a backup; or, to train from the beginning, give another --train.out_dir",
+        )
+    return None
+
+
+def prune_checkpoints(folder: Path, keep_last: int, newest: int, best: int | None) -> None:
+    """Removes the checkpoints before the last `keep_last` (0: none) up to step `newest`, the one of step `best` aside.
+
+    Those after `newest` are damaged ones that a resumed run has not reached again: they neither count nor go.
+    """
+    steps = [step for step in checkpoint_steps(folder) if step <= newest]
+    for step in steps[:-keep_last] if keep_last else []:
+        if step != best:
+            remove_folder(folder / str(step))
+
+
+class CheckpointWriter:
+    """Commits checkpoints into one folder, in the background, one at a time. Only one process may hold one."""
+
+    def __init__(self, folder: Path, keep_last: int = 0):
+        """
+        Args:
+            keep_last: what each commit leaves of the older checkpoints, as in `prune_checkpoints`.
+        """
+        self.folder, self.keep_last = folder, keep_last
+        for leftover in folder.glob(".*.partial"):
+            shutil.rmtree(leftover)
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future[None] | None = None
 
-    def save(self, info: CheckpointInfo, tokenizer: Path, start_payload: Callable[[Path], Callable[[], None]]) -> None:
+    def save(
+        self,
+        info: CheckpointInfo,
+        tokenizer: Path,
+        start_payload: Callable[[Path], Callable[[], None]],
+        best: int | None = None,
+    ) -> None:
         """Starts saving; the caller may change its state as soon as this returns.
 
         Args:
             start_payload: given the folder to write into, takes a snapshot of the state and returns the function that
                 finishes writing it, which then runs in the background.
+            best: step of a checkpoint to keep however old it is.
 
         Raises:
-            whatever made the previous save fail.
+            InputError: the disk is full: for this save or for the one before.
+            whatever else made the save before fail.
         """
         self.wait()
         partial = self.folder / f".{info.step}.partial"
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        finish_payload = start_payload(partial)
-        self._pending = self._thread.submit(self._commit, partial, info, tokenizer, finish_payload)
+        with _cleaned_up(partial):
+            partial.mkdir(parents=True)
+            finish_payload = start_payload(partial)
+        self._pending = self._thread.submit(self._commit, partial, info, tokenizer, finish_payload, best)
 
-    def _commit(self, partial: Path, info: CheckpointInfo, tokenizer: Path, finish_payload: Callable[[], None]) -> None:
-        finish_payload()
-        shutil.copyfile(tokenizer, partial / "tokenizer.model")
-        data = {"format_version": FORMAT_VERSION, "version": __version__, **dataclasses.asdict(info)}
-        _write_json(partial / "checkpoint.json", data | {"config": to_dict(info.config)})
-        manifest = {
-            name: {"size": (partial / name).stat().st_size, "sha256": hash_file(partial / name)}
-            for name in _files(partial)
-        }
-        _write_json(partial / "manifest.json", manifest)
-        for name in [*manifest, "manifest.json"]:
-            with (partial / name).open("rb") as file:
-                os.fsync(file.fileno())
+    def _commit(
+        self, partial: Path, info: CheckpointInfo, tokenizer: Path, finish_payload: Callable[[], None], best: int | None
+    ) -> None:
         final = self.folder / str(info.step)
-        partial.rename(final)
-        descriptor = os.open(self.folder, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
+        with _cleaned_up(partial):
+            finish_payload()
+            shutil.copyfile(tokenizer, partial / "tokenizer.model")
+            data = {"format_version": FORMAT_VERSION, "version": __version__, **dataclasses.asdict(info)}
+            _write_json(partial / "checkpoint.json", data | {"config": to_dict(info.config)})
+            manifest = {
+                name: {"size": (partial / name).stat().st_size, "sha256": hash_file(partial / name)}
+                for name in _files(partial)
+            }
+            _write_json(partial / "manifest.json", manifest)
+            if final.exists():  # found damaged when the run was resumed
+                shutil.rmtree(final.with_suffix(".damaged"), ignore_errors=True)
+                final.rename(final.with_suffix(".damaged"))
+            commit_folder(partial, final)
+        prune_checkpoints(self.folder, self.keep_last, info.step, best)
 
     def wait(self) -> None:
         """Blocks until the save under way is committed; raises what made it fail."""
         if self._pending is not None:
             pending, self._pending = self._pending, None
             pending.result()
+
+
+@contextlib.contextmanager
+def _cleaned_up(partial: Path) -> Iterator[None]:
+    """Removes what a failed save leaves; a full disk is an InputError."""
+    try:
+        yield
+    except Exception as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if is_disk_full(error):
+            raise InputError(
+                "the disk is full: the checkpoint was not saved, earlier ones are untouched",
+                where=partial.parent,
+                do="free some space, then give the same command again to go on from the last checkpoint",
+            ) from error
+        raise
 
 
 def _write_json(path: Path, data: Any) -> None:

@@ -8,7 +8,8 @@ from typing import TypeVar
 import tyro
 
 from minillm_core.config import RunConfig, load_config, preset_names
-from minillm_core.errors import InputError
+from minillm_core.errors import InputError, Interrupted
+from minillm_core.files import is_disk_full
 
 C = TypeVar("C", bound=RunConfig)
 
@@ -27,19 +28,27 @@ def print_stream(prompt: str, pieces: Iterable[str]) -> None:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Calls a script's main: exits with 2 and a plain message on an InputError, with 130 on Ctrl-C."""
+    """Calls a script's main: exits with 2 and a plain message on an InputError or a full disk, with 130 on Ctrl-C."""
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports every file it writes at level INFO
     try:
         main()
     except InputError as error:
         say(f"error: {error}")
         sys.exit(2)
+    except Interrupted as request:
+        sys.exit(128 + request.signal)
     except KeyboardInterrupt:
         say("interrupted")
         sys.exit(130)
     except BrokenPipeError:  # the reader of our stdout went away, as in `| head`
         sys.stderr.close()
         sys.exit(141)
+    except OSError as error:
+        if not is_disk_full(error):
+            raise
+        do = "free some space; nothing that was saved is lost"
+        say(f"error: {InputError('the disk is full', where=error.filename, do=do)}")
+        sys.exit(2)
 
 
 def parse_run_config(description: str | None, config_class: type[C], preset: str = "quickstart") -> C:

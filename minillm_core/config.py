@@ -22,6 +22,14 @@ from minillm_core.errors import InputError
 PRESETS_DIR = Path(__file__).resolve().parent.parent / "configs"
 
 ComputeDtype = Literal["auto", "float32", "bfloat16", "float64"]
+Nonfinite = Literal["stop", "skip"]
+WandbMode = Literal["disabled", "offline", "online"]
+
+FREE_TO_CHANGE = {
+    "data.dir",
+    *(f"train.{name}" for name in ("out_dir", "checkpoint_every", "keep_last", "nonfinite", "tensorboard", "wandb")),
+}
+"""What a run may be resumed with another value of: no number logged before depends on it; data is known by its hash."""
 
 
 def _require(condition: bool, problem: str, **details: Any) -> None:
@@ -179,9 +187,21 @@ class TrainConfig:
     eval_batches: int = 8
     """Micro-batches of the held-out split per evaluation on the way; the last evaluation reads the whole split."""
     checkpoint_every: int = 100
+    keep_last: int = 3
+    """Newest checkpoints to keep, besides the one of the lowest held-out loss; 0 keeps all."""
+    nonfinite: Nonfinite = "stop"
+    """When the loss or the gradient norm is not finite, that update is not made, and the run stops; or `skip`: it goes
+    on with the next batch, and counts."""
+    deterministic: bool = False
+    """On a GPU, the same bits in every run, slower: deterministic kernels, no autotuning. A CPU always gives them."""
+    tensorboard: bool = False
+    """Also log for TensorBoard, into the framework's folder of the run."""
+    wandb: WandbMode = "disabled"
+    """Also log to Weights & Biases; `offline` keeps it in the framework's folder of the run."""
     seed: int = 0
     compute_dtype: ComputeDtype = "auto"
-    """Activations and matmul operands; `auto` is bfloat16 on a GPU and float32 on a CPU. Parameters stay float32."""
+    """Activations and matmul operands; `auto` is bfloat16 on a GPU and float32 on a CPU when a run begins, and then
+    that run's. Parameters stay float32."""
 
     def __post_init__(self) -> None:
         counts = ("steps", "batch_size", "seq_len", "grad_accum", "log_every", "eval_every", "eval_batches")
@@ -193,13 +213,11 @@ class TrainConfig:
             found=self.batch_size,
         )
         _require(self.seed >= 0, "train.seed is negative", expected="0 or more", found=self.seed)
-        dtypes = typing.get_args(ComputeDtype)
-        _require(
-            self.compute_dtype in dtypes,
-            "train.compute_dtype is unknown",
-            expected=f"one of {', '.join(dtypes)}",
-            found=repr(self.compute_dtype),
-        )
+        _require(self.keep_last >= 0, "train.keep_last is negative", expected="0 (all) or more", found=self.keep_last)
+        for field, choices in (("compute_dtype", ComputeDtype), ("nonfinite", Nonfinite), ("wandb", WandbMode)):
+            value, options = getattr(self, field), typing.get_args(choices)
+            expected = f"one of {', '.join(options)}"
+            _require(value in options, f"train.{field} is unknown", expected=expected, found=repr(value))
 
 
 @dataclass(frozen=True)
@@ -279,9 +297,9 @@ def dump_config(config: RunConfig) -> str:
 
 
 def config_differences(ours: RunConfig, theirs: RunConfig) -> list[str]:
-    """`section.field: ours, not theirs` for every field that differs, the output directory aside."""
+    """`section.field: ours, was theirs` for every field that differs and is not FREE_TO_CHANGE."""
     pairs = zip(_flatten(to_dict(ours)).items(), _flatten(to_dict(theirs)).values(), strict=True)
-    return [f"{key}: {a!r}, was {b!r}" for (key, a), b in pairs if a != b and key != "train.out_dir"]
+    return [f"{key}: {a!r}, was {b!r}" for (key, a), b in pairs if a != b and key not in FREE_TO_CHANGE]
 
 
 def _flatten(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:

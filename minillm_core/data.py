@@ -5,7 +5,6 @@ There is no iterator state: resuming is asking for the next step.
 
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -16,16 +15,12 @@ from typing import Any
 import numpy as np
 
 from minillm_core.config import DataConfig
-from minillm_core.corpus import list_documents
+from minillm_core.corpus import Document, list_documents
 from minillm_core.errors import InputError
+from minillm_core.files import commit_folder, hash_file, lock
 from minillm_core.tokenizer import Tokenizer, train_tokenizer
 
 SPLITS = ("train", "val")
-
-
-def hash_file(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def prepare_data(config: DataConfig, vocab_size: int) -> bool:
@@ -40,58 +35,77 @@ def prepare_data(config: DataConfig, vocab_size: int) -> bool:
         InputError: the corpus is unusable, or the folder holds other data.
     """
     target = Path(config.dir)
-    if target.exists():
-        existing = PreparedData(config.dir, vocab_size).meta
-        wanted = {"corpus": config.corpus, "holdout_every": config.holdout_every}
-        found = {key: existing.get(key) for key in wanted}
-        if found != wanted:
-            raise InputError(
-                "the folder was prepared from another corpus",
-                expected=wanted,
-                found=found,
-                where=target,
-                do=_redo(target),
-            )
+    if _is_prepared(target, config, vocab_size):
         return False
     documents = list_documents(config)
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    partial.mkdir(parents=True)
-    try:
-        train_texts = (text for document in documents if document.split == "train" for text in document.chunks())
-        train_tokenizer(
-            (line for text in train_texts for line in text.split("\n")), vocab_size, partial / "tokenizer.model"
-        )
-        tokenizer = Tokenizer(partial / "tokenizer.model")
-        dtype = np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
-        meta: dict[str, Any] = {
-            "format_version": 1,
-            "corpus": config.corpus,
-            "holdout_every": config.holdout_every,
-            "vocab_size": vocab_size,
-            "dtype": dtype.str,
-            "tokenizer_sha256": hash_file(partial / "tokenizer.model"),
-        }
-        for split in SPLITS:
-            n_tokens = n_bytes = 0
-            with (partial / f"{split}.bin").open("wb") as file:
-                for document in (document for document in documents if document.split == split):
-                    ids = [tokenizer.bos_id]
-                    for text in document.chunks():
-                        for part in tokenizer.encode_many(re.findall(r"[^\n]*\n|[^\n]+", text)):
-                            ids += part
-                        file.write(np.array(ids, dtype).tobytes())
-                        n_tokens += len(ids)
-                        ids = []
-                    file.write(np.array([*ids, tokenizer.eos_id], dtype).tobytes())
-                    n_tokens += len(ids) + 1
-                    n_bytes += document.stop - document.start
-            digest = hash_file(partial / f"{split}.bin")
-            meta[split] = {"n_tokens": n_tokens, "n_bytes": n_bytes, "sha256": digest}
-        (partial / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
-        partial.rename(target)
-    finally:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with lock(target.with_name(f".{target.name}.lock"), wait=True):
+        if _is_prepared(target, config, vocab_size):
+            return False
+        partial = target.with_name(f".{target.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        try:
+            _pack(documents, config, vocab_size, partial)
+            commit_folder(partial, target)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
     return True
+
+
+def _is_prepared(target: Path, config: DataConfig, vocab_size: int) -> bool:
+    """Whether the folder holds this corpus, prepared.
+
+    Raises:
+        InputError: it holds something else.
+    """
+    if not target.exists():
+        return False
+    existing = PreparedData(target, vocab_size).meta
+    wanted = {"corpus": config.corpus, "holdout_every": config.holdout_every}
+    found = {key: existing.get(key) for key in wanted}
+    if found != wanted:
+        raise InputError(
+            "the folder was prepared from another corpus",
+            expected=wanted,
+            found=found,
+            where=target,
+            do=_redo(target),
+        )
+    return True
+
+
+def _pack(documents: list[Document], config: DataConfig, vocab_size: int, folder: Path) -> None:
+    """Writes tokenizer.model, the token files and meta.json."""
+    train_texts = (text for document in documents if document.split == "train" for text in document.chunks())
+    train_tokenizer((line for text in train_texts for line in text.split("\n")), vocab_size, folder / "tokenizer.model")
+    tokenizer = Tokenizer(folder / "tokenizer.model")
+    dtype = np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
+    meta: dict[str, Any] = {
+        "format_version": 1,
+        "corpus": config.corpus,
+        "holdout_every": config.holdout_every,
+        "vocab_size": vocab_size,
+        "dtype": dtype.str,
+        "tokenizer_sha256": hash_file(folder / "tokenizer.model"),
+    }
+    for split in SPLITS:
+        n_tokens = n_bytes = 0
+        with (folder / f"{split}.bin").open("wb") as file:
+            for document in (document for document in documents if document.split == split):
+                ids = [tokenizer.bos_id]
+                for text in document.chunks():
+                    for part in tokenizer.encode_many(re.findall(r"[^\n]*\n|[^\n]+", text)):
+                        ids += part
+                    file.write(np.array(ids, dtype).tobytes())
+                    n_tokens += len(ids)
+                    ids = []
+                file.write(np.array([*ids, tokenizer.eos_id], dtype).tobytes())
+                n_tokens += len(ids) + 1
+                n_bytes += document.stop - document.start
+        digest = hash_file(folder / f"{split}.bin")
+        meta[split] = {"n_tokens": n_tokens, "n_bytes": n_bytes, "sha256": digest}
+    (folder / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
 
 
 def _redo(folder: Path) -> str:
@@ -148,6 +162,18 @@ class PreparedData:
     def hashes(self) -> dict[str, str]:
         """What identifies this data: the tokenizer's and both splits' SHA-256, as recorded when it was prepared."""
         return {"tokenizer": self.meta["tokenizer_sha256"], **{split: self.meta[split]["sha256"] for split in SPLITS}}
+
+    def verify(self) -> None:
+        """Reads every file and compares it with its hash.
+
+        Raises:
+            InputError: a file was changed after it was prepared.
+        """
+        names = {"tokenizer": "tokenizer.model"} | {split: f"{split}.bin" for split in SPLITS}
+        for key, digest in self.hashes().items():
+            if hash_file(self.dir / names[key]) != digest:
+                problem = "a data file was changed after it was prepared"
+                raise InputError(problem, where=self.dir / names[key], do=_redo(self.dir))
 
     def tokens_per_byte(self, split: str) -> float:
         """Predicted tokens per byte of the split's text: turns nats per token into nats per byte."""

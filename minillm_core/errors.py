@@ -1,4 +1,6 @@
-"""The one exception a user's mistake raises; scripts print it without a traceback and exit with 2."""
+"""The exceptions that scripts end with, without a traceback: a user's mistake (exit code 2), a request to stop."""
+
+import signal
 
 
 class InputError(ValueError):
@@ -21,3 +23,11 @@ class InputError(ValueError):
             if value is not None:
                 lines.append(f"  {label}: {value}")
         super().__init__("\n".join(lines))
+
+
+class Interrupted(Exception):  # noqa: N818 (not an error)
+    """SIGTERM or Ctrl-C asked the run to stop, and it did so in good order."""
+
+    def __init__(self, number: signal.Signals):
+        super().__init__(number.name)
+        self.signal = number

@@ -1,38 +1,100 @@
-"""The run directory: `runs/<name>/` with config.yaml, tokenizer.model, and a folder for each framework."""
+"""The run directory: `runs/<name>/` with config.yaml, run.json, tokenizer.model, and a folder for each framework."""
 
-import shutil
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
-from minillm_core.config import RunConfig, config_differences, dump_config, load_config
+from minillm_core import __version__
+from minillm_core.config import ComputeDtype, RunConfig, config_differences, dump_config, load_config
 from minillm_core.errors import InputError
+from minillm_core.files import lock, replace_file
+
+FORMAT_VERSION = 1
 
 
-def open_run(run: Path, config: RunConfig, tokenizer: Path) -> None:
-    """Creates the run directory, or checks that it is this run's.
+@contextmanager
+def open_run(
+    run: Path, config: RunConfig, tokenizer: Path, data_hashes: dict[str, str], dtype: str
+) -> Iterator[RunConfig]:
+    """Creates the run directory, or checks that it is this run's; no other process can open it meanwhile.
+
+    Args:
+        tokenizer: the model file to copy into a new run.
+        data_hashes: PreparedData.hashes().
+        dtype: what a `compute_dtype` of `auto` means for a run that begins here.
+
+    Yields:
+        the configuration with `compute_dtype` resolved: an existing run keeps its own.
 
     Raises:
-        InputError: it belongs to a run of another configuration (every differing field named) or tokenizer, or to no
-            run at all.
+        InputError: it belongs to a run of another configuration (every differing field named), tokenizer or data, was
+            written by a newer version, is in use, or is no run directory.
     """
-    saved, saved_tokenizer = run / "config.yaml", run / "tokenizer.model"
-    if saved.exists():
-        differences = config_differences(config, load_config(str(saved)))
-        if differences:
+    if run.exists() and not run.is_dir():
+        raise InputError("not a directory", where=run, do="give another run directory (--train.out_dir)")
+    saved = run / "config.yaml"
+    if not saved.exists() and run.exists() and any(not path.name.startswith(".") for path in run.iterdir()):
+        raise InputError("not empty and not a run directory", expected="config.yaml in it", where=run)
+    run.mkdir(parents=True, exist_ok=True)
+    with lock(run / ".lock"):
+        _check_record(run / "run.json", data_hashes)
+        known = load_config(str(saved)) if saved.exists() else None
+        if config.train.compute_dtype == "auto":
+            name = dtype if known is None or known.train.compute_dtype == "auto" else known.train.compute_dtype
+            config = replace(config, train=replace(config.train, compute_dtype=cast(ComputeDtype, name)))
+        if known is not None and (differences := config_differences(config, known)):
             raise InputError(
                 "the run directory belongs to another configuration:\n  " + "\n  ".join(differences),
                 where=run,
                 do="use that run's configuration, or another run directory (--train.out_dir)",
             )
-    elif run.exists() and (not run.is_dir() or any(run.iterdir())):
-        raise InputError("not empty and not a run directory", expected="config.yaml in it", where=run)
-    run.mkdir(parents=True, exist_ok=True)
-    if saved_tokenizer.exists() and saved_tokenizer.read_bytes() != tokenizer.read_bytes():
+        record = {"format_version": FORMAT_VERSION, "version": __version__, "data_hashes": data_hashes}
+        contents: dict[str, str | bytes] = {
+            "config.yaml": dump_config(config),
+            "run.json": json.dumps(record, indent=1) + "\n",
+            "tokenizer.model": tokenizer.read_bytes(),
+        }
+        for name, content in contents.items():
+            if not (run / name).exists():
+                replace_file(run / name, content)
+        yield config
+
+
+def _check_record(path: Path, data_hashes: dict[str, str]) -> None:
+    if not path.exists():
+        return
+    try:
+        record = json.loads(path.read_text())
+        version, known = record["format_version"], dict(record["data_hashes"])
+    except (ValueError, KeyError, TypeError) as error:
+        do = "restore the file, or give another run directory (--train.out_dir)"
+        raise InputError("damaged file of the run", found=repr(error), where=path, do=do) from error
+    if version != FORMAT_VERSION:
         raise InputError(
-            "the run has another tokenizer",
-            where=f"{saved_tokenizer} and {tokenizer}",
-            do="use the data of that run, or another run directory (--train.out_dir)",
+            "the run directory was written by another version",
+            expected=f"format {FORMAT_VERSION}",
+            found=f"format {version}, written by version {record.get('version')}",
+            where=path,
+            do="install that version of the project",
         )
-    if not saved.exists():
-        saved.write_text(dump_config(config))
-    if not saved_tokenizer.exists():
-        shutil.copyfile(tokenizer, saved_tokenizer)
+    require_same_data(known, data_hashes, path.parent)
+
+
+def require_same_data(known: dict[str, str], found: dict[str, str], where: Path) -> None:
+    """
+    Raises:
+        InputError: naming what differs: the tokenizer, the training text, the held-out text.
+    """
+    names = {"tokenizer": "tokenizer", "train": "training text", "val": "held-out text"}
+    differing = [key for key in names if known.get(key) != found.get(key)]
+    if differing:
+        raise InputError(
+            f"the run belongs to another {' and another '.join(names[key] for key in differing)}",
+            expected=", ".join(f"{key} {known.get(key)}" for key in differing),
+            found=", ".join(f"{key} {found.get(key)}" for key in differing),
+            where=where,
+            do="use the data of that run (--data.dir), or another run directory (--train.out_dir)",
+        )

@@ -1,5 +1,7 @@
 """Clipping by the global norm and AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101)."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -31,7 +33,9 @@ def apply_update(
     grads: Params,
     opt_state: optax.OptState,
     learning_rate: jax.Array | float,
+    finite: jax.Array | bool,
 ) -> tuple[Params, optax.OptState]:
-    """One AdamW update: new parameters and new moments."""
-    updates, opt_state = optimizer.update(grads, opt_state, params)
-    return {path: param - learning_rate * updates[path] for path, param in params.items()}, opt_state
+    """One AdamW update: new parameters and new moments, or the given ones unless `finite` holds."""
+    updates, new_opt_state = optimizer.update(grads, opt_state, params)
+    new_params = {path: param - learning_rate * updates[path] for path, param in params.items()}
+    return jax.tree.map(partial(jnp.where, finite), (new_params, new_opt_state), (params, opt_state))

@@ -1,7 +1,8 @@
 """Train state, train step, evaluation step."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import jax
@@ -46,15 +47,15 @@ def init_state(config: RunConfig) -> TrainState:
     return import_state(config, TrainingState(init_params(config.model, config.train.seed), {}, {}), 0)
 
 
-def import_state(config: RunConfig, state: TrainingState, step: int) -> TrainState:
-    """A state from framework-free tensors; without moments, those start at zero."""
+def import_state(config: RunConfig, state: TrainingState, updates: int) -> TrainState:
+    """A state from framework-free tensors after `updates` updates; without moments, Adam starts anew."""
     dtype = param_dtype(resolve_dtype(config.train.compute_dtype))
     params = from_canonical(config.model, state.weights, dtype)
     opt_state = make_optimizer(config.optim, config.model).init(params)
     if state.exp_avg:
         mu = from_canonical(config.model, state.exp_avg, dtype)
         nu = from_canonical(config.model, state.exp_avg_sq, dtype)
-        opt_state = (opt_state[0]._replace(count=jnp.asarray(step, jnp.int32), mu=mu, nu=nu), *opt_state[1:])
+        opt_state = (opt_state[0]._replace(count=jnp.asarray(updates, jnp.int32), mu=mu, nu=nu), *opt_state[1:])
     return TrainState(params, opt_state)
 
 
@@ -102,28 +103,39 @@ def make_train_step(config: RunConfig) -> TrainStep:
         total, _ = jax.lax.scan(add, zero, tokens_BT.reshape(n_micro, -1, tokens_BT.shape[1]))
         return jax.tree.map(lambda x: x / n_micro, total)
 
-    @partial(jax.jit, donate_argnums=0)
+    @partial(jax.jit, donate_argnums=0, compiler_options=_compiler_options(config.train.deterministic))
     def step(
         state: TrainState, rope: Params, tokens_BT: jax.Array, learning_rate: jax.Array
     ) -> tuple[TrainState, dict[str, jax.Array]]:
         loss, grads = accumulate(state.params, rope, tokens_BT)
         grads, grad_norm = clip_by_global_norm(grads, config.optim.grad_clip)
-        params, opt_state = apply_update(optimizer, state.params, grads, state.opt_state, learning_rate)
-        return TrainState(params, opt_state), {"loss": loss, "grad_norm": grad_norm}
+        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        params, opt_state = apply_update(optimizer, state.params, grads, state.opt_state, learning_rate, finite)
+        return TrainState(params, opt_state), {"loss": loss, "grad_norm": grad_norm, "updates": opt_state[0].count}
 
     return lambda state, tokens_BT, learning_rate: step(state, rope, tokens_BT, learning_rate)
 
 
-def make_eval_step(model: MiniLLM) -> EvalStep:
+def make_eval_step(model: MiniLLM, *, deterministic: bool = False) -> EvalStep:
     """The compiled sum of masked losses. See core's EvalStep for its signature."""
     graphdef, params, rope = split_model(model)
-    return lambda tokens_BT, mask_BT: _sum_losses(graphdef, params, rope, tokens_BT, mask_BT)
+    sum_losses = _jit_sum_losses(deterministic)
+    return lambda tokens_BT, mask_BT: sum_losses(graphdef, params, rope, tokens_BT, mask_BT)
 
 
-@partial(jax.jit, static_argnums=0)
+@lru_cache
+def _jit_sum_losses(deterministic: bool) -> Callable[..., jax.Array]:
+    return jax.jit(_sum_losses, static_argnums=0, compiler_options=_compiler_options(deterministic))
+
+
 def _sum_losses(graphdef: Any, params: Params, rope: Params, tokens_BT: jax.Array, mask_BT: jax.Array) -> jax.Array:
     logits_BTV, _ = merge_model(graphdef, params, rope)(tokens_BT[:, :-1])
     return jnp.sum(token_losses(logits_BTV, tokens_BT[:, 1:]) * mask_BT)
+
+
+def _compiler_options(deterministic: bool) -> dict[str, bool]:
+    """The same bits in every run on one kind of GPU: deterministic kernels, chosen without timing them."""
+    return {"xla_gpu_deterministic_ops": True} if deterministic else {}
 
 
 def describe_device() -> str:

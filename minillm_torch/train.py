@@ -1,5 +1,6 @@
 """Train state, train step, evaluation step."""
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,8 +52,8 @@ def init_state(config: RunConfig) -> TrainState:
     return import_state(config, TrainingState(init_params(config.model, config.train.seed), {}, {}), 0)
 
 
-def import_state(config: RunConfig, state: TrainingState, step: int) -> TrainState:
-    """A state from framework-free tensors; without moments, those start at zero."""
+def import_state(config: RunConfig, state: TrainingState, updates: int) -> TrainState:
+    """A state from framework-free tensors after `updates` updates; without moments, Adam starts anew."""
     compute_dtype = resolve_dtype(config.train.compute_dtype)
     dtype, device = param_dtype(compute_dtype), default_device()
     model = build_model(config.model, state.weights, param_dtype=dtype, compute_dtype=compute_dtype, device=device)
@@ -61,8 +62,8 @@ def import_state(config: RunConfig, state: TrainingState, step: int) -> TrainSta
         exp_avg = from_canonical(config.model, state.exp_avg, dtype, device)
         exp_avg_sq = from_canonical(config.model, state.exp_avg_sq, dtype, device)
         for path, param in model.named_parameters():
-            adam = {"step": torch.tensor(float(step)), "exp_avg": exp_avg[path], "exp_avg_sq": exp_avg_sq[path]}
-            optimizer.state[param] = adam
+            count = torch.tensor(float(updates), device=device)
+            optimizer.state[param] = {"step": count, "exp_avg": exp_avg[path], "exp_avg_sq": exp_avg_sq[path]}
     return TrainState(model, optimizer)
 
 
@@ -93,6 +94,7 @@ def mean_loss(model: MiniLLM, tokens_BT: Tensor) -> Tensor:
 
 def make_train_step(config: RunConfig) -> TrainStep:
     """The step: loss -> accumulated gradients -> clip -> AdamW. See core's TrainStep for its signature."""
+    _use_deterministic_algorithms(config.train.deterministic)
     n_micro = config.train.grad_accum
 
     def accumulate(model: MiniLLM, tokens_BT: Tensor) -> Tensor:
@@ -107,14 +109,16 @@ def make_train_step(config: RunConfig) -> TrainStep:
         loss = accumulate(state.model, _to_device(tokens_BT, state.model))
         grads: Params = {path: param.grad for path, param in state.model.named_parameters()}
         _, grad_norm = clip_by_global_norm(grads, config.optim.grad_clip)
-        apply_update(state.optimizer, learning_rate)
-        return state, {"loss": loss, "grad_norm": grad_norm}
+        apply_update(state.optimizer, learning_rate, torch.isfinite(loss) & torch.isfinite(grad_norm))
+        updates = state.optimizer.state[next(state.model.parameters())]["step"].clone()
+        return state, {"loss": loss, "grad_norm": grad_norm, "updates": updates}
 
     return step
 
 
-def make_eval_step(model: MiniLLM) -> EvalStep:
+def make_eval_step(model: MiniLLM, *, deterministic: bool = False) -> EvalStep:
     """The sum of masked losses. See core's EvalStep for its signature."""
+    _use_deterministic_algorithms(deterministic)
     return lambda tokens_BT, mask_BT: _sum_losses(model, _to_device(tokens_BT, model), _to_device(mask_BT, model))
 
 
@@ -130,6 +134,13 @@ def _to_device(array: np.ndarray, model: MiniLLM) -> Any:
     tensor = tensor.long() if not tensor.is_floating_point() else tensor
     device = model.model.norm.weight.device
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
+def _use_deterministic_algorithms(deterministic: bool) -> None:
+    """The same bits in every run on one kind of GPU; a setting of the process."""
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
+    torch.use_deterministic_algorithms(deterministic)
 
 
 def describe_device() -> str:

@@ -9,6 +9,8 @@ same run, or into RUN-from-torch if that run holds training of its own in the ot
 import os
 import re
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -28,6 +30,7 @@ from minillm_core.checkpoints import (
 )
 from minillm_core.cli import run, say
 from minillm_core.errors import InputError
+from minillm_core.metrics import read_metrics, write_metrics
 from minillm_core.rundir import open_run
 
 
@@ -86,28 +89,40 @@ def convert(source: str, target: str, source_path: str, destination: str | None)
     info = read_info(checkpoint)
     state = reader.read_payload(checkpoint, info.config, moments=True)
     run_dir = Path(destination) if destination else default_destination(checkpoint, source, target)
-    folder = run_dir / target / "checkpoints"
-    result = folder / str(info.step)
-    open_run(run_dir, info.config, checkpoint / "tokenizer.model")
+    tokenizer = checkpoint / "tokenizer.model"
+    with open_run(run_dir, info.config, tokenizer, info.data_hashes, info.config.train.compute_dtype):
+        result = write(writer, run_dir / target, checkpoint, info, state)
+    say(f'try: python scripts/generate.py {run_dir} --backend {target} --prompt "My fellow citizens,"')
+    print(result)
+    return result
+
+
+def write(writer: Backend, folder: Path, checkpoint: Path, info: CheckpointInfo, state: TrainingState) -> Path:
+    """Commits the copy into its framework's folder; the metrics up to its step too, unless that was itself trained."""
+    result = folder / "checkpoints" / str(info.step)
     if result.exists():
         if not same_tensors(writer, result, state):
             raise InputError(
                 "the destination holds another checkpoint of this step", where=result, do="give another destination run"
             )
         say(f"already converted: {result} holds the same tensors")
-    else:
-        new_info = CheckpointInfo(target, info.step, info.config, info.data_hashes, converted_from=source)
-        checkpoints = CheckpointWriter(folder)
-        checkpoints.save(
-            new_info, checkpoint / "tokenizer.model", lambda f: partial(writer.write_payload, f, info.config, state)
-        )
-        checkpoints.wait()
-        n_moments = len(state.exp_avg) + len(state.exp_avg_sq)
-        say(f"converted {checkpoint}: {len(state.weights)} weights, {n_moments} Adam moments, step {info.step}")
-        if not state.exp_avg:
-            say("the source has no optimizer state: training on from here would restart Adam's moments at zero")
-    say(f'try: python scripts/generate.py {run_dir} --backend {target} --prompt "My fellow citizens,"')
-    print(result)
+        return result
+    metrics = checkpoint.parent.parent / "metrics.jsonl"
+    if metrics.exists() and holds_copies(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_metrics(folder / "metrics.jsonl", (row for row in read_metrics(metrics) if row["step"] <= info.step))
+    copy = replace(info, framework=writer.FRAMEWORK, converted_from=info.framework)
+    checkpoints = CheckpointWriter(folder / "checkpoints")
+
+    def start_payload(partial_folder: Path) -> Callable[[], None]:
+        return partial(writer.write_payload, partial_folder, info.config, state)
+
+    checkpoints.save(copy, checkpoint / "tokenizer.model", start_payload)
+    checkpoints.wait()
+    n_moments = len(state.exp_avg) + len(state.exp_avg_sq)
+    say(f"converted {checkpoint}: {len(state.weights)} weights, {n_moments} Adam moments, step {info.step}")
+    if not state.exp_avg:
+        say("the source has no optimizer state: training on from here would restart Adam's moments at zero")
     return result
 
 
@@ -116,12 +131,17 @@ def default_destination(checkpoint: Path, source: str, target: str) -> Path:
     if checkpoint.parent.name != "checkpoints" or checkpoint.parent.parent.name != source:
         raise InputError("the checkpoint is not inside a run", where=checkpoint, do="name a destination run")
     run_dir = checkpoint.parent.parent.parent
-    folder = run_dir / target / "checkpoints"
-    if all(read_info(folder / str(step)).converted_from for step in checkpoint_steps(folder)):
+    if holds_copies(run_dir / target):
         return run_dir
     beside = run_dir.with_name(f"{run_dir.name}-from-{source}")
     say(f"{run_dir / target} holds training of its own, so the copy goes to {beside}")
     return beside
+
+
+def holds_copies(folder: Path) -> bool:
+    """Whether a framework's folder of a run has nothing but converted checkpoints."""
+    checkpoints = folder / "checkpoints"
+    return all(read_info(checkpoints / str(step)).converted_from for step in checkpoint_steps(checkpoints))
 
 
 def same_tensors(backend: Backend, checkpoint: Path, state: TrainingState) -> bool:

@@ -8,8 +8,9 @@ from backends import load_backend
 
 from minillm_core.checkpoints import find_checkpoint, read_info
 from minillm_core.cli import run, say
-from minillm_core.data import PreparedData, hash_file
+from minillm_core.data import PreparedData
 from minillm_core.errors import InputError
+from minillm_core.files import hash_file
 from minillm_core.loop import evaluate
 from minillm_core.metrics import bits_per_byte, perplexity
 

@@ -1,0 +1,91 @@
+"""Files that survive a crash: hashes, atomic replacement, flushing to disk, locks between processes."""
+
+import errno
+import fcntl
+import hashlib
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from minillm_core.errors import InputError
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def replace_file(path: Path, content: bytes | str) -> None:
+    """Writes a file whole: after a crash it has its old content or the new, never a part."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_bytes(content.encode() if isinstance(content, str) else content)
+    flush(partial)
+    partial.replace(path)
+    flush(path.parent)
+
+
+def flush(path: Path) -> None:
+    """Waits until a file's content, or a folder's list of names, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def commit_folder(partial: Path, final: Path) -> None:
+    """Gives a finished folder its final name, after all that is in it is on the disk.
+
+    Raises:
+        OSError: `final` exists.
+    """
+    for path in [*partial.rglob("*"), partial]:
+        flush(path)
+    partial.rename(final)
+    flush(final.parent)
+
+
+def remove_folder(path: Path) -> None:
+    """Removes a folder under a hidden name, so that a crash half-way leaves nothing that looks whole."""
+    doomed = path.with_name(f".{path.name}.partial")
+    shutil.rmtree(doomed, ignore_errors=True)
+    path.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether a library failed for want of space; some of them keep only the message of the system's error."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    return any(os.strerror(number) in str(error) for number in (errno.ENOSPC, errno.EDQUOT))
+
+
+@contextmanager
+def lock(path: Path, *, wait: bool = False) -> Iterator[None]:
+    """Holds a lock file; the system frees the lock when the process ends, however it ends.
+
+    Args:
+        wait: for another process to free it, instead of raising.
+
+    Raises:
+        InputError: another process holds it; that process is named.
+    """
+    with path.open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            file.seek(0)
+            raise InputError(
+                "another process is at work in this folder",
+                found=file.read().strip() or None,
+                where=path.parent,
+                do="wait for it to end, or give another folder",
+            ) from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()}: {' '.join(sys.argv)}\n")
+        file.flush()
+        yield
