@@ -12,7 +12,9 @@ Names that start with a dot are work that was not finished; `<step>.damaged` is 
 
 import contextlib
 import dataclasses
+import errno
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -26,6 +28,7 @@ from minillm_core import __version__
 from minillm_core.config import RunConfig, run_config_from_dict, to_dict
 from minillm_core.errors import InputError
 from minillm_core.files import commit_folder, hash_file, is_disk_full, remove_folder
+from minillm_core.params import count_params
 
 FORMAT_VERSION = 1
 FRAMEWORKS = ("jax", "torch")
@@ -237,6 +240,8 @@ class CheckpointWriter:
         partial = self.folder / f".{info.step}.partial"
         with _cleaned_up(partial):
             partial.mkdir(parents=True)
+            if shutil.disk_usage(partial).free < _payload_bytes(info.config):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # before a library is in the midst of writing
             finish_payload = start_payload(partial)
         self._pending = self._thread.submit(self._commit, partial, info, tokenizer, finish_payload, best)
 
@@ -281,6 +286,11 @@ def _cleaned_up(partial: Path) -> Iterator[None]:
                 do="free some space, then give the same command again to go on from the last checkpoint",
             ) from error
         raise
+
+
+def _payload_bytes(config: RunConfig) -> int:
+    """Of weights and both moments."""
+    return 3 * count_params(config.model) * (8 if config.train.compute_dtype == "float64" else 4)
 
 
 def _write_json(path: Path, data: Any) -> None:

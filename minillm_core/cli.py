@@ -29,7 +29,8 @@ def print_stream(prompt: str, pieces: Iterable[str]) -> None:
 
 def run(main: Callable[[], None]) -> None:
     """Calls a script's main: exits with 2 and a plain message on an InputError or a full disk, with 130 on Ctrl-C."""
-    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports every file it writes at level INFO
+    for library in ("absl", "asyncio"):  # Orbax reports every file it writes, and every error that it raises too
+        logging.getLogger(library).setLevel(logging.CRITICAL)
     try:
         main()
     except InputError as error:

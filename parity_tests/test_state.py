@@ -2,8 +2,6 @@
 
 import os
 import signal
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -16,19 +14,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from convert import convert
 
 import minillm_jax
 import minillm_torch
 from minillm_core import loop
-from minillm_core.checkpoints import TrainingState, checkpoint_steps, read_info
+from minillm_core.checkpoints import CheckpointWriter, TrainingState, checkpoint_steps, read_info
 from minillm_core.config import DataConfig, OptimConfig, RunConfig
 from minillm_core.data import PreparedData
 from minillm_core.errors import InputError, Interrupted
 from minillm_core.metrics import peak_flops, read_metrics
-from parity_tests.conftest import ROOT, TIERS, TINY, Tier, assert_close, random_tokens, run_config
+from parity_tests.conftest import TIERS, TINY, Tier, assert_close, run_config
 
 BACKENDS: dict[str, Any] = {"jax": minillm_jax, "torch": minillm_torch}
-BFLOAT16 = "bfloat16"
 
 
 def config_of(data: DataConfig, out_dir: Path, **train: Any) -> RunConfig:
@@ -63,13 +61,6 @@ def assert_same_bits(ours: TrainingState, theirs: TrainingState) -> None:
             assert a[name].tobytes() == b[name].tobytes(), f"{group} {name}"
 
 
-def convert(source: str, target: str, checkpoint: Path, run: Path) -> None:
-    command = [sys.executable, ROOT / "scripts/convert.py", f"{source}->{target}", checkpoint, run]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stderr
-
-
 def stop_at(monkeypatch: pytest.MonkeyPatch, step: int, number: signal.Signals = signal.SIGTERM) -> None:
     """Sends this process a real signal while it makes the batch of a step."""
     make_batch = PreparedData.batch
@@ -84,15 +75,10 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, step: int, number: signal.Signals =
 
 def train_until(config: RunConfig, backend: Any, step: int) -> None:
     """Trains, and is stopped once `step` steps are done."""
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted):
+    with pytest.MonkeyPatch.context() as patch:
         stop_at(patch, step - 1)
-        loop.train(config, backend)
-
-
-@pytest.fixture(params=[*TIERS, BFLOAT16])
-def dtype(request: pytest.FixtureRequest) -> Iterator[str]:
-    with jax.enable_x64(request.param == "float64"):
-        yield request.param
+        with pytest.raises(Interrupted):
+            loop.train(config, backend)
 
 
 def moved_run(config: Callable[[Path], RunConfig], folder: Path, frameworks: list[str], every: int) -> np.ndarray:
@@ -102,7 +88,7 @@ def moved_run(config: Callable[[Path], RunConfig], folder: Path, frameworks: lis
         if n > 0:
             step = n * every
             before = frameworks[n - 1]
-            convert(before, framework, folder / f"{n - 1}/{before}/checkpoints/{step}", folder / str(n))
+            convert(before, framework, f"{folder}/{n - 1}/{before}/checkpoints/{step}", str(folder / str(n)))
         if n == len(frameworks) - 1:
             loop.train(run, BACKENDS[framework])
         else:
@@ -110,33 +96,44 @@ def moved_run(config: Callable[[Path], RunConfig], folder: Path, frameworks: lis
     return losses_of(folder / str(n), frameworks[-1])
 
 
+@pytest.fixture(scope="module", params=[*TIERS, "bfloat16"])
+def whole_runs(
+    request: pytest.FixtureRequest, data_config: DataConfig, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[RunConfig]:
+    """An undisturbed run of both frameworks in each precision."""
+    config = config_of(data_config, tmp_path_factory.mktemp(f"whole-{request.param}"), compute_dtype=request.param)
+    with jax.enable_x64(request.param == "float64"):
+        for backend in BACKENDS.values():
+            loop.train(config, backend)
+        yield config
+
+
 @pytest.mark.parametrize("order", [["torch", "jax", "torch"], ["jax", "torch", "jax"]], ids="-".join)
-def test_a_moved_run_is_the_same_run(order: list[str], dtype: str, data_config: DataConfig, tmp_path: Path) -> None:
-    """Trained in turn in each framework, with a conversion between, a run gives what it gives in either alone."""
+def test_a_moved_run_is_the_same_run(order: list[str], whole_runs: RunConfig, tmp_path: Path) -> None:
+    """Trained in turn in each framework, with a conversion between, a run gives what it gives in either alone.
 
-    def config(out_dir: Path, seed: int = 3) -> RunConfig:
-        return config_of(data_config, out_dir, compute_dtype=dtype, seed=seed)
+    In bfloat16, the final losses differ by less than those of two seeds.
+    """
+    dtype, whole = whole_runs.train.compute_dtype, Path(whole_runs.train.out_dir)
 
-    moved = moved_run(config, tmp_path / "moved", order, every=10)
-    for framework, backend in BACKENDS.items():
-        loop.train(config(tmp_path / "whole"), backend)
-        whole = losses_of(tmp_path / "whole", framework)
-        if dtype == BFLOAT16:
-            noise = abs(whole[-10:].mean() - _other_seed(config, tmp_path))
-            assert abs(moved[-10:].mean() - whole[-10:].mean()) <= noise
-            continue
-        assert_close("losses", moved, whole, TIERS[dtype].run_loss)
+    def config(out_dir: Path) -> RunConfig:
+        return replace(whole_runs, train=replace(whole_runs.train, out_dir=str(out_dir)))
+
+    moved = moved_run(config, tmp_path, order, every=10)
+    if dtype == "bfloat16":
+        other_seed = replace(whole_runs.train, out_dir=str(tmp_path / "other"), seed=4)
+        loop.train(replace(whole_runs, train=other_seed), minillm_torch)
+        noise = abs(np.mean(losses_of(tmp_path / "other", "torch")[-10:] - losses_of(whole, "torch")[-10:]))
+        for framework in BACKENDS:
+            assert abs(np.mean(moved[-10:] - losses_of(whole, framework)[-10:])) <= noise
+        return
+    for framework in BACKENDS:
+        assert_close("losses", moved, losses_of(whole, framework), TIERS[dtype].run_loss)
         if dtype == "float64":
-            ours, theirs = state_at(tmp_path / "moved/2", order[-1], 30), state_at(tmp_path / "whole", framework, 30)
+            ours, theirs = state_at(tmp_path / "2", order[-1], 30), state_at(whole, framework, 30)
             for group in ("weights", "exp_avg", "exp_avg_sq"):
                 for name, array in getattr(theirs, group).items():
                     assert_close(f"{group} {name}", getattr(ours, group)[name], array, 1e-10)
-
-
-def _other_seed(config: Callable[..., RunConfig], folder: Path) -> float:
-    """Final loss of the same run with other initial weights and batches."""
-    loop.train(config(folder / "other", seed=4), minillm_jax)
-    return float(losses_of(folder / "other", "jax")[-10:].mean())
 
 
 @pytest.mark.long
@@ -160,7 +157,15 @@ def test_a_thousand_steps_moved_three_times(float64: Tier, data_config: DataConf
 @pytest.mark.parametrize("grad_accum", [1, 2])
 def test_same_curve(grad_accum: int, tier: Tier, data_config: DataConfig, tmp_path: Path) -> None:
     """A hundred steps on text, evaluated on the way: every logged number."""
-    config = config_of(data_config, tmp_path, steps=100, grad_accum=grad_accum, compute_dtype=tier.name)
+    config = config_of(
+        data_config,
+        tmp_path,
+        steps=100,
+        eval_every=50,
+        checkpoint_every=100,
+        grad_accum=grad_accum,
+        compute_dtype=tier.name,
+    )
     for backend in BACKENDS.values():
         loop.train(config, backend)
     ours, theirs = (metrics_of(tmp_path, framework) for framework in BACKENDS)
@@ -174,7 +179,7 @@ def test_same_curve(grad_accum: int, tier: Tier, data_config: DataConfig, tmp_pa
 
 
 @pytest.mark.parametrize("framework", BACKENDS)
-@pytest.mark.parametrize("stops", [[1], [7, 10], [12, 13, 29]], ids=str)
+@pytest.mark.parametrize("stops", [[1], [7, 20]], ids=str)
 def test_resumes_to_the_same_bits(
     framework: str, stops: list[int], data_config: DataConfig, tmp_path: Path, undisturbed: Path
 ) -> None:
@@ -208,15 +213,14 @@ def test_stopped_while_evaluating(framework: str, data_config: DataConfig, tmp_p
                 os.kill(os.getpid(), signal.SIGINT)
             yield window
 
-    for step in (10, 20, 30):
-        with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted):
+    for step in (10, 30):
+        with pytest.MonkeyPatch.context() as patch:
             patch.setattr(PreparedData, "windows", interrupting)
-            loop.train(config, backend)
+            with pytest.raises(Interrupted):
+                loop.train(config, backend)
         assert checkpoint_steps(tmp_path / framework / "checkpoints")[-1] == step
-        assert (metrics_of(tmp_path, framework)[-1]["step"], metrics_of(tmp_path, framework)[-1]["split"]) == (
-            step,
-            "train",
-        )
+        last = metrics_of(tmp_path, framework)[-1]
+        assert (last["step"], last["split"]) == (step, "train")
         if step < 30:
             train_until(config, backend, step + 1)
     loop.train(config, backend)
@@ -414,17 +418,12 @@ def test_weights_alone_can_be_trained_on(
     train_until(config, minillm_torch, 3)
     state, info = state_at(tmp_path / "a", "torch", 3), read_info(tmp_path / "a/torch/checkpoints/3")
     bare = TrainingState(state.weights, {}, {})
-    from minillm_core.checkpoints import CheckpointWriter
-
     writer = CheckpointWriter(tmp_path / "bare/torch/checkpoints")
     tokenizer = tmp_path / "a/tokenizer.model"
     writer.save(info, tokenizer, lambda folder: lambda: minillm_torch.write_payload(folder, config, bare))
     writer.wait()
-    command = [sys.executable, ROOT / "scripts/convert.py", "torch->jax", tmp_path / "bare/torch/checkpoints/3"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run([*command, tmp_path / "b"], capture_output=True, text=True, env=environment, check=True)
-    assert "training on from here would restart Adam's moments" in done.stderr
     capsys.readouterr()
+    convert("torch", "jax", str(tmp_path / "bare/torch/checkpoints/3"), str(tmp_path / "b"))
+    assert "training on from here would restart Adam's moments" in capsys.readouterr().err
     loop.train(replace(config, train=replace(config.train, out_dir=str(tmp_path / "b"))), minillm_jax)
     assert "Adam's moments start again at zero" in capsys.readouterr().err
-    random_tokens(TINY, 1, 2)

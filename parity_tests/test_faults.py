@@ -1,0 +1,275 @@
+"""Real processes, killed and interrupted by real signals; damaged files; a full disk; two processes in one place.
+
+A short form runs with the other tests; `pytest parity_tests -m faults` kills each framework's training 40 times.
+"""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from minillm_core.checkpoints import checkpoint_steps, verify_checkpoint
+from minillm_core.config import DataConfig, OptimConfig, to_dict
+from minillm_core.metrics import read_metrics
+from parity_tests.conftest import ROOT, TINY, run_config
+from parity_tests.test_state import assert_same_bits, metrics_of, state_at
+
+FRAMEWORKS = ("jax", "torch")
+
+
+def start(framework: str, folder: Path, *arguments: str) -> subprocess.Popen[str]:
+    """`python scripts/train_<framework>.py run.yaml`, as a user starts it."""
+    command = [sys.executable, str(ROOT / f"scripts/train_{framework}.py"), "run.yaml", *arguments]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(
+        command, cwd=folder, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+
+
+def finish(framework: str, folder: Path, *arguments: str, status: int = 0) -> str:
+    """Runs training to its end; returns what it said."""
+    process = start(framework, folder, *arguments)
+    said = process.communicate(timeout=300)[1]
+    assert process.returncode == status, said
+    assert "Traceback" not in said
+    return said
+
+
+def wait_for(condition: Callable[[], Any], process: subprocess.Popen[str]) -> None:
+    """Polls every millisecond, until the condition holds or the process ends."""
+    deadline = time.monotonic() + 120
+    while not condition() and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def new_home(folder: Path, data: DataConfig, **train: Any) -> Path:
+    """A folder with run.yaml and prepared data."""
+    folder.mkdir(exist_ok=True)
+    optim = OptimConfig(learning_rate=1e-3, min_learning_rate=1e-4, warmup_steps=2)
+    settings = {"steps": 5000, "log_every": 5, "eval_every": 100, "eval_batches": 4, "checkpoint_every": 10} | train
+    config = run_config(TINY, "run", data=data, optim=optim, **settings)
+    (folder / "run.yaml").write_text(yaml.safe_dump(to_dict(config)))
+    return folder
+
+
+def checkpoints(home: Path, framework: str) -> Path:
+    return home / "run" / framework / "checkpoints"
+
+
+def assert_same_run(ours: Path, theirs: Path, framework: str, step: int) -> None:
+    """The same final bits, and the same log: no step missing, none twice."""
+    assert_same_bits(state_at(ours / "run", framework, step), state_at(theirs / "run", framework, step))
+    assert metrics_of(ours / "run", framework) == metrics_of(theirs / "run", framework)
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+@pytest.mark.parametrize("kills", [3, pytest.param(40, marks=pytest.mark.faults)])
+def test_killed_at_random_moments(framework: str, kills: int, data_config: DataConfig, tmp_path: Path) -> None:
+    """SIGKILL: half of them aimed into a save, the others anywhere from the start of the process."""
+    steps = 60 * kills
+    undisturbed = new_home(tmp_path / "undisturbed", data_config, steps=steps)
+    finish(framework, undisturbed)
+    home, rng = new_home(tmp_path / "home", data_config, steps=steps), np.random.default_rng(kills)
+    folder, in_saves = checkpoints(home, framework), 0
+    for n in range(kills):
+        process = start(framework, home)
+        if n % 2 == 0:
+            committed = checkpoint_steps(folder)[-1:]
+            wait_for(lambda: checkpoint_steps(folder)[-1:] != committed, process)  # noqa: B023
+            wait_for(lambda: list(folder.glob(".*.partial")), process)
+            time.sleep(rng.uniform(0, 0.03))
+        else:
+            time.sleep(rng.uniform(0, 4))
+        process.kill()
+        said = process.communicate()[1]
+        assert process.returncode == -signal.SIGKILL, f"ended before it was killed: {said}"
+        in_saves += bool(list(folder.glob(".*.partial")))
+        for step in checkpoint_steps(folder):
+            verify_checkpoint(folder / str(step))
+    said = finish(framework, home)
+    print(f"\n{framework}: killed {kills} times, {in_saves} of them inside a save; {said.count('resuming')} resumed")
+    assert in_saves >= kills // 8
+    assert "resuming from" in said
+    assert not list(folder.glob(".*"))
+    assert_same_run(home, undisturbed, framework, steps)
+
+
+@pytest.fixture(scope="module")
+def finished(data_config: DataConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A short finished run of both."""
+    home = new_home(
+        tmp_path_factory.mktemp("finished"), data_config, steps=12, checkpoint_every=4, eval_every=6, log_every=1
+    )
+    for framework in FRAMEWORKS:
+        finish(framework, home)
+    return home
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def truncate(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def damages(framework: str) -> list[Any]:
+    """Every kind of damage to the largest file; each file missing."""
+    payload = ["orbax/weights/*"] if framework == "jax" else ["model.safetensors", "optimizer.safetensors"]
+    cases = [(flip, payload[0]), (truncate, payload[0]), (Path.unlink, payload[0]), (Path.unlink, "manifest.json")]
+    every_file = [
+        (damage, name)
+        for damage in (flip, truncate, Path.unlink)
+        for name in ("checkpoint.json", "manifest.json", "tokenizer.model", *payload)
+        if (damage, name) not in cases
+    ]
+    return cases[:1] + [pytest.param(*case, marks=pytest.mark.faults) for case in cases[1:] + every_file]
+
+
+@pytest.mark.parametrize(
+    ("framework", "damage", "pattern"),
+    [
+        pytest.param(framework, *getattr(case, "values", case), marks=getattr(case, "marks", ()))
+        for framework in FRAMEWORKS
+        for case in damages(framework)
+    ],
+)
+def test_a_damaged_checkpoint_is_passed_over(
+    framework: str, damage: Callable[[Path], None], pattern: str, finished: Path, tmp_path: Path
+) -> None:
+    """Named, left where it is until its step comes again, and the run ends as it would have."""
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    newest = checkpoints(tmp_path, framework) / "12"
+    victim = max((path for path in newest.glob(pattern) if path.is_file()), key=lambda path: path.stat().st_size)
+    damage(victim)
+    left = {path: path.read_bytes() for path in newest.rglob("*") if path.is_file()}
+    said = finish(framework, tmp_path)
+    assert re.search(f"(?s)left aside: damaged checkpoint.*{victim.name}.*where: {newest.relative_to(tmp_path)}", said)
+    assert f"resuming from run/{framework}/checkpoints/8" in said
+    moved = newest.with_suffix(".damaged")
+    assert {moved / path.relative_to(newest): content for path, content in left.items()} == {
+        path: path.read_bytes() for path in moved.rglob("*") if path.is_file()
+    }
+    assert_same_run(tmp_path, finished, framework, 12)
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_nothing_good_is_left(framework: str, finished: Path, tmp_path: Path) -> None:
+    """Training does not begin again by itself."""
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    for step in (4, 8, 12):
+        flip(checkpoints(tmp_path, framework) / str(step) / "checkpoint.json")
+    said = finish(framework, tmp_path, status=2)
+    assert re.search(r"(?s)every checkpoint of the run is damaged.*steps 4, 8, 12", said)
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_ends(
+    framework: str, number: signal.Signals, data_config: DataConfig, tmp_path: Path
+) -> None:
+    """At the step it comes in, with nothing lost; the status says which signal it was."""
+    home = new_home(tmp_path, data_config, checkpoint_every=5000)
+    process = start(framework, home)
+    log = home / "run" / framework / "metrics.jsonl"
+    wait_for(lambda: log.exists() and len(log.read_text().split("\n")) > 4, process)
+    process.send_signal(number)
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 128 + number, said
+    (step,) = checkpoint_steps(checkpoints(home, framework))
+    assert step >= read_metrics(log)[-1]["step"]
+    assert f"stopped at step {step} of 5000; the same command goes on" in said
+
+
+def test_a_second_process_is_refused(data_config: DataConfig, tmp_path: Path) -> None:
+    """Whichever framework it is in; the first goes on, and once it is gone, however it went, the place is free."""
+    home = new_home(tmp_path, data_config)
+    first = start("torch", home)
+    log = home / "run/torch/metrics.jsonl"
+    wait_for(log.exists, first)
+    for framework in FRAMEWORKS:
+        said = finish(framework, home, status=2)
+        assert re.search(rf"(?s)another process.*process {first.pid}: .*train_torch\.py.*where: run\n", said), said
+    assert first.poll() is None
+    first.kill()
+    first.communicate()
+    rows = len(log.read_text().split("\n"))
+    again = start("torch", home)
+    wait_for(lambda: len(log.read_text().split("\n")) > rows, again)
+    again.terminate()
+    said = again.communicate(timeout=60)[1]
+    assert again.returncode == 128 + signal.SIGTERM, said
+
+
+def test_killed_while_preparing_data(corpus: Path, tmp_path: Path) -> None:
+    """What is left does not pass for prepared data, is not in the way, and goes; a second process waits."""
+    data = DataConfig(corpus=str(corpus), dir="data/tiny", holdout_every=5)
+    home = new_home(tmp_path, data, steps=2)
+    partial = home / "data/.tiny.partial"
+    process = start("torch", home)
+    wait_for(lambda: partial.exists() and any(partial.iterdir()), process)
+    process.kill()
+    process.communicate()
+    assert partial.exists()
+    assert not (home / "data/tiny").exists()
+    both = [start("torch", home, "--train.out_dir", f"run{n}") for n in range(2)]
+    said = [process.communicate(timeout=120)[1] for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    assert sorted(text.startswith("prepared") for text in said) == [False, True]
+    assert not partial.exists()
+
+
+def small_disk(folder: Path, kilobytes: int) -> list[str] | None:
+    """A command prefix under which `folder` is a small disk, or None where this system does not let us make one."""
+    prefix = ["unshare", "--map-root-user", "--mount", "sh", "-c"]
+    mount = f"mount -t tmpfs -o size={kilobytes}k tmpfs {folder}"
+    if not shutil.which("unshare") or subprocess.run([*prefix, mount], capture_output=True, check=False).returncode:
+        return None
+    return [*prefix, f'{mount} && cd {folder} && "$0" "$@"']
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+@pytest.mark.parametrize(
+    "kilobytes", [6000, *(pytest.param(n, marks=pytest.mark.faults) for n in range(6250, 7300, 250))]
+)
+def test_a_full_disk(framework: str, kilobytes: int, data_config: DataConfig, tmp_path: Path) -> None:
+    """Before a save or somewhere in it: training stops with a message, and what was committed before is whole."""
+    disk = tmp_path / "disk"
+    prefix = small_disk(new_home(disk, data_config), kilobytes)
+    if prefix is None:
+        pytest.skip("this system does not let an unprivileged process mount a tmpfs")
+    settings = new_home(tmp_path / "config", data_config, steps=60, checkpoint_every=4, keep_last=0) / "run.yaml"
+    script = f"""
+        "{sys.executable}" "{ROOT}/scripts/train_{framework}.py" "{settings}"; echo "status $?" >&2
+        df --output=pcent . >&2; ls -A run/{framework}/checkpoints >&2
+        "{sys.executable}" - <<'end'
+from pathlib import Path
+from minillm_core.checkpoints import checkpoint_steps, verify_checkpoint
+folder = Path("run/{framework}/checkpoints")
+for step in checkpoint_steps(folder):
+    verify_checkpoint(folder / str(step))
+    print("whole:", step)
+end"""
+    done = subprocess.run(
+        [*prefix, "sh", "-c", script],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        check=False,
+    )
+    assert "status 2" in done.stderr, done.stderr
+    assert re.search(r"(?s)the disk is full.*where: run/.*free some space", done.stderr), done.stderr
+    assert len(done.stdout.splitlines()) >= 2, done.stderr
