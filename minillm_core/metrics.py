@@ -128,7 +128,8 @@ def plot_two_losses(runs: Mapping[str, Sequence[Row]], picture: Path) -> dict[st
         apart = {step: abs(points[step] - other_points[step]) for step in points if step in other_points}
         below.plot(list(apart), list(apart.values()), color + ".-", markersize=3, linewidth=1, label=split)
         differences[split] = apart
-    below.set_yscale("log", nonpositive="mask")
+    if any(value > 0 for apart in differences.values() for value in apart.values()):
+        below.set_yscale("log", nonpositive="mask")
     above.set(ylabel="loss (nats per token)")
     below.set(xlabel="step", ylabel="absolute difference")
     _save(figure, picture)

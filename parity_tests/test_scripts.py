@@ -20,6 +20,7 @@ from minillm_core.config import DataConfig, OptimConfig, run_config_from_dict, t
 from minillm_core.errors import InputError
 from minillm_core.metrics import read_metrics
 from parity_tests.conftest import ROOT, TINY, random_tokens, run_config, to_numpy, to_torch
+from parity_tests.test_state import assert_same_bits
 
 BACKENDS = {"jax": minillm_jax, "torch": minillm_torch}
 STEPS = 6
@@ -77,7 +78,7 @@ def home(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
 
 def test_both_write_the_same_files(home: Path) -> None:
     run = home / "runs" / "tiny"
-    assert {path.name for path in run.iterdir()} == {"config.yaml", "tokenizer.model", "jax", "torch"}
+    assert {path.name for path in run.glob("[!.]*")} == {"config.yaml", "run.json", "tokenizer.model", "jax", "torch"}
     for framework in BACKENDS:
         folder = run / framework
         assert {path.name for path in folder.iterdir()} == {"checkpoints", "metrics.jsonl", "loss.png"}
@@ -92,12 +93,25 @@ def test_both_write_the_same_files(home: Path) -> None:
 def test_same_curve(home: Path) -> None:
     rows = {name: read_metrics(home / "runs" / "tiny" / name / "metrics.jsonl") for name in BACKENDS}
     keys = [(row["step"], row["split"]) for row in rows["jax"]]
-    assert keys == [(1, "train"), (2, "train"), (3, "train"), (4, "train"), (4, "val"), (6, "train"), (6, "val")]
+    assert keys == [(1, "train"), (2, "train"), (4, "train"), (4, "val"), (6, "train"), (6, "val")]
     for ours, theirs in zip(rows["jax"], rows["torch"], strict=True):
         assert ours.keys() == theirs.keys()
         for name in ours.keys() - {"split", "tokens_per_second"}:
             assert ours[name] == pytest.approx(theirs[name], rel=1e-4), (name, ours, theirs)
     assert rows["jax"][-1]["loss"] < rows["jax"][0]["loss"]
+
+
+def test_compare_runs(home: Path, tmp_path: Path) -> None:
+    done = succeeds("compare_runs", "runs/tiny", "--out", str(tmp_path / "curves.png"), cwd=home)
+    (train, val) = done.stdout.splitlines()
+    assert train.startswith("train: 4 common steps, largest difference ")
+    assert val.startswith("val: 2 common steps, largest difference ")
+    assert float(train.split()[6]) <= 1e-4
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    shutil.copytree(home / "runs/tiny/jax", tmp_path / "copy")
+    done = succeeds("compare_runs", "runs/tiny/jax", str(tmp_path / "copy"), "--out", str(tmp_path / "c.png"), cwd=home)
+    assert "largest difference 0 at" in done.stdout
+    assert done.stderr == f"drew {tmp_path / 'c.png'}\n"
 
 
 @pytest.mark.parametrize("framework", BACKENDS)
@@ -111,34 +125,8 @@ def test_second_run_finds_the_first(home: Path, framework: str) -> None:
     assert (home / "runs/tiny" / framework / "metrics.jsonl").read_bytes() == before
 
 
-@pytest.mark.parametrize("framework", BACKENDS)
-def test_resumes_to_the_same_bits(home: Path, framework: str, tmp_path: Path) -> None:
-    """Continued from the checkpoint of step 3, twice, the run ends where it ended."""
-    for name in ("tiny.yaml", "data", "runs"):
-        (shutil.copytree if (home / name).is_dir() else shutil.copy)(home / name, tmp_path / name)
-    folder = tmp_path / "runs/tiny" / framework
-    for _ in range(2):
-        shutil.rmtree(folder / "checkpoints" / "6")
-        done = succeeds(f"train_{framework}", "tiny.yaml", cwd=tmp_path)
-        assert "resuming from" in done.stderr
-    ours, theirs = (payload(path / "runs/tiny" / framework / "checkpoints/6", framework) for path in (home, tmp_path))
-    assert_same_bits(ours, theirs)
-    steps = [(row["step"], row["split"]) for row in read_metrics(folder / "metrics.jsonl")]
-    assert steps == [(1, "train"), (2, "train"), (3, "train"), (4, "train"), (4, "val"), (6, "train"), (6, "val")]
-
-
 def payload(checkpoint: Path, framework: str) -> TrainingState:
     return BACKENDS[framework].read_payload(checkpoint, read_info(checkpoint).config, moments=True)
-
-
-def assert_same_bits(ours: TrainingState, theirs: TrainingState) -> None:
-    for group in ("weights", "exp_avg", "exp_avg_sq"):
-        a, b = getattr(ours, group), getattr(theirs, group)
-        assert a.keys() == b.keys()
-        assert len(a) > 0
-        for name in a:
-            assert a[name].dtype == b[name].dtype
-            assert a[name].tobytes() == b[name].tobytes(), f"{group} {name}"
 
 
 @pytest.mark.parametrize(("source", "target"), [("torch", "jax"), ("jax", "torch")])
@@ -265,6 +253,8 @@ def test_plan(home: Path) -> None:
         (r"unknown conversion.*'torch->hx'", ["convert", "torch->hx"]),
         (r"no torch checkpoint.*where: runs/quickstart", ["convert", "torch->jax"]),
         (r"not a folder of prepared data", ["evaluate", "runs/tiny", "--data-dir", "runs"]),
+        (r"no metrics there.*where: data/jax", ["compare_runs", "data"]),
+        (r"a run compared with itself", ["compare_runs", "runs/tiny/jax", "runs/tiny/jax"]),
     ],
 )
 def test_mistakes(home: Path, message: str, arguments: list[str]) -> None:
@@ -304,6 +294,31 @@ def test_checkpoint_of_another_shape(home: Path, framework: str, tmp_path: Path)
     assert "15 tensor(s) do not fit" in str(error.value)
     assert "model.layers.1.mlp.down_proj.weight: expected (48, 80), found (48, 96)" in str(error.value)
     assert "missing: model.layers.2.self_attn.q_proj.weight" in str(error.value)
+
+
+def test_newer_run_is_refused(home: Path, tmp_path: Path) -> None:
+    shutil.copytree(home, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "runs/tiny/run.json"
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps(record | {"format_version": 2, "version": "9.9"}))
+    message = r"written by another version.*format 1.*format 2, written by version 9\.9"
+    fails(message, "train_torch", "tiny.yaml", cwd=tmp_path)
+    hashes = record["data_hashes"] | {"tokenizer": "0" * 64, "val": "1" * 64}
+    path.write_text(json.dumps(record | {"data_hashes": hashes}))
+    message = r"belongs to another tokenizer and another held-out text.*expected: tokenizer 0000"
+    fails(message, "train_jax", "tiny.yaml", cwd=tmp_path)
+    path.write_text("{}")
+    fails(r"damaged file of the run.*run\.json", "train_jax", "tiny.yaml", cwd=tmp_path)
+
+
+def test_changed_data_is_refused(home: Path, tmp_path: Path) -> None:
+    """One token of the prepared text, changed."""
+    shutil.copytree(home, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "data/tiny/train.bin"
+    content = bytearray(path.read_bytes())
+    content[1000] ^= 1
+    path.write_bytes(content)
+    fails(r"changed after it was prepared.*train\.bin", "train_torch", "tiny.yaml", cwd=tmp_path)
 
 
 def test_newer_format_is_refused(home: Path, tmp_path: Path) -> None:
