@@ -9,8 +9,10 @@ import os
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # two frameworks share the GPU; read at import
 
 import platform
+import tempfile
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ import torch
 
 import minillm_jax
 import minillm_torch
-from minillm_core.checkpoints import Tensors, TrainingState
+from minillm_core.checkpoints import CheckpointInfo, CheckpointWriter, Tensors, TrainingState
 from minillm_core.cli import parse_run_config, run, say
 from minillm_core.config import RunConfig
 from minillm_core.data import PreparedData, prepare_data
@@ -167,7 +169,7 @@ def training_rates(config: BenchmarkConfig) -> list[str]:
     prepare_data(config.data, config.model.vocab_size)
     data = PreparedData(config.data.dir, config.model.vocab_size)
     c = config.train
-    speeds, losses = [], []
+    speeds, losses, saves = [], [], []
     for backend in BACKENDS:
         say(f"training, {backend.FRAMEWORK}")
         step, state = backend.make_train_step(config), backend.init_state(config)
@@ -179,6 +181,7 @@ def training_rates(config: BenchmarkConfig) -> list[str]:
             state, metrics = step(state, tokens, learning_rate(config.optim, n, c.steps))
         losses.append(float(metrics["loss"]))
         speeds.append(config.steps * c.batch_size * c.seq_len / (time.perf_counter() - started))
+        saves.append(saving_times(backend, config, state, data))
         del state
         free_memory()
     flops = 3 * forward_flops(config.model, 1, c.seq_len) / c.seq_len
@@ -186,7 +189,25 @@ def training_rates(config: BenchmarkConfig) -> list[str]:
         f"| training, token/s | {speeds[0]:,.0f} | {speeds[1]:,.0f} |",
         f"| training, TFLOP/s of matrix products | {speeds[0] * flops / 1e12:.3g} | {speeds[1] * flops / 1e12:.3g} |",
         f"| loss after {config.steps + 2} steps | {losses[0]:.4f} | {losses[1]:.4f} |",
+        "| saving a checkpoint: training waits, s, of s in all | "
+        + " | ".join(f"{waits:.3f} of {whole:.3f}" for waits, whole in saves)
+        + " |",
     ]
+
+
+def saving_times(backend: Any, config: BenchmarkConfig, state: Any, data: PreparedData) -> tuple[float, float]:
+    """Seconds for which the train loop stands still, and until the checkpoint is committed; the second save counts."""
+    run_config = RunConfig(config.model, config.optim, config.data, config.train)
+    with tempfile.TemporaryDirectory() as folder:
+        writer = CheckpointWriter(Path(folder))
+        for step in (1, 2):
+            started = time.perf_counter()
+            info = CheckpointInfo(backend.FRAMEWORK, step, step, run_config, data.hashes())
+            start_payload = partial(backend.start_payload, config=config, state=state)
+            writer.save(info, data.tokenizer.path, start_payload)
+            waited = time.perf_counter() - started
+            writer.wait()
+    return waited, time.perf_counter() - started
 
 
 def decoding_rates(config: BenchmarkConfig) -> list[str]:
