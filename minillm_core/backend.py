@@ -1,8 +1,8 @@
 """What the train loop asks of a framework: the common public names of minillm_jax and minillm_torch."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, SupportsFloat
 
 import numpy as np
 
@@ -12,10 +12,13 @@ from minillm_core.config import ModelConfig, RunConfig
 State = Any
 """Parameters and Adam moments, as the framework keeps them."""
 
-TrainStep = Callable[[State, np.ndarray, float], tuple[State, dict[str, Any]]]
-"""(state, tokens (batch_size, seq_len + 1), learning rate) -> new state, and on the device `loss` (nats per token) and
-`grad_norm` (before clipping) and `updates` (Adam's count). If the loss or the norm is not finite, the parameters, the
-moments and the count stay as they were. The old state must not be used again."""
+StepMetrics = Mapping[str, SupportsFloat]
+"""Of one step: `loss` (nats per token), `grad_norm` (before clipping) and `updates` (Adam's count). `float` waits for
+that step, and for nothing that was dispatched after it."""
+
+TrainStep = Callable[[State, np.ndarray, float], tuple[State, StepMetrics]]
+"""(state, tokens (batch_size, seq_len + 1), learning rate) -> new state, metrics. If the loss or the norm is not
+finite, the parameters, the moments and the count stay as they were. The old state must not be used again."""
 
 Model = Any
 """A framework's MiniLLM."""
@@ -42,5 +45,5 @@ class Backend(Protocol):
     def load(self, path: str | Path, dtype: str = "float32") -> Model: ...
     def count_params(self, config: ModelConfig) -> int: ...
     def count_forward_flops(self, config: ModelConfig, batch: int, seq_len: int) -> int: ...
-    def resolve_dtype(self, name: str) -> Any: ...
+    def auto_dtype(self) -> str: ...
     def describe_device(self) -> str: ...

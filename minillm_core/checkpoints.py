@@ -7,7 +7,7 @@
         ...                 the payload: Orbax (jax) or safetensors (torch)
 
 A checkpoint is written aside, hashed, flushed to disk and then renamed: a folder with a number for its name is whole.
-Names that start with a dot are work that was not finished; `<step>.damaged` is a checkpoint that its run has replaced.
+Names that start with a dot are being written or removed; `<step>.damaged` is a checkpoint that its run has replaced.
 """
 
 import contextlib
@@ -27,8 +27,7 @@ import numpy as np
 from minillm_core import __version__
 from minillm_core.config import RunConfig, run_config_from_dict, to_dict
 from minillm_core.errors import InputError
-from minillm_core.files import commit_folder, hash_file, is_disk_full, remove_folder
-from minillm_core.params import count_params
+from minillm_core.files import commit_folder, hash_file, is_disk_full, make_folder, remove_folder
 
 FORMAT_VERSION = 1
 FRAMEWORKS = ("jax", "torch")
@@ -45,7 +44,7 @@ class CheckpointInfo:
     step: int
     """Batches seen: the place in the data and in the schedule."""
     updates: int
-    """Adam's count: `step`, less the updates that were skipped (`train.nonfinite`)."""
+    """Adam's count: less than `step` where updates were skipped (`train.nonfinite`) or the moments began anew."""
     config: RunConfig
     data_hashes: dict[str, str]
     converted_from: str | None = None
@@ -157,6 +156,8 @@ def verify_checkpoint(checkpoint: Path) -> None:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         problems = [f"manifest.json: {error!r}"]
         manifest = {}
+    if not problems and "checkpoint.json" not in manifest:
+        problems.append("manifest.json: checkpoint.json is not in it")
     problems += [f"unexpected: {name}" for name in _files(checkpoint) if manifest and name not in manifest]
     if problems:
         raise InputError(
@@ -166,57 +167,59 @@ def verify_checkpoint(checkpoint: Path) -> None:
         )
 
 
-def newest_good(folder: Path, report: Callable[[str], None]) -> Path | None:
-    """The newest checkpoint of a `checkpoints` folder whose files are whole; None if the folder has none at all.
-
-    Args:
-        report: told of each damaged one on the way; it stays where it is.
-
-    Raises:
-        InputError: all are damaged.
-    """
-    steps = checkpoint_steps(folder)
-    for step in reversed(steps):
-        try:
-            verify_checkpoint(folder / str(step))
-        except InputError as error:
-            report(f"left aside: {error}")
-        else:
-            return folder / str(step)
-    if steps:
-        raise InputError(
-            "every checkpoint of the run is damaged",
-            found=f"steps {', '.join(map(str, steps))}",
-            where=folder,
-            do="restore one from a backup; or, to train from the beginning, give another --train.out_dir",
-        )
-    return None
-
-
-def prune_checkpoints(folder: Path, keep_last: int, newest: int, best: int | None) -> None:
-    """Removes the checkpoints before the last `keep_last` (0: none) up to step `newest`, the one of step `best` aside.
-
-    Those after `newest` are damaged ones that a resumed run has not reached again: they neither count nor go.
-    """
-    steps = [step for step in checkpoint_steps(folder) if step <= newest]
-    for step in steps[:-keep_last] if keep_last else []:
-        if step != best:
-            remove_folder(folder / str(step))
-
-
 class CheckpointWriter:
-    """Commits checkpoints into one folder, in the background, one at a time. Only one process may hold one."""
+    """Commits checkpoints into one folder, in the background, one at a time, and removes old ones.
+
+    One process may hold one; leaving its context waits for the save under way.
+    """
 
     def __init__(self, folder: Path, keep_last: int = 0):
         """
         Args:
-            keep_last: what each commit leaves of the older checkpoints, as in `prune_checkpoints`.
+            keep_last: good checkpoints that a commit leaves, besides the best; 0: all.
         """
         self.folder, self.keep_last = folder, keep_last
-        for leftover in folder.glob(".*.partial"):
-            shutil.rmtree(leftover)
+        self.damaged: dict[int, InputError] = {}
+        """Steps passed over by `newest_good`, and why. They stay where they are until their step is saved again."""
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future[None] | None = None
+
+    def __enter__(self) -> "CheckpointWriter":
+        for leftover in self.folder.glob(".*.partial"):
+            shutil.rmtree(leftover)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            self.wait()
+        finally:
+            self._thread.shutdown()
+
+    def good_steps(self) -> list[int]:
+        """Steps of the committed checkpoints that are not known to be damaged, ascending."""
+        return [step for step in checkpoint_steps(self.folder) if step not in self.damaged]
+
+    def newest_good(self) -> Path | None:
+        """The newest checkpoint whose files are whole; None if there is no checkpoint at all.
+
+        Raises:
+            InputError: all are damaged.
+        """
+        for step in reversed(checkpoint_steps(self.folder)):
+            try:
+                verify_checkpoint(self.folder / str(step))
+            except InputError as error:
+                self.damaged[step] = error
+            else:
+                return self.folder / str(step)
+        if self.damaged:
+            raise InputError(
+                "every checkpoint of the run is damaged",
+                found="\n".join(str(error) for error in self.damaged.values()),
+                where=self.folder,
+                do="restore one from a backup; or, to train from the beginning, give another --train.out_dir",
+            )
+        return None
 
     def save(
         self,
@@ -224,6 +227,7 @@ class CheckpointWriter:
         tokenizer: Path,
         start_payload: Callable[[Path], Callable[[], None]],
         best: int | None = None,
+        n_bytes: int = 0,
     ) -> None:
         """Starts saving; the caller may change its state as soon as this returns.
 
@@ -231,6 +235,7 @@ class CheckpointWriter:
             start_payload: given the folder to write into, takes a snapshot of the state and returns the function that
                 finishes writing it, which then runs in the background.
             best: step of a checkpoint to keep however old it is.
+            n_bytes: of the payload; if they are not free, nothing is begun.
 
         Raises:
             InputError: the disk is full: for this save or for the one before.
@@ -239,8 +244,8 @@ class CheckpointWriter:
         self.wait()
         partial = self.folder / f".{info.step}.partial"
         with _cleaned_up(partial):
-            partial.mkdir(parents=True)
-            if shutil.disk_usage(partial).free < _payload_bytes(info.config):
+            make_folder(partial)
+            if shutil.disk_usage(partial).free < n_bytes:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # before a library is in the midst of writing
             finish_payload = start_payload(partial)
         self._pending = self._thread.submit(self._commit, partial, info, tokenizer, finish_payload, best)
@@ -259,11 +264,19 @@ class CheckpointWriter:
                 for name in _files(partial)
             }
             _write_json(partial / "manifest.json", manifest)
-            if final.exists():  # found damaged when the run was resumed
+            if final.exists():  # damaged
                 shutil.rmtree(final.with_suffix(".damaged"), ignore_errors=True)
                 final.rename(final.with_suffix(".damaged"))
             commit_folder(partial, final)
-        prune_checkpoints(self.folder, self.keep_last, info.step, best)
+        self.damaged.pop(info.step, None)
+        self.prune(info.step, best)
+
+    def prune(self, newest: int, best: int | None) -> None:
+        """Removes good checkpoints before the last `keep_last`, the one of step `best` aside."""
+        steps = [step for step in self.good_steps() if step <= newest]
+        for step in steps[: -self.keep_last] if self.keep_last else []:
+            if step != best:
+                remove_folder(self.folder / str(step))
 
     def wait(self) -> None:
         """Blocks until the save under way is committed; raises what made it fail."""
@@ -286,11 +299,6 @@ def _cleaned_up(partial: Path) -> Iterator[None]:
                 do="free some space, then give the same command again to go on from the last checkpoint",
             ) from error
         raise
-
-
-def _payload_bytes(config: RunConfig) -> int:
-    """Of weights and both moments."""
-    return 3 * count_params(config.model) * (8 if config.train.compute_dtype == "float64" else 4)
 
 
 def _write_json(path: Path, data: Any) -> None:

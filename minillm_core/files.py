@@ -38,15 +38,19 @@ def flush(path: Path) -> None:
 
 
 def commit_folder(partial: Path, final: Path) -> None:
-    """Gives a finished folder its final name, after all that is in it is on the disk.
-
-    Raises:
-        OSError: `final` exists.
-    """
+    """Gives a finished folder its final name, after all that is in it is on the disk."""
     for path in [*partial.rglob("*"), partial]:
         flush(path)
     partial.rename(final)
     flush(final.parent)
+
+
+def make_folder(path: Path) -> None:
+    """Makes a folder and its parents, all of them on the disk under their names."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in missing:
+        flush(folder.parent)
 
 
 def remove_folder(path: Path) -> None:

@@ -3,7 +3,9 @@
 import os
 import signal
 import threading
+import time
 from types import FrameType
+from typing import Any
 
 from minillm_core.errors import Interrupted
 
@@ -11,30 +13,36 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopRequest:
-    """While entered, the first SIGTERM or SIGINT is noted; the second has its usual effect.
+    """While entered, the first SIGTERM or SIGINT is noted; a second one, later than a second, ends the process.
 
-    Signals reach a process's main thread; entered from another one, it notes nothing.
+    (A terminal, `timeout` or a scheduler may send one request to a process twice.) Signals reach a process's main
+    thread; entered from another one, this notes nothing. Signals that are ignored stay ignored.
     """
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
-        self._usual: dict[signal.Signals, object] = {}
+        self._came_at = 0.0
+        self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "StopRequest":
         if threading.current_thread() is threading.main_thread():
-            self._usual = {number: signal.signal(number, self._note) for number in SIGNALS}
+            for number in SIGNALS:
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    self._before[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(self, *_: object) -> None:
-        while self._usual:
-            number, handler = self._usual.popitem()
-            signal.signal(number, handler)  # type: ignore[arg-type]
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.signal = signal.Signals(number)
-        self.__exit__()
-        # Not `print`: a handler may interrupt one.
-        os.write(2, f"\n{self.signal.name}: saving after this step; a second one stops at once\n".encode())
+        if self.signal is None:
+            self.signal, self._came_at = signal.Signals(number), time.monotonic()
+            # Not `print`: a handler may interrupt one.
+            os.write(2, f"\n{self.signal.name}: saving after this step; a second one ends at once\n".encode())
+        elif time.monotonic() > self._came_at + 1:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
 
     def check(self) -> None:
         """Raises Interrupted if a signal came."""

@@ -1,38 +1,34 @@
 """The train loop, one for both frameworks: data, schedule, logging, evaluation, checkpoints.
 
-It dispatches step n before it reads the metrics of step n - 1, and reads those only at log ticks: between ticks nothing
-waits for the device. A step whose loss or gradient is not finite changes nothing, so finding it late does no harm.
+It dispatches step n and then reads the metrics of step n - 1: the device always has work, and is never more than a step
+ahead. A step whose loss or gradient is not finite changes nothing, so noticing it a step late does no harm.
 """
 
 import math
-import time
 from collections import deque
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-from minillm_core.backend import Backend, EvalStep, State
-from minillm_core.checkpoints import (
-    CheckpointInfo,
-    CheckpointWriter,
-    checkpoint_steps,
-    newest_good,
-    prune_checkpoints,
-    read_info,
-)
+from minillm_core.backend import Backend, EvalStep, State, StepMetrics
+from minillm_core.checkpoints import CheckpointInfo, CheckpointWriter, read_info
 from minillm_core.cli import print_stream, say
 from minillm_core.config import RunConfig, TrainConfig
 from minillm_core.data import PreparedData, prepare_data
 from minillm_core.errors import InputError, Interrupted
 from minillm_core.files import flush
 from minillm_core.interrupt import StopRequest
-from minillm_core.metrics import MetricsLog, Row, bits_per_byte, peak_flops, perplexity, plot_loss
-from minillm_core.params import count_params, forward_flops
+from minillm_core.metrics import MetricsLog, Row, bits_per_byte, losses_by_step, perplexity
+from minillm_core.params import count_params
+from minillm_core.plots import plot_loss
+from minillm_core.progress import Progress
 from minillm_core.rundir import open_run, require_same_data
 from minillm_core.schedule import learning_rate
 from minillm_core.tokenizer import Tokenizer
-from minillm_core.trackers import TensorBoard, WeightsAndBiases, open_trackers
+from minillm_core.trackers import Tracker, open_trackers
+
+MAX_SKIPS = 20
+"""Updates skipped in a row (`train.nonfinite: skip`) after which the run stops all the same."""
 
 SAMPLE_PROMPT = "The state of the Union is"
 
@@ -73,16 +69,17 @@ def train(config: RunConfig, backend: Backend) -> Path:
         say(f"found prepared data in {config.data.dir}")
     data = PreparedData(config.data.dir, config.model.vocab_size)
     data.verify()
-    dtype = str(backend.resolve_dtype(config.train.compute_dtype)).removeprefix("torch.")
+    run_dir, tokenizer = Path(config.train.out_dir), data.tokenizer.path
     with (
-        open_run(Path(config.train.out_dir), config, data.tokenizer.path, data.hashes(), dtype) as config,
         StopRequest() as stop,
+        open_run(run_dir, config, tokenizer, data.hashes(), backend.auto_dtype()) as resolved,
+        CheckpointWriter(run_dir / backend.FRAMEWORK / "checkpoints", config.train.keep_last) as writer,
     ):
-        return _Run(config, backend, data, stop).finish()
+        return _Run(resolved, backend, data, writer, stop).run_to_end()
 
 
 def initial_or_newest(
-    config: RunConfig, backend: Backend, data: PreparedData, checkpoints: Path
+    config: RunConfig, backend: Backend, data: PreparedData, writer: CheckpointWriter
 ) -> tuple[State, int, int]:
     """The state to go on from, its step, and Adam's count: the newest good checkpoint, or the initial weights.
 
@@ -90,7 +87,9 @@ def initial_or_newest(
         InputError: every checkpoint is damaged; or the newest good one was trained on other data, or by a newer
             version.
     """
-    newest = newest_good(checkpoints, say)
+    newest = writer.newest_good()
+    for problem in writer.damaged.values():
+        say(f"left aside: {problem}")
     if newest is None:
         return backend.init_state(config), 0, 0
     info = read_info(newest)
@@ -98,58 +97,60 @@ def initial_or_newest(
     if info.step < config.train.steps:
         say(f"resuming from {newest}")
     saved = backend.read_payload(newest, config, moments=True)
+    updates = info.updates
     if not saved.exp_avg:
         say("this checkpoint has no optimizer state: Adam's moments start again at zero")
-    return backend.import_state(config, saved, info.updates), info.step, info.updates
+        updates = 0
+    return backend.import_state(config, saved, updates), info.step, updates
 
 
 class _Run:
     """A run in one process: from where it stands to its last step, or until it is asked to stop."""
 
-    def __init__(self, config: RunConfig, backend: Backend, data: PreparedData, stop: StopRequest):
-        self.config, self.backend, self.data, self.stop = config, backend, data, stop
-        self.folder = Path(config.train.out_dir) / backend.FRAMEWORK
-        self.checkpoints = self.folder / "checkpoints"
-        self.writer = CheckpointWriter(self.checkpoints, config.train.keep_last)
-        self.state, self.step, self.updates = initial_or_newest(config, backend, data, self.checkpoints)
+    def __init__(
+        self, config: RunConfig, backend: Backend, data: PreparedData, writer: CheckpointWriter, stop: StopRequest
+    ):
+        self.config, self.backend, self.data, self.writer, self.stop = config, backend, data, writer, stop
+        self.folder = writer.folder.parent
+        self.state, self.step, self.updates = initial_or_newest(config, backend, data, writer)
         self.saved_step = self.step
+        self.skips_in_a_row = 0
         self.log = MetricsLog(self.folder / "metrics.jsonl", self.step)
-        self.trackers: list[TensorBoard | WeightsAndBiases] = []
-        self.progress = _Progress(config, backend, self.step)
-        self.unread: deque[tuple[int, float, dict[str, Any]]] = deque()
+        self.trackers: list[Tracker] = []
+        self.progress = Progress(config, backend.describe_device(), self.step)
+        self.unread: deque[tuple[int, float, StepMetrics]] = deque()
 
-    def finish(self) -> Path:
-        """Trains to the end; returns the final checkpoint."""
+    def run_to_end(self) -> Path:
+        """Trains what is left to train; returns the final checkpoint."""
         c = self.config.train
-        final = self.checkpoints / str(c.steps)
+        final = self.writer.folder / str(c.steps)
         # An evaluation that a stop or a crash prevented; its step was committed before.
-        is_evaluated = not self._evaluates(self.step) or self.step in self.log.held_out()
+        is_evaluated = not self._evaluates(self.step) or self.log.has(self.step, "val")
         if self.step == c.steps and is_evaluated:
             say(f"found the finished run in {self.folder}: {self.step} of {c.steps} steps done")
             _report(self.log.rows)
-            return final
-        self.trackers = open_trackers(self.config, self.folder, self.log.rows)
-        try:
-            if not is_evaluated:
-                self._evaluate()
-            if self.step < c.steps:
-                self._train()
-        except Interrupted:
-            self._save()
+        else:
+            with open_trackers(self.config, self.folder, self.log.rows) as self.trackers:
+                try:
+                    if not is_evaluated:
+                        self._evaluate()
+                    self._train()
+                except Interrupted:
+                    self._save()
+                    self.writer.wait()
+                    where = f"step {self.step} of {c.steps}"
+                    say(f"stopped at {where}; the same command goes on from {self.writer.folder}")
+                    raise
             self.writer.wait()
-            say(f"stopped at step {self.step} of {c.steps}; the same command goes on from {self.checkpoints}")
-            raise
-        finally:
-            self.writer.wait()
-            for tracker in self.trackers:
-                tracker.close()
-        prune_checkpoints(self.checkpoints, c.keep_last, self.step, self._best())
-        best = self._best()
-        say(f"saved {final}" + (f"; the lowest held-out loss was at step {best}" if best != c.steps else ""))
+            self.writer.prune(self.step, self._best())
+            say(f"saved {final}")
+        self.stop.check()
         return final
 
     def _train(self) -> None:
         c = self.config.train
+        if self.step == c.steps:
+            return
         train_step = self.backend.make_train_step(self.config)
         say(
             f"training {count_params(self.config.model):,} parameters for {c.steps - self.step} steps "
@@ -163,12 +164,9 @@ class _Run:
             self.step = n + 1
             self.unread.append((self.step, rate, metrics))
             saves, evaluates = self.step % c.checkpoint_every == 0 or self.step == c.steps, self._evaluates(self.step)
-            # A step to be logged is read once the next one is under way; but no state is saved or evaluated whose loss
-            # and gradient were not seen to be finite.
-            if saves or evaluates:
-                self._read_metrics(self.step)
-            elif self._logs(n):
-                self._read_metrics(n)
+            # A step is read while the next one is under way, unless its state is to be saved or evaluated: no update
+            # is in there that was not seen to be finite.
+            self._read_metrics(self.step if saves or evaluates else n)
             if saves:
                 self._save()
             if evaluates:
@@ -185,29 +183,30 @@ class _Run:
         while self.unread and self.unread[0][0] <= last:
             step, rate, metrics = self.unread.popleft()
             loss, grad_norm = float(metrics["loss"]), float(metrics["grad_norm"])
-            self.updates = int(metrics["updates"])
-            if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-                self._report_nonfinite(step, rate, loss, grad_norm)
+            self.updates = int(float(metrics["updates"]))
+            if math.isfinite(loss) and math.isfinite(grad_norm):
+                self.skips_in_a_row = 0
+            else:
+                self._skip_or_stop(step, f"loss {loss}, gradient norm {grad_norm}, learning rate {rate:.3e}")
             if self._logs(step):
                 values = {"grad_norm": grad_norm, "learning_rate": rate}
                 values |= self.progress.tick(step, loss, grad_norm, rate)
                 if self.config.train.nonfinite == "skip":
-                    values["skipped_updates"] = step - self.updates
+                    values["updates"] = self.updates
                 self._log(step, "train", loss, **values)
 
-    def _report_nonfinite(self, step: int, rate: float, loss: float, grad_norm: float) -> None:
-        found = f"loss {loss}, gradient norm {grad_norm}, learning rate {rate:.3e}"
-        if self.config.train.nonfinite == "skip":
-            say(f"step {step}: {found}: this update is skipped, {step - self.updates} so far")
+    def _skip_or_stop(self, step: int, found: str) -> None:
+        self.skips_in_a_row += 1
+        if self.config.train.nonfinite == "skip" and self.skips_in_a_row < MAX_SKIPS:
+            say(f"step {step}: {found}: this update is skipped")
             return
-        self.writer.wait()
-        raise InputError(
-            f"step {step}: the loss or the gradient norm is not finite; this update was not made",
-            found=found,
-            where=f"last checkpoint: {checkpoint_steps(self.checkpoints)[-1:] or 'none'}",
-            do="go on from there without such updates: --train.nonfinite skip; or begin again in another "
-            "--train.out_dir with a lower optim.learning_rate or a higher optim.warmup_steps",
-        )
+        problem = f"step {step}: the loss or the gradient norm is not finite; this update was not made"
+        do = "begin again in another --train.out_dir with a lower optim.learning_rate or a higher optim.warmup_steps"
+        if self.config.train.nonfinite == "skip":
+            problem += f", nor the {self.skips_in_a_row - 1} before it"
+        else:
+            do = "go on without such updates, from the last checkpoint: --train.nonfinite skip; or " + do
+        raise InputError(problem, found=found, where=self.folder, do=do)
 
     def _save(self) -> None:
         """Starts saving where the run stands, unless that is saved already."""
@@ -216,11 +215,13 @@ class _Run:
         self._read_metrics(self.step)
         with self.progress.paused():
             flush(self.log.path)  # a committed checkpoint has all its metrics, whatever happens next
-            plot_loss(self.log.rows, self.folder / "loss.png")
+            self.writer.wait()
             info = CheckpointInfo(self.backend.FRAMEWORK, self.step, self.updates, self.config, self.data.hashes())
             start_payload = partial(self.backend.start_payload, config=self.config, state=self.state)
-            self.writer.save(info, self.data.tokenizer.path, start_payload, self._best())
-        self.saved_step = self.step
+            n_bytes = 3 * count_params(self.config.model) * (8 if self.config.train.compute_dtype == "float64" else 4)
+            self.writer.save(info, self.data.tokenizer.path, start_payload, self._best(), n_bytes)
+            self.saved_step = self.step
+            plot_loss(self.log.rows, self.folder / "loss.png")
 
     def _evaluate(self) -> None:
         c, step = self.config.train, self.step
@@ -231,6 +232,10 @@ class _Run:
             eval_step = self.backend.make_eval_step(model, deterministic=c.deterministic)
             n_batches = None if step == c.steps else c.eval_batches
             loss = evaluate(eval_step, self.data, "val", c, n_batches, self.stop.check)
+            if not math.isfinite(loss) and c.nonfinite == "stop":
+                do = "begin again in another --train.out_dir with a lower optim.learning_rate, or go on: "
+                do += "--train.nonfinite skip"
+                raise InputError(f"step {step}: the held-out loss is not finite", found=loss, where=self.folder, do=do)
             compression = bits_per_byte(loss, self.data.tokens_per_byte("val"))
             self._log(step, "val", loss, bits_per_byte=compression, perplexity=perplexity(loss))
             _report(self.log.rows)
@@ -242,9 +247,10 @@ class _Run:
             tracker.write(row)
 
     def _best(self) -> int | None:
-        """The committed step of the lowest held-out loss."""
-        losses, steps = self.log.held_out(), checkpoint_steps(self.checkpoints)
-        return min((step for step in steps if step in losses), key=lambda step: losses[step], default=None)
+        """The good checkpoint of the lowest held-out loss; that of the last step, which is over more text, aside."""
+        losses = losses_by_step(self.log.rows, "val")
+        steps = [step for step in self.writer.good_steps() if step in losses and step != self.config.train.steps]
+        return min(steps, key=lambda step: losses[step], default=None)
 
 
 def evaluate(
@@ -271,44 +277,10 @@ def evaluate(
 def _report(rows: list[Row]) -> None:
     """Says the newest held-out result."""
     for row in [row for row in rows if row["split"] == "val"][-1:]:
+        if row["loss"] is None:
+            say(f"step {row['step']:>6}  held out: loss not finite")
+            continue
         say(
-            f"step {row['step']:>6}  held out: loss {row['loss']:.4f}  perplexity {row['perplexity']:.2f}  "
+            f"step {row['step']:>6}  held out: loss {row['loss']:.4f}  perplexity {row['perplexity'] or math.inf:.2f}  "
             f"{row['bits_per_byte']:.4f} bits per byte"
         )
-
-
-class _Progress:
-    """Rate and time left, the evaluations' and checkpoints' time not counted in the rate."""
-
-    def __init__(self, config: RunConfig, backend: Backend, start: int):
-        c = config.train
-        self.steps, self.tokens_per_step = c.steps, c.batch_size * c.seq_len
-        self.flops_per_token = 3 * forward_flops(config.model, 1, c.seq_len) / c.seq_len
-        self.peak = peak_flops(backend.describe_device(), c.compute_dtype)
-        self.last_step, self.last_time = start, time.perf_counter()
-
-    def tick(self, step: int, loss: float, grad_norm: float, rate: float) -> dict[str, float]:
-        """Prints a line; returns tokens per second since the last one and, where the peak is known, MFU."""
-        now = time.perf_counter()
-        seconds_per_step = (now - self.last_time) / max(1, step - self.last_step)
-        values = {"tokens_per_second": round(self.tokens_per_step / seconds_per_step, 1)}
-        if self.peak is not None:
-            values["mfu"] = round(values["tokens_per_second"] * self.flops_per_token / self.peak, 4)
-        left = int(seconds_per_step * (self.steps - step))
-        self.last_step, self.last_time = step, now
-        say(
-            f"step {step:>6}/{self.steps}  loss {loss:.4f}  gradient norm {grad_norm:.2f}  learning rate {rate:.2e}  "
-            f"{values['tokens_per_second']:,.0f} token/s  "
-            + (f"MFU {values['mfu']:.1%}  " if self.peak is not None else "")
-            + f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left"
-        )
-        return values
-
-    def paused(self) -> "_Progress":
-        return self
-
-    def __enter__(self) -> None:
-        self._paused_at = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        self.last_time += time.perf_counter() - self._paused_at

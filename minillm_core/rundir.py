@@ -10,7 +10,7 @@ from typing import cast
 from minillm_core import __version__
 from minillm_core.config import ComputeDtype, RunConfig, config_differences, dump_config, load_config
 from minillm_core.errors import InputError
-from minillm_core.files import lock, replace_file
+from minillm_core.files import lock, make_folder, replace_file
 
 FORMAT_VERSION = 1
 
@@ -38,13 +38,14 @@ def open_run(
     saved = run / "config.yaml"
     if not saved.exists() and run.exists() and any(not path.name.startswith(".") for path in run.iterdir()):
         raise InputError("not empty and not a run directory", expected="config.yaml in it", where=run)
-    run.mkdir(parents=True, exist_ok=True)
+    make_folder(run)
     with lock(run / ".lock"):
         _check_record(run / "run.json", data_hashes)
         known = load_config(str(saved)) if saved.exists() else None
-        if config.train.compute_dtype == "auto":
-            name = dtype if known is None or known.train.compute_dtype == "auto" else known.train.compute_dtype
-            config = replace(config, train=replace(config.train, compute_dtype=cast(ComputeDtype, name)))
+        if known is not None:
+            known = _resolved(known, dtype)
+            dtype = known.train.compute_dtype
+        config = _resolved(config, dtype)
         if known is not None and (differences := config_differences(config, known)):
             raise InputError(
                 "the run directory belongs to another configuration:\n  " + "\n  ".join(differences),
@@ -61,6 +62,12 @@ def open_run(
             if not (run / name).exists():
                 replace_file(run / name, content)
         yield config
+
+
+def _resolved(config: RunConfig, dtype: str) -> RunConfig:
+    if config.train.compute_dtype != "auto":
+        return config
+    return replace(config, train=replace(config.train, compute_dtype=cast(ComputeDtype, dtype)))
 
 
 def _check_record(path: Path, data_hashes: dict[str, str]) -> None:

@@ -3,11 +3,13 @@
 import os
 import secrets
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from minillm_core.config import RunConfig, to_dict
 from minillm_core.errors import InputError
+from minillm_core.files import replace_file
 from minillm_core.metrics import Row
 
 
@@ -29,43 +31,51 @@ class TensorBoard:
             self._writer.add_scalar(name, value, row["step"])
         self._writer.flush()
 
-    def close(self) -> None:
+    def close(self, status: int) -> None:
         self._writer.close()
 
 
 class WeightsAndBiases:
-    """One Weights & Biases run for each run and framework; resumed, it goes on, and rows it has are not sent again."""
+    """One Weights & Biases run for each run and framework, which a resumed run goes on with.
 
-    def __init__(self, folder: Path, config: RunConfig):
+    Rows go by their step, in order; on the server, those that it already has are passed over. Offline, every process
+    writes a part of its own, and the server joins them when they are synchronised.
+    """
+
+    def __init__(self, folder: Path, config: RunConfig, rows: Iterable[Row]):
         try:
             import wandb
         except ModuleNotFoundError as error:
             raise _not_installed("wandb", error) from error
-        name = f"{Path(config.train.out_dir).name}-{folder.name}"
         id_file = folder / "wandb-id"
-        if not id_file.exists():
-            id_file.write_text(secrets.token_hex(4))
-        mode = config.train.wandb
+        is_new = not id_file.exists()
+        if is_new:
+            replace_file(id_file, secrets.token_hex(4))
         self._run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", "minillm"),
-            name=name,
+            name=f"{Path(config.train.out_dir).name}-{folder.name}",
             id=id_file.read_text(),
             resume="allow",
-            mode=mode,
+            mode=config.train.wandb,
             dir=folder,
             config=to_dict(config),
         )
-        self._run.define_metric("*", step_metric="step")
+        for row in rows if is_new else ():
+            self.write(row)
 
     def write(self, row: Row) -> None:
-        self._run.log(_scalars(row) | {"step": row["step"]})
+        self._run.log(_scalars(row), step=row["step"])
 
-    def close(self) -> None:
-        self._run.finish()
+    def close(self, status: int) -> None:
+        self._run.finish(exit_code=status)
 
 
-def open_trackers(config: RunConfig, folder: Path, rows: Iterable[Row]) -> list[TensorBoard | WeightsAndBiases]:
-    """Those that the configuration asks for.
+Tracker = TensorBoard | WeightsAndBiases
+
+
+@contextmanager
+def open_trackers(config: RunConfig, folder: Path, rows: Iterable[Row]) -> Iterator[list[Tracker]]:
+    """Those that the configuration asks for; they are told whether they are left by an exception.
 
     Args:
         folder: the framework's folder of the run.
@@ -74,12 +84,18 @@ def open_trackers(config: RunConfig, folder: Path, rows: Iterable[Row]) -> list[
     Raises:
         InputError: the package that one needs is not installed.
     """
-    trackers: list[TensorBoard | WeightsAndBiases] = []
-    if config.train.tensorboard:
-        trackers.append(TensorBoard(folder / "tensorboard", rows))
-    if config.train.wandb != "disabled":
-        trackers.append(WeightsAndBiases(folder, config))
-    return trackers
+    trackers: list[Tracker] = []
+    status = 1
+    try:
+        if config.train.tensorboard:
+            trackers.append(TensorBoard(folder / "tensorboard", rows))
+        if config.train.wandb != "disabled":
+            trackers.append(WeightsAndBiases(folder, config, rows))
+        yield trackers
+        status = 0
+    finally:
+        for tracker in trackers:
+            tracker.close(status)
 
 
 def _scalars(row: Row) -> dict[str, float]:

@@ -28,13 +28,16 @@ class TrainState:
     opt_state: optax.OptState
 
 
+def auto_dtype() -> str:
+    """What `train.compute_dtype: auto` means here."""
+    return "bfloat16" if jax.default_backend() == "gpu" else "float32"
+
+
 def resolve_dtype(name: str) -> jnp.dtype:
-    """The compute dtype meant by `train.compute_dtype`: `auto` is bfloat16 on a GPU and float32 elsewhere."""
-    if name == "auto":
-        name = "bfloat16" if jax.default_backend() == "gpu" else "float32"
+    """The dtype of a name, or of `auto`."""
     if name == "float64" and not jax.config.read("jax_enable_x64"):
         jax.config.update("jax_enable_x64", True)  # without it JAX would silently compute in float32
-    return jnp.dtype(name)
+    return jnp.dtype(auto_dtype() if name == "auto" else name)
 
 
 def param_dtype(compute_dtype: jnp.dtype) -> jnp.dtype:

@@ -6,6 +6,7 @@ from minillm_torch.generate import Generator
 from minillm_torch.kv_cache import KVCache, check_room, init_cache
 from minillm_torch.model import MiniLLM, abstract_model
 from minillm_torch.train import (
+    auto_dtype,
     describe_device,
     export_state,
     import_state,
@@ -13,7 +14,6 @@ from minillm_torch.train import (
     make_eval_step,
     make_train_step,
     model_of,
-    resolve_dtype,
 )
 from minillm_torch.weights import build_model, to_canonical
 
@@ -23,6 +23,7 @@ __all__ = [
     "KVCache",
     "MiniLLM",
     "abstract_model",
+    "auto_dtype",
     "build_model",
     "check_room",
     "count_forward_flops",
@@ -37,7 +38,6 @@ __all__ = [
     "make_train_step",
     "model_of",
     "read_payload",
-    "resolve_dtype",
     "start_payload",
     "to_canonical",
     "write_payload",

@@ -20,10 +20,10 @@ FRAMEWORK = "torch"
 
 def start_payload(folder: Path, config: RunConfig, state: TrainState) -> Callable[[], None]:
     """Copies the state off the device; the returned function writes it."""
-    exported = export_state(config, state)
-    # On a CPU these arrays are the parameters' own memory, which the next step changes in place.
-    groups = (exported.weights, exported.exp_avg, exported.exp_avg_sq)
-    snapshot = TrainingState(*({name: array.copy() for name, array in group.items()} for group in groups))
+    snapshot = export_state(config, state)
+    if default_device().type == "cpu":  # then these arrays are the parameters' own memory, which steps change in place
+        groups = (snapshot.weights, snapshot.exp_avg, snapshot.exp_avg_sq)
+        snapshot = TrainingState(*({name: array.copy() for name, array in group.items()} for group in groups))
     return lambda: write_payload(folder, config, snapshot)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minillm_core.backend import EvalStep, TrainStep
+from minillm_core.backend import EvalStep, StepMetrics, TrainStep
 from minillm_core.checkpoints import Tensors, TrainingState
 from minillm_core.config import RunConfig
 from minillm_core.params import init_params
@@ -35,11 +35,14 @@ def default_device() -> torch.device:
     return torch.device("cuda")
 
 
+def auto_dtype() -> str:
+    """What `train.compute_dtype: auto` means here."""
+    return "bfloat16" if torch.cuda.is_available() else "float32"
+
+
 def resolve_dtype(name: str) -> torch.dtype:
-    """The compute dtype meant by `train.compute_dtype`: `auto` is bfloat16 on a GPU and float32 elsewhere."""
-    if name == "auto":
-        name = "bfloat16" if torch.cuda.is_available() else "float32"
-    return getattr(torch, name)
+    """The dtype of a name, or of `auto`."""
+    return getattr(torch, auto_dtype() if name == "auto" else name)
 
 
 def param_dtype(compute_dtype: torch.dtype) -> torch.dtype:
@@ -105,13 +108,13 @@ def make_train_step(config: RunConfig) -> TrainStep:
             total = total + loss.detach()
         return total
 
-    def step(state: TrainState, tokens_BT: np.ndarray, learning_rate: float) -> tuple[TrainState, dict[str, Tensor]]:
+    def step(state: TrainState, tokens_BT: np.ndarray, learning_rate: float) -> tuple[TrainState, StepMetrics]:
         loss = accumulate(state.model, _to_device(tokens_BT, state.model))
         grads: Params = {path: param.grad for path, param in state.model.named_parameters()}
         _, grad_norm = clip_by_global_norm(grads, config.optim.grad_clip)
         apply_update(state.optimizer, learning_rate, torch.isfinite(loss) & torch.isfinite(grad_norm))
         updates = state.optimizer.state[next(state.model.parameters())]["step"].clone()
-        return state, {"loss": loss, "grad_norm": grad_norm, "updates": updates}
+        return state, _to_host({"loss": loss, "grad_norm": grad_norm, "updates": updates})
 
     return step
 
@@ -134,6 +137,24 @@ def _to_device(array: np.ndarray, model: MiniLLM) -> Any:
     tensor = tensor.long() if not tensor.is_floating_point() else tensor
     device = model.model.norm.weight.device
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
+class _HostScalar:
+    """A number on its way from a GPU, read without waiting for what was launched after it."""
+
+    def __init__(self, value: Tensor):
+        self._copy = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
+        self._copy.copy_(value, non_blocking=True)
+        self._copied = torch.cuda.Event()
+        self._copied.record()
+
+    def __float__(self) -> float:
+        self._copied.synchronize()
+        return float(self._copy)
+
+
+def _to_host(metrics: dict[str, Tensor]) -> StepMetrics:
+    return {name: _HostScalar(value) if value.is_cuda else value for name, value in metrics.items()}
 
 
 def _use_deterministic_algorithms(deterministic: bool) -> None:

@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import minillm_jax
 import minillm_torch
 from minillm_core import loop
-from minillm_core.checkpoints import checkpoint_steps
+from minillm_core.checkpoints import CheckpointWriter, checkpoint_steps
 from minillm_core.config import DataConfig, OptimConfig, RunConfig
 from minillm_core.data import PreparedData
 from minillm_core.errors import InputError
@@ -143,4 +143,4 @@ def test_other_data_is_refused_on_resume(framework: str, data_config: DataConfig
     other = PreparedData(data_config.dir, TINY.vocab_size)
     other.meta["train"]["sha256"] = "0" * 64
     with pytest.raises(InputError, match="belongs to another training text"):
-        loop.initial_or_newest(config, BACKENDS[framework], other, checkpoint.parent)
+        loop.initial_or_newest(config, BACKENDS[framework], other, CheckpointWriter(checkpoint.parent))

@@ -3,6 +3,7 @@
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +24,8 @@ from minillm_core.checkpoints import CheckpointWriter, TrainingState, checkpoint
 from minillm_core.config import DataConfig, OptimConfig, RunConfig
 from minillm_core.data import PreparedData
 from minillm_core.errors import InputError, Interrupted
-from minillm_core.metrics import peak_flops, read_metrics
+from minillm_core.metrics import read_metrics
+from minillm_core.progress import peak_flops
 from parity_tests.conftest import TIERS, TINY, Tier, assert_close, run_config
 
 BACKENDS: dict[str, Any] = {"jax": minillm_jax, "torch": minillm_torch}
@@ -213,7 +215,7 @@ def test_stopped_while_evaluating(framework: str, data_config: DataConfig, tmp_p
                 os.kill(os.getpid(), signal.SIGINT)
             yield window
 
-    for step in (10, 30):
+    for step in (10, 20, 30):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(PreparedData, "windows", interrupting)
             with pytest.raises(Interrupted):
@@ -286,7 +288,7 @@ def test_a_bad_step_stops_the_run(framework: str, data_config: DataConfig, tmp_p
     """Between two log ticks: named with its numbers, and the checkpoint after it is not written."""
     config = config_of(data_config, tmp_path, log_every=10, checkpoint_every=3)
     poison(np.nan, {3})
-    message = r"(?s)step 4: .*not finite.*loss nan, gradient norm nan, learning rate 6\.667e-04.*last checkpoint: \[3\]"
+    message = r"(?s)step 4: .*not finite.*loss nan, gradient norm nan, learning rate 6\.667e-04.*nonfinite skip"
     with pytest.raises(InputError, match=message):
         loop.train(config, BACKENDS[framework])
     assert checkpoint_steps(tmp_path / framework / "checkpoints") == [3]
@@ -307,7 +309,7 @@ def test_skipped_updates_are_counted(float64: Tier, data_config: DataConfig, tmp
         loop.train(config(tmp_path / "whole"), backend)
         rows = [row for row in metrics_of(tmp_path / "whole", framework) if row["split"] == "train"]
         assert [row["step"] for row in rows if row["loss"] is None] == [3, 4, 12]
-        assert [row["skipped_updates"] for row in rows][::4] == [0, 2, 2, 3, 3, 3, 3, 3]
+        assert [row["step"] - row["updates"] for row in rows][::4] == [0, 2, 2, 3, 3, 3, 3, 3]
         assert read_info(tmp_path / "whole" / framework / "checkpoints/30").updates == 27
         whole = losses_of(tmp_path / "whole", framework)
         finite = np.array([loss is not None for loss in whole])
@@ -350,24 +352,163 @@ def test_training_goes_on_while_a_checkpoint_is_written(
     assert checkpoint_steps(tmp_path / framework / "checkpoints") == [10, 20, 30]
 
 
+@pytest.mark.parametrize(
+    ("keep_last", "kept", "seen"),
+    [
+        (2, [6, 12, 14], [[], [2], [2, 4], [4, 6], [6, 8], [6, 8, 10], [6, 10, 12]]),
+        (1, [6, 14], [[], [2], [2, 4], [4, 6], [6, 8], [6, 10], [6, 12]]),
+        (0, [2, 4, 6, 8, 10, 12, 14], None),
+    ],
+)
 def test_the_last_and_the_best_are_kept(
+    keep_last: int,
+    kept: list[int],
+    seen: list[list[int]] | None,
+    data_config: DataConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Held-out losses with their lowest at step 6, that of the last step aside: it outlives the last ones."""
+    held_out = iter([3.0, 2.0, 1.0, 2.5, 2.5, 2.5, 0.5])
+    monkeypatch.setattr(loop, "evaluate", lambda *_: next(held_out))
+    config = config_of(data_config, tmp_path, steps=14, eval_every=2, checkpoint_every=2, keep_last=keep_last)
+    before_saves: list[list[int]] = []
+
+    def start_payload(*arguments: Any, **keywords: Any) -> Any:
+        before_saves.append(checkpoint_steps(tmp_path / "torch/checkpoints"))
+        finish = minillm_torch.start_payload(*arguments, **keywords)
+
+        def slowly() -> None:  # the next step and its evaluation come first
+            time.sleep(0.05)
+            finish()
+
+        return slowly
+
+    loop.train(config, SimpleNamespace(**(vars(minillm_torch) | {"start_payload": start_payload})))
+    assert checkpoint_steps(tmp_path / "torch/checkpoints") == kept
+    assert seen is None or before_saves == seen
+    assert not list((tmp_path / "torch/checkpoints").glob(".*"))
+
+
+def test_a_damaged_checkpoint_is_not_counted(data_config: DataConfig, tmp_path: Path) -> None:
+    """It takes no good one's place among the last, wherever it lies."""
+    config = config_of(data_config, tmp_path, steps=20, checkpoint_every=5, eval_every=20, keep_last=2)
+    train_until(config, minillm_torch, 12)
+    folder = tmp_path / "torch/checkpoints"
+    (folder / "12/model.safetensors").write_bytes(b"damaged")
+    train_until(config, minillm_torch, 16)
+    assert checkpoint_steps(folder) == [12, 15, 16]
+    (folder / "16/model.safetensors").write_bytes(b"damaged")
+    (folder / "15/model.safetensors").write_bytes(b"damaged")
+    with pytest.raises(InputError, match=r"(?s)every checkpoint of the run is damaged.*12.*do: restore"):
+        loop.train(config, minillm_torch)
+
+
+def test_a_commit_is_on_the_disk_before_it_has_its_name(
     data_config: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Held-out losses with their lowest at step 6: that one outlives the last two."""
-    held_out = iter([3.0, 2.0, 1.0, *[2.5] * 20])
-    monkeypatch.setattr(loop, "evaluate", lambda *_: next(held_out))
-    config = config_of(data_config, tmp_path, steps=14, eval_every=2, checkpoint_every=2, keep_last=2)
-    seen: list[list[int]] = []
-    save = minillm_torch.start_payload
+    """The log, then every file and folder of the checkpoint, then its rename, then the folder that holds the name."""
+    events: list[tuple[str, str]] = []
+    fsync, rename = os.fsync, Path.rename
 
-    def watch(*arguments: Any, **keywords: Any) -> Any:
-        seen.append(checkpoint_steps(tmp_path / "torch/checkpoints"))
-        return save(*arguments, **keywords)
+    def watched_fsync(descriptor: int) -> None:
+        events.append(("flush", os.readlink(f"/proc/self/fd/{descriptor}")))
+        fsync(descriptor)
 
-    loop.train(config, SimpleNamespace(**(vars(minillm_torch) | {"start_payload": watch})))
-    assert checkpoint_steps(tmp_path / "torch/checkpoints") == [6, 12, 14]
-    assert seen[2:] == [[2, 4], [4, 6], [6, 8], [6, 8, 10], [6, 10, 12]]
-    assert not list((tmp_path / "torch/checkpoints").glob(".*"))
+    def watched_rename(self: Path, target: Path) -> Path:
+        events.append(("rename", str(self)))
+        return rename(self, target)
+
+    config = config_of(data_config, tmp_path, steps=6, checkpoint_every=6)
+    monkeypatch.setattr(os, "fsync", watched_fsync)
+    monkeypatch.setattr(Path, "rename", watched_rename)
+    loop.train(config, minillm_jax)
+    folder = tmp_path / "jax/checkpoints"
+    partial = str(folder / ".6.partial")
+    renamed = events.index(("rename", partial))
+    inside = {str(path).replace(str(folder / "6"), partial) for path in [folder / "6", *(folder / "6").rglob("*")]}
+    assert {path for kind, path in events[:renamed] if path.startswith(partial)} >= inside
+    log = events.index(("flush", str(tmp_path / "jax/metrics.jsonl")))
+    assert log < min(events.index(("flush", path)) for path in inside)
+    assert ("flush", str(folder)) in events[renamed:]
+
+
+@pytest.mark.parametrize("framework", BACKENDS)
+def test_a_held_out_loss_that_is_not_finite(
+    framework: str, data_config: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run stops, and can be resumed as the message says; no row is written twice."""
+    config = config_of(data_config, tmp_path, steps=20)
+    finite = loop.evaluate
+    monkeypatch.setattr(loop, "evaluate", lambda *_: np.inf)
+    for _ in range(2):
+        with pytest.raises(InputError, match="step 10: the held-out loss is not finite"):
+            loop.train(config, BACKENDS[framework])
+    skipping = replace(config, train=replace(config.train, nonfinite="skip"))
+    train_until(skipping, BACKENDS[framework], 15)
+    monkeypatch.setattr(loop, "evaluate", finite)
+    loop.train(skipping, BACKENDS[framework])
+    rows = [(row["step"], row["loss"] is None) for row in metrics_of(tmp_path, framework) if row["split"] == "val"]
+    assert rows == [(10, True), (20, False)]
+
+
+def test_skipping_comes_to_an_end(data_config: DataConfig, tmp_path: Path, poison: Any) -> None:
+    poison(np.nan, set(range(4, 30)))
+    config = config_of(data_config, tmp_path, nonfinite="skip", checkpoint_every=4)
+    with pytest.raises(InputError, match=r"step 24: .*not made, nor the 19 before it"):
+        loop.train(config, minillm_torch)
+
+
+@pytest.mark.parametrize("moment", ["saving", "finished"])
+def test_a_signal_after_the_last_step(moment: str, data_config: DataConfig, tmp_path: Path) -> None:
+    """It is not forgotten: nothing else is begun."""
+    config = config_of(data_config, tmp_path, steps=6)
+    if moment == "finished":
+        loop.train(config, minillm_torch)
+
+    def read_payload(*arguments: Any, **keywords: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return minillm_torch.read_payload(*arguments, **keywords)
+
+    def start_payload(*arguments: Any, **keywords: Any) -> Any:
+        finish = minillm_torch.start_payload(*arguments, **keywords)
+
+        def interrupted() -> None:
+            os.kill(os.getpid(), signal.SIGTERM)
+            finish()
+
+        return interrupted
+
+    backend = SimpleNamespace(**(vars(minillm_torch) | {"read_payload": read_payload, "start_payload": start_payload}))
+    with pytest.raises(Interrupted):
+        loop.train(config, backend)
+    assert checkpoint_steps(tmp_path / "torch/checkpoints") == [6]
+
+
+def test_garbage_at_the_end_of_the_log(data_config: DataConfig, tmp_path: Path, undisturbed: Path) -> None:
+    """As a power cut may leave it; but a bad line among those that the run goes on from is an error."""
+    config = config_of(data_config, tmp_path, log_every=3, grad_accum=2)
+    train_until(config, minillm_torch, 14)
+    log = tmp_path / "torch/metrics.jsonl"
+    good = log.read_bytes()
+    log.write_bytes(good + b'{"step": 15, "sp\n\x00\xff\x00\n\n\x00')
+    loop.train(config, minillm_torch)
+    assert metrics_of(tmp_path, "torch") == metrics_of(undisturbed, "torch")
+    log.write_bytes(b"\x00\n" + good)
+    with pytest.raises(InputError, match=r"not a line of metrics.*\n.*\n.*metrics.jsonl:1"):
+        read_metrics(log)
+
+
+def test_converting_an_older_step_keeps_the_log(data_config: DataConfig, tmp_path: Path) -> None:
+    loop.train(config_of(data_config, tmp_path, steps=20), minillm_torch)
+    for step, last in ((10, 10), (20, 20)):
+        convert("torch", "jax", str(tmp_path / f"torch/checkpoints/{step}"), str(tmp_path))
+        assert metrics_of(tmp_path, "jax")[-1]["step"] == last
+    convert("torch", "jax", str(tmp_path / "torch/checkpoints/10"), str(tmp_path))
+    assert metrics_of(tmp_path, "jax")[-1]["step"] == 20
+    (tmp_path / "jax/checkpoints/20/tokenizer.model").write_bytes(b"")
+    with pytest.raises(InputError, match="damaged checkpoint"):
+        convert("torch", "jax", str(tmp_path / "torch/checkpoints/20"), str(tmp_path))
 
 
 def test_an_auto_dtype_stays_that_of_the_run(data_config: DataConfig, tmp_path: Path) -> None:
@@ -380,6 +521,9 @@ def test_an_auto_dtype_stays_that_of_the_run(data_config: DataConfig, tmp_path: 
     other = replace(begun, train=replace(begun.train, compute_dtype="float32"))
     with pytest.raises(InputError, match="compute_dtype: 'float32', was 'bfloat16'"):
         loop.train(other, minillm_torch)
+    path = tmp_path / "config.yaml"  # of a version that stored `auto`
+    path.write_text(path.read_text().replace("compute_dtype: bfloat16", "compute_dtype: auto"))
+    loop.train(other, minillm_torch)
 
 
 def test_trackers_hold_what_the_log_holds(

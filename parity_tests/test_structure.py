@@ -43,6 +43,8 @@ def public_names(path: Path) -> dict[str, list[str]]:
     for node in ast.parse(path.read_text()).body:
         members = [node]
         if isinstance(node, ast.ClassDef):
+            if node.name.startswith("_"):
+                continue
             names[node.name] = []
             members = [(node, member) for member in node.body if isinstance(member, ast.FunctionDef)]
         for member in members:

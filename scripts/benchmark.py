@@ -198,8 +198,7 @@ def training_rates(config: BenchmarkConfig) -> list[str]:
 def saving_times(backend: Any, config: BenchmarkConfig, state: Any, data: PreparedData) -> tuple[float, float]:
     """Seconds for which the train loop stands still, and until the checkpoint is committed; the second save counts."""
     run_config = RunConfig(config.model, config.optim, config.data, config.train)
-    with tempfile.TemporaryDirectory() as folder:
-        writer = CheckpointWriter(Path(folder))
+    with tempfile.TemporaryDirectory() as folder, CheckpointWriter(Path(folder)) as writer:
         for step in (1, 2):
             started = time.perf_counter()
             info = CheckpointInfo(backend.FRAMEWORK, step, step, run_config, data.hashes())

@@ -7,7 +7,8 @@ import tyro
 from minillm_core.checkpoints import FRAMEWORKS
 from minillm_core.cli import run, say
 from minillm_core.errors import InputError
-from minillm_core.metrics import Row, plot_two_losses, read_metrics
+from minillm_core.metrics import Row, read_metrics
+from minillm_core.plots import plot_two_losses
 
 
 def main(

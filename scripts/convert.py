@@ -30,6 +30,7 @@ from minillm_core.checkpoints import (
 )
 from minillm_core.cli import run, say
 from minillm_core.errors import InputError
+from minillm_core.files import make_folder
 from minillm_core.metrics import read_metrics, write_metrics
 from minillm_core.rundir import open_run
 
@@ -101,6 +102,7 @@ def write(writer: Backend, folder: Path, checkpoint: Path, info: CheckpointInfo,
     """Commits the copy into its framework's folder; the metrics up to its step too, unless that was itself trained."""
     result = folder / "checkpoints" / str(info.step)
     if result.exists():
+        verify_checkpoint(result)
         if not same_tensors(writer, result, state):
             raise InputError(
                 "the destination holds another checkpoint of this step", where=result, do="give another destination run"
@@ -108,17 +110,17 @@ def write(writer: Backend, folder: Path, checkpoint: Path, info: CheckpointInfo,
         say(f"already converted: {result} holds the same tensors")
         return result
     metrics = checkpoint.parent.parent / "metrics.jsonl"
-    if metrics.exists() and holds_copies(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        write_metrics(folder / "metrics.jsonl", (row for row in read_metrics(metrics) if row["step"] <= info.step))
+    is_newest = all(step < info.step for step in checkpoint_steps(folder / "checkpoints"))
+    if metrics.exists() and is_newest and holds_copies(folder):
+        make_folder(folder)
+        write_metrics(folder / "metrics.jsonl", read_metrics(metrics, info.step))
     copy = replace(info, framework=writer.FRAMEWORK, converted_from=info.framework)
-    checkpoints = CheckpointWriter(folder / "checkpoints")
 
     def start_payload(partial_folder: Path) -> Callable[[], None]:
         return partial(writer.write_payload, partial_folder, info.config, state)
 
-    checkpoints.save(copy, checkpoint / "tokenizer.model", start_payload)
-    checkpoints.wait()
+    with CheckpointWriter(folder / "checkpoints") as checkpoints:
+        checkpoints.save(copy, checkpoint / "tokenizer.model", start_payload)
     n_moments = len(state.exp_avg) + len(state.exp_avg_sq)
     say(f"converted {checkpoint}: {len(state.weights)} weights, {n_moments} Adam moments, step {info.step}")
     if not state.exp_avg:
