@@ -131,7 +131,9 @@ def read_info(checkpoint: Path) -> CheckpointInfo:
             data_hashes=dict(data["data_hashes"]),
             converted_from=data["converted_from"],
         )
-    except (KeyError, TypeError) as error:
+    except InputError:
+        raise
+    except (ValueError, KeyError, TypeError) as error:
         raise InputError("damaged checkpoint", found=repr(error), where=path, do="use another checkpoint") from error
 
 
@@ -139,7 +141,7 @@ def verify_checkpoint(checkpoint: Path) -> None:
     """Compares every file with the manifest.
 
     Raises:
-        InputError: naming every file that is missing, truncated, changed or left over.
+        InputError: naming every file that is missing, truncated or changed. (Further files do no harm.)
     """
     path = checkpoint / "manifest.json"
     try:
@@ -158,7 +160,6 @@ def verify_checkpoint(checkpoint: Path) -> None:
         manifest = {}
     if not problems and "checkpoint.json" not in manifest:
         problems.append("manifest.json: checkpoint.json is not in it")
-    problems += [f"unexpected: {name}" for name in _files(checkpoint) if manifest and name not in manifest]
     if problems:
         raise InputError(
             "damaged checkpoint:\n  " + "\n  ".join(problems),

@@ -1,5 +1,6 @@
 """What the scripts share: parsing a RunConfig, and turning a user's mistake into a message and an exit code."""
 
+import contextlib
 import logging
 import sys
 from collections.abc import Callable, Iterable
@@ -15,8 +16,9 @@ C = TypeVar("C", bound=RunConfig)
 
 
 def say(message: str = "") -> None:
-    """Prints for the person at the terminal (stderr); stdout carries results alone."""
-    print(message, file=sys.stderr, flush=True)
+    """Prints for the person at the terminal (stderr), if there is one still; stdout carries results alone."""
+    with contextlib.suppress(BrokenPipeError):
+        print(message, file=sys.stderr, flush=True)
 
 
 def print_stream(prompt: str, pieces: Iterable[str]) -> None:
@@ -44,6 +46,9 @@ def run(main: Callable[[], None]) -> None:
     except BrokenPipeError:  # the reader of our stdout went away, as in `| head`
         sys.stderr.close()
         sys.exit(141)
+    except (FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError) as error:
+        say(f"error: {InputError(error.strerror or str(error), where=error.filename, do='check the paths given')}")
+        sys.exit(2)
     except OSError as error:
         if not is_disk_full(error):
             raise

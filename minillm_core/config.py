@@ -297,9 +297,9 @@ def dump_config(config: RunConfig) -> str:
 
 
 def config_differences(ours: RunConfig, theirs: RunConfig) -> list[str]:
-    """`section.field: ours, was theirs` for every field that differs and is not FREE_TO_CHANGE."""
+    """`section.field: ours, was theirs` for every field that differs, is not FREE_TO_CHANGE and was not `auto`."""
     pairs = zip(_flatten(to_dict(ours)).items(), _flatten(to_dict(theirs)).values(), strict=True)
-    return [f"{key}: {a!r}, was {b!r}" for (key, a), b in pairs if a != b and key not in FREE_TO_CHANGE]
+    return [f"{key}: {a!r}, was {b!r}" for (key, a), b in pairs if a != b and b != "auto" and key not in FREE_TO_CHANGE]
 
 
 def _flatten(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:

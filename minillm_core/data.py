@@ -21,6 +21,7 @@ from minillm_core.files import commit_folder, hash_file, lock
 from minillm_core.tokenizer import Tokenizer, train_tokenizer
 
 SPLITS = ("train", "val")
+FORMAT_VERSION = 1
 
 
 def prepare_data(config: DataConfig, vocab_size: int) -> bool:
@@ -82,7 +83,7 @@ def _pack(documents: list[Document], config: DataConfig, vocab_size: int, folder
     tokenizer = Tokenizer(folder / "tokenizer.model")
     dtype = np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
     meta: dict[str, Any] = {
-        "format_version": 1,
+        "format_version": FORMAT_VERSION,
         "corpus": config.corpus,
         "holdout_every": config.holdout_every,
         "vocab_size": vocab_size,
@@ -139,6 +140,11 @@ class PreparedData:
             dtype = np.dtype(self.meta["dtype"])
             found = self.meta["vocab_size"]
             n_tokens = {split: int(self.meta[split]["n_tokens"]) for split in SPLITS}
+            if self.meta["format_version"] != FORMAT_VERSION:
+                raise ValueError(f"format version {self.meta['format_version']}, not {FORMAT_VERSION}")
+            if min(self.meta[split]["n_bytes"] for split in SPLITS) < 1:
+                raise ValueError("n_bytes is not positive")
+            self.hashes()
         except (ValueError, KeyError, TypeError) as error:
             raise InputError("damaged data file", found=repr(error), where=meta_path, do=redo) from error
         if found != vocab_size:
@@ -171,8 +177,8 @@ class PreparedData:
         """
         names = {"tokenizer": "tokenizer.model"} | {split: f"{split}.bin" for split in SPLITS}
         for key, digest in self.hashes().items():
-            if hash_file(self.dir / names[key]) != digest:
-                problem = "a data file was changed after it was prepared"
+            if not (self.dir / names[key]).is_file() or hash_file(self.dir / names[key]) != digest:
+                problem = "a data file is missing or was changed after it was prepared"
                 raise InputError(problem, where=self.dir / names[key], do=_redo(self.dir))
 
     def tokens_per_byte(self, split: str) -> float:

@@ -1,5 +1,6 @@
-"""SIGTERM and Ctrl-C: noted, so that a run can save before it ends."""
+"""SIGTERM, SIGHUP and Ctrl-C: noted, so that a run can save before it ends."""
 
+import contextlib
 import os
 import signal
 import threading
@@ -9,11 +10,11 @@ from typing import Any
 
 from minillm_core.errors import Interrupted
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class StopRequest:
-    """While entered, the first SIGTERM or SIGINT is noted; a second one, later than a second, ends the process.
+    """While entered, the first of these signals is noted; a second one, later than a second, ends the process.
 
     (A terminal, `timeout` or a scheduler may send one request to a process twice.) Signals reach a process's main
     thread; entered from another one, this notes nothing. Signals that are ignored stay ignored.
@@ -38,8 +39,9 @@ class StopRequest:
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.signal is None:
             self.signal, self._came_at = signal.Signals(number), time.monotonic()
-            # Not `print`: a handler may interrupt one.
-            os.write(2, f"\n{self.signal.name}: saving after this step; a second one ends at once\n".encode())
+            # Not `print`: a handler may interrupt one. And what reads it may be gone, stopped by the same Ctrl-C.
+            with contextlib.suppress(OSError):
+                os.write(2, f"\n{self.signal.name}: saving after this step; a second one ends at once\n".encode())
         elif time.monotonic() > self._came_at + 1:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)

@@ -5,6 +5,7 @@ ahead. A step whose loss or gradient is not finite changes nothing, so noticing 
 """
 
 import math
+import time
 from collections import deque
 from collections.abc import Callable
 from functools import partial
@@ -22,7 +23,7 @@ from minillm_core.metrics import MetricsLog, Row, bits_per_byte, losses_by_step,
 from minillm_core.params import count_params
 from minillm_core.plots import plot_loss
 from minillm_core.progress import Progress
-from minillm_core.rundir import open_run, require_same_data
+from minillm_core.rundir import open_run, require_same_config, require_same_data
 from minillm_core.schedule import learning_rate
 from minillm_core.tokenizer import Tokenizer
 from minillm_core.trackers import Tracker, open_trackers
@@ -84,8 +85,8 @@ def initial_or_newest(
     """The state to go on from, its step, and Adam's count: the newest good checkpoint, or the initial weights.
 
     Raises:
-        InputError: every checkpoint is damaged; or the newest good one was trained on other data, or by a newer
-            version.
+        InputError: every checkpoint is damaged; or the newest good one was trained on other data, with another
+            configuration, or by a newer version.
     """
     newest = writer.newest_good()
     for problem in writer.damaged.values():
@@ -94,6 +95,7 @@ def initial_or_newest(
         return backend.init_state(config), 0, 0
     info = read_info(newest)
     require_same_data(info.data_hashes, data.hashes(), newest)
+    require_same_config(config, info.config, newest)
     if info.step < config.train.steps:
         say(f"resuming from {newest}")
     saved = backend.read_payload(newest, config, moments=True)
@@ -114,11 +116,15 @@ class _Run:
         self.folder = writer.folder.parent
         self.state, self.step, self.updates = initial_or_newest(config, backend, data, writer)
         self.saved_step = self.step
+        self.last_save_failed = False
         self.skips_in_a_row = 0
         self.log = MetricsLog(self.folder / "metrics.jsonl", self.step)
+        if self.log.old is not None:
+            say(f"there is no checkpoint to go on from, so training begins anew; the log there was is {self.log.old}")
         self.trackers: list[Tracker] = []
         self.progress = Progress(config, backend.describe_device(), self.step)
-        self.unread: deque[tuple[int, float, StepMetrics]] = deque()
+        self.unread: deque[tuple[int, float, float, StepMetrics]] = deque()
+        """Step, learning rate, time, metrics."""
 
     def run_to_end(self) -> Path:
         """Trains what is left to train; returns the final checkpoint."""
@@ -162,7 +168,7 @@ class _Run:
             batch = self.data.batch(n, c.batch_size, c.seq_len, c.seed)
             self.state, metrics = train_step(self.state, batch, rate)
             self.step = n + 1
-            self.unread.append((self.step, rate, metrics))
+            self.unread.append((self.step, rate, time.perf_counter(), metrics))
             saves, evaluates = self.step % c.checkpoint_every == 0 or self.step == c.steps, self._evaluates(self.step)
             # A step is read while the next one is under way, unless its state is to be saved or evaluated: no update
             # is in there that was not seen to be finite.
@@ -181,7 +187,7 @@ class _Run:
     def _read_metrics(self, last: int) -> None:
         """Waits for the steps up to `last`; checks every one, and logs those of the log's rhythm."""
         while self.unread and self.unread[0][0] <= last:
-            step, rate, metrics = self.unread.popleft()
+            step, rate, at, metrics = self.unread.popleft()
             loss, grad_norm = float(metrics["loss"]), float(metrics["grad_norm"])
             self.updates = int(float(metrics["updates"]))
             if math.isfinite(loss) and math.isfinite(grad_norm):
@@ -190,7 +196,7 @@ class _Run:
                 self._skip_or_stop(step, f"loss {loss}, gradient norm {grad_norm}, learning rate {rate:.3e}")
             if self._logs(step):
                 values = {"grad_norm": grad_norm, "learning_rate": rate}
-                values |= self.progress.tick(step, loss, grad_norm, rate)
+                values |= self.progress.tick(step, at, loss, grad_norm, rate)
                 if self.config.train.nonfinite == "skip":
                     values["updates"] = self.updates
                 self._log(step, "train", loss, **values)
@@ -215,7 +221,14 @@ class _Run:
         self._read_metrics(self.step)
         with self.progress.paused():
             flush(self.log.path)  # a committed checkpoint has all its metrics, whatever happens next
-            self.writer.wait()
+            try:
+                self.writer.wait()
+                self.last_save_failed = False
+            except InputError as error:
+                if self.last_save_failed:
+                    raise
+                self.last_save_failed = True
+                say(f"{error}\ntrying once more, at step {self.step}")
             info = CheckpointInfo(self.backend.FRAMEWORK, self.step, self.updates, self.config, self.data.hashes())
             start_payload = partial(self.backend.start_payload, config=self.config, state=self.state)
             n_bytes = 3 * count_params(self.config.model) * (8 if self.config.train.compute_dtype == "float64" else 4)

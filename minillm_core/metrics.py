@@ -28,6 +28,10 @@ class MetricsLog:
     def __init__(self, path: Path, resumed_step: int):
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
+        self.old: Path | None = None
+        """Where a log went that has no checkpoint to go with it."""
+        if resumed_step == 0 and path.exists() and path.stat().st_size:
+            self.old = path.replace(path.with_name(f"{path.name}.old"))
         self.rows = read_metrics(path, resumed_step) if path.exists() else []
         """All rows, as in the file."""
         write_metrics(path, self.rows)
@@ -58,7 +62,8 @@ def read_metrics(path: Path, last_step: float = math.inf) -> list[Row]:
             continue
         try:
             row = json.loads(line)
-            row = {"step": int(row["step"]), "split": row["split"], "loss": row["loss"], **row}
+            loss = None if row["loss"] is None else float(row["loss"])
+            row = row | {"step": int(row["step"]), "split": str(row["split"]), "loss": loss}
         except (ValueError, KeyError, TypeError):
             bad = bad or (number, line[:80])
             continue

@@ -37,15 +37,18 @@ class Progress:
         self.peak = peak_flops(device, c.compute_dtype)
         self.last_step, self.last_time = start, time.perf_counter()
 
-    def tick(self, step: int, loss: float, grad_norm: float, rate: float) -> dict[str, float]:
-        """Prints a line; returns tokens per second since the last one and, where the peak is known, MFU."""
-        now = time.perf_counter()
-        seconds_per_step = (now - self.last_time) / max(1, step - self.last_step)
+    def tick(self, step: int, at: float, loss: float, grad_norm: float, rate: float) -> dict[str, float]:
+        """Prints a line; returns tokens per second since the last one and, where the peak is known, MFU.
+
+        Args:
+            at: `time.perf_counter()` when the step was dispatched.
+        """
+        seconds_per_step = (at - self.last_time) / max(1, step - self.last_step)
         values = {"tokens_per_second": round(self.tokens_per_step / seconds_per_step, 1)}
         if self.peak is not None:
             values["mfu"] = round(values["tokens_per_second"] * self.flops_per_token / self.peak, 4)
         left = int(seconds_per_step * (self.steps - step))
-        self.last_step, self.last_time = step, now
+        self.last_step, self.last_time = step, at
         say(
             f"step {step:>6}/{self.steps}  loss {loss:.4f}  gradient norm {grad_norm:.2f}  learning rate {rate:.2e}  "
             f"{values['tokens_per_second']:,.0f} token/s  "

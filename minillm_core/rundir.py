@@ -42,16 +42,12 @@ def open_run(
     with lock(run / ".lock"):
         _check_record(run / "run.json", data_hashes)
         known = load_config(str(saved)) if saved.exists() else None
+        if config.train.compute_dtype == "auto":
+            if known is not None and known.train.compute_dtype != "auto":
+                dtype = known.train.compute_dtype
+            config = replace(config, train=replace(config.train, compute_dtype=cast(ComputeDtype, dtype)))
         if known is not None:
-            known = _resolved(known, dtype)
-            dtype = known.train.compute_dtype
-        config = _resolved(config, dtype)
-        if known is not None and (differences := config_differences(config, known)):
-            raise InputError(
-                "the run directory belongs to another configuration:\n  " + "\n  ".join(differences),
-                where=run,
-                do="use that run's configuration, or another run directory (--train.out_dir)",
-            )
+            require_same_config(config, known, run)
         record = {"format_version": FORMAT_VERSION, "version": __version__, "data_hashes": data_hashes}
         contents: dict[str, str | bytes] = {
             "config.yaml": dump_config(config),
@@ -62,12 +58,6 @@ def open_run(
             if not (run / name).exists():
                 replace_file(run / name, content)
         yield config
-
-
-def _resolved(config: RunConfig, dtype: str) -> RunConfig:
-    if config.train.compute_dtype != "auto":
-        return config
-    return replace(config, train=replace(config.train, compute_dtype=cast(ComputeDtype, dtype)))
 
 
 def _check_record(path: Path, data_hashes: dict[str, str]) -> None:
@@ -88,6 +78,19 @@ def _check_record(path: Path, data_hashes: dict[str, str]) -> None:
             do="install that version of the project",
         )
     require_same_data(known, data_hashes, path.parent)
+
+
+def require_same_config(config: RunConfig, known: RunConfig, where: Path) -> None:
+    """
+    Raises:
+        InputError: naming every field that differs and must not.
+    """
+    if differences := config_differences(config, known):
+        raise InputError(
+            "the run directory belongs to another configuration:\n  " + "\n  ".join(differences),
+            where=where,
+            do="use that run's configuration, or another run directory (--train.out_dir)",
+        )
 
 
 def require_same_data(known: dict[str, str], found: dict[str, str], where: Path) -> None:

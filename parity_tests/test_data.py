@@ -172,3 +172,27 @@ def test_second_preparation_finds_the_first(data_config: DataConfig) -> None:
     before = json.loads((Path(data_config.dir) / "meta.json").read_text())
     assert not prepare_data(data_config, TINY.vocab_size)
     assert json.loads((Path(data_config.dir) / "meta.json").read_text()) == before
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format_version": 2}, "format version 2, not 1"),
+        ({"tokenizer_sha256": None}, "damaged data file"),
+        ({"val": {"n_tokens": 23433, "n_bytes": 0, "sha256": ""}}, "n_bytes is not positive"),
+    ],
+)
+def test_damaged_meta_data(change: dict[str, object], message: str, data_config: DataConfig, tmp_path: Path) -> None:
+    shutil.copytree(data_config.dir, tmp_path / "data")
+    path = tmp_path / "data/meta.json"
+    meta = json.loads(path.read_text()) | change
+    path.write_text(json.dumps({name: value for name, value in meta.items() if value is not None}))
+    with pytest.raises(InputError, match=message):
+        PreparedData(tmp_path / "data", TINY.vocab_size)
+
+
+def test_missing_tokenizer(data_config: DataConfig, tmp_path: Path) -> None:
+    shutil.copytree(data_config.dir, tmp_path / "data")
+    (tmp_path / "data/tokenizer.model").unlink()
+    with pytest.raises(InputError, match=r"(?s)missing or was changed.*tokenizer\.model"):
+        PreparedData(tmp_path / "data", TINY.vocab_size).verify()

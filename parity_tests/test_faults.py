@@ -209,6 +209,26 @@ def test_a_signal_saves_and_ends(
     assert f"stopped at step {step} of 5000; the same command goes on" in said
 
 
+def test_ctrl_c_with_a_reader_that_dies_of_it(data_config: DataConfig, tmp_path: Path) -> None:
+    """`python scripts/train_torch.py run.yaml 2>&1 | tee log`: a terminal's Ctrl-C reaches both processes."""
+    home = new_home(tmp_path, data_config, checkpoint_every=5000)
+    command = f'"{sys.executable}" "{ROOT}/scripts/train_torch.py" run.yaml 2>&1 | tee log'
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(
+        ["bash", "-c", f"trap : INT; {command}; exit ${{PIPESTATUS[0]}}"],
+        cwd=home,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    log = home / "run/torch/metrics.jsonl"
+    wait_for(lambda: log.exists() and len(log.read_text().split("\n")) > 4, process)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(60) == 128 + signal.SIGINT
+    (step,) = checkpoint_steps(checkpoints(home, "torch"))
+    assert step >= read_metrics(log)[-1]["step"]
+
+
 def test_a_second_process_is_refused(data_config: DataConfig, tmp_path: Path) -> None:
     """Whichever framework it is in; the first goes on, and once it is gone, however it went, the place is free."""
     home = new_home(tmp_path, data_config)

@@ -29,17 +29,17 @@ STEPS = 6
 
 def small_run(data: DataConfig, out_dir: Path, **train: Any) -> RunConfig:
     optim = OptimConfig(learning_rate=3e-3, min_learning_rate=3e-4, warmup_steps=2)
-    settings = {"steps": STEPS, "log_every": 1, "eval_every": STEPS, "checkpoint_every": 3} | train
+    settings = {"steps": STEPS, "log_every": 1, "eval_every": 3, "eval_batches": 2, "checkpoint_every": 3} | train
     return run_config(TINY, out_dir, data=data, optim=optim, **settings)
 
 
-def independent_run(config: RunConfig) -> tuple[list[dict[str, float]], dict[str, float], dict[str, torch.Tensor]]:
+def independent_run(config: RunConfig) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
     """The run with transformers' Llama, torch's AdamW and clipping, and the schedule written out.
 
     It shares with the project the initial weights, the order of the batches and the token files.
 
     Returns:
-        the rows of the steps, the held-out row, the final weights.
+        the rows of the log, the final weights.
     """
     llama = LlamaForCausalLM(
         LlamaConfig(
@@ -85,16 +85,27 @@ def independent_run(config: RunConfig) -> tuple[list[dict[str, float]], dict[str
         optimizer.step()
         optimizer.zero_grad()
         rows.append({"loss": loss.item(), "grad_norm": norm.item(), "learning_rate": rate})
-    nats = 0.0
+        if step + 1 in (3, STEPS):
+            rows.append(held_out(llama, config, val, 2 * 4 if step + 1 == 3 else None))
+    return rows, dict(llama.state_dict())
+
+
+def held_out(llama: LlamaForCausalLM, config: RunConfig, val: np.ndarray, n_windows: int | None) -> dict[str, float]:
+    """Over all windows of 32 tokens, or over some of them spread from the first to the last."""
+    starts = list(range(0, len(val) - 1, 32))
+    if n_windows is not None:
+        starts = [starts[int(n * (len(starts) - 1) / (n_windows - 1))] for n in range(n_windows)]
+    nats, count = 0.0, 0
     with torch.no_grad():
-        for start in range(0, len(val) - 1, 32):
+        for start in starts:
             x = torch.from_numpy(val[start : start + 33])
             log_probs = torch.log_softmax(llama(x[None, :-1]).logits[0].double(), -1)
             nats -= float(log_probs[torch.arange(len(x) - 1), x[1:]].sum())
+            count += len(x) - 1
     n_bytes = sum(path.stat().st_size for path in sorted(Path(config.data.corpus).glob("*.txt"))[4::5])
-    loss = nats / (len(val) - 1)
-    held_out = {"loss": loss, "bits_per_byte": nats / math.log(2) / n_bytes, "perplexity": math.exp(loss)}
-    return rows, held_out, dict(llama.state_dict())
+    loss = nats / count
+    bits = loss * (len(val) - 1) / math.log(2) / n_bytes
+    return {"loss": loss, "bits_per_byte": bits, "perplexity": math.exp(loss)}
 
 
 @pytest.fixture(scope="module")
@@ -108,12 +119,13 @@ def test_run_against_an_independent_one(
     framework: str, grad_accum: int, data_config: DataConfig, expected: Any, tmp_path: Path
 ) -> None:
     """Both could be wrong together in the loop, the schedule or the evaluation; this run shares none of them."""
-    config = small_run(data_config, tmp_path / "run", grad_accum=grad_accum)
+    batches = 2 * grad_accum  # micro-batches: the same windows
+    config = small_run(data_config, tmp_path / "run", grad_accum=grad_accum, eval_batches=batches)
     checkpoint = loop.train(config, BACKENDS[framework])
-    train_rows, held_out, weights = expected
+    expected_rows, weights = expected
     rows = read_metrics(tmp_path / "run" / framework / "metrics.jsonl")
-    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6, 6]
-    for row, ours in zip(rows, [*train_rows, held_out], strict=True):
+    assert [row["step"] for row in rows] == [1, 2, 3, 3, 4, 5, 6, 6]
+    for row, ours in zip(rows, expected_rows, strict=True):
         for name, value in ours.items():
             assert row[name] == pytest.approx(value, rel=1e-5), f"step {row['step']} {row['split']} {name}"
     final = BACKENDS[framework].read_payload(checkpoint, config, moments=False).weights

@@ -1,6 +1,9 @@
 """The state of a training run: moved between the frameworks, stopped and resumed, and kept from going wrong."""
 
+import copy
+import errno
 import os
+import shutil
 import signal
 import threading
 import time
@@ -26,6 +29,7 @@ from minillm_core.data import PreparedData
 from minillm_core.errors import InputError, Interrupted
 from minillm_core.metrics import read_metrics
 from minillm_core.progress import peak_flops
+from minillm_core.schedule import learning_rate
 from parity_tests.conftest import TIERS, TINY, Tier, assert_close, run_config
 
 BACKENDS: dict[str, Any] = {"jax": minillm_jax, "torch": minillm_torch}
@@ -271,8 +275,7 @@ def test_a_bad_update_is_not_made(
     before = None
     for n in range(3):
         state, metrics = step(state, data.batch(n, 4, 32, 3), 1e-3)
-        exported = backend.export_state(config, state)
-        copies = TrainingState(*({k: v.copy() for k, v in group.items()} for group in vars(exported).values()))
+        copies = copy.deepcopy(backend.export_state(config, state))
         if n == 1:
             assert not np.isfinite(float(metrics["loss"]))
             assert_same_bits(copies, before)
@@ -281,6 +284,38 @@ def test_a_bad_update_is_not_made(
             assert copies.weights["model.norm.weight"].tobytes() != before.weights["model.norm.weight"].tobytes()
         assert int(metrics["updates"]) == (1, 1, 2)[n]
         before = copies
+
+
+@pytest.mark.parametrize("framework", BACKENDS)
+def test_a_bad_gradient_of_a_good_loss(framework: str, data_config: DataConfig, tmp_path: Path) -> None:
+    """After one step of a rate far too high, the loss is finite and the gradient's norm is not."""
+    backend, config = BACKENDS[framework], config_of(data_config, tmp_path)
+    data, step = PreparedData(data_config.dir, TINY.vocab_size), backend.make_train_step(config)
+    state, _ = step(backend.init_state(config), data.batch(0, 4, 32, 3), 1e8)
+    before = copy.deepcopy(backend.export_state(config, state))
+    state, metrics = step(state, data.batch(1, 4, 32, 3), 1e8)
+    assert np.isfinite(float(metrics["loss"]))
+    assert not np.isfinite(float(metrics["grad_norm"]))
+    assert int(metrics["updates"]) == 1
+    assert_same_bits(backend.export_state(config, state), before)
+
+
+@pytest.mark.parametrize("framework", BACKENDS)
+def test_a_bad_loss_of_a_good_gradient(
+    framework: str, data_config: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Infinity added to the loss does not reach the gradient; the update is not made all the same."""
+    backend, config = BACKENDS[framework], config_of(data_config, tmp_path)
+    mean_loss = backend.train.mean_loss
+    monkeypatch.setattr(backend.train, "mean_loss", lambda *arguments: mean_loss(*arguments) + np.inf)
+    data, step = PreparedData(data_config.dir, TINY.vocab_size), backend.make_train_step(config)
+    state = backend.init_state(config)
+    before = copy.deepcopy(backend.export_state(config, state))
+    state, metrics = step(state, data.batch(0, 4, 32, 3), 1e-3)
+    assert float(metrics["loss"]) == np.inf
+    assert np.isfinite(float(metrics["grad_norm"]))
+    assert int(metrics["updates"]) == 0
+    assert_same_bits(backend.export_state(config, state), before)
 
 
 @pytest.mark.parametrize("framework", BACKENDS)
@@ -506,6 +541,11 @@ def test_converting_an_older_step_keeps_the_log(data_config: DataConfig, tmp_pat
         assert metrics_of(tmp_path, "jax")[-1]["step"] == last
     convert("torch", "jax", str(tmp_path / "torch/checkpoints/10"), str(tmp_path))
     assert metrics_of(tmp_path, "jax")[-1]["step"] == 20
+    (tmp_path / "jax/checkpoints/20").rename(tmp_path / "20")
+    train_until(config_of(data_config, tmp_path, steps=20), minillm_jax, 11)
+    with pytest.raises(InputError, match="the destination was trained itself"):
+        convert("torch", "jax", str(tmp_path / "torch/checkpoints/20"), str(tmp_path))
+    (tmp_path / "20").rename(tmp_path / "jax/checkpoints/20")
     (tmp_path / "jax/checkpoints/20/tokenizer.model").write_bytes(b"")
     with pytest.raises(InputError, match="damaged checkpoint"):
         convert("torch", "jax", str(tmp_path / "torch/checkpoints/20"), str(tmp_path))
@@ -557,17 +597,78 @@ def test_peak_flops() -> None:
 def test_weights_alone_can_be_trained_on(
     data_config: DataConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A checkpoint without optimizer state converts, is trained on, and both steps say that the moments start anew."""
-    config = config_of(data_config, tmp_path / "a", steps=6, checkpoint_every=3)
+    """A checkpoint without optimizer state converts, and is trained on as the messages say: Adam starts anew."""
+    config = config_of(data_config, tmp_path / "a", steps=6, checkpoint_every=4, log_every=1)
     train_until(config, minillm_torch, 3)
     state, info = state_at(tmp_path / "a", "torch", 3), read_info(tmp_path / "a/torch/checkpoints/3")
     bare = TrainingState(state.weights, {}, {})
-    writer = CheckpointWriter(tmp_path / "bare/torch/checkpoints")
-    tokenizer = tmp_path / "a/tokenizer.model"
-    writer.save(info, tokenizer, lambda folder: lambda: minillm_torch.write_payload(folder, config, bare))
-    writer.wait()
+    with CheckpointWriter(tmp_path / "bare/torch/checkpoints") as writer:
+        tokenizer = tmp_path / "a/tokenizer.model"
+        writer.save(info, tokenizer, lambda folder: lambda: minillm_torch.write_payload(folder, config, bare))
     capsys.readouterr()
     convert("torch", "jax", str(tmp_path / "bare/torch/checkpoints/3"), str(tmp_path / "b"))
     assert "training on from here would restart Adam's moments" in capsys.readouterr().err
-    loop.train(replace(config, train=replace(config.train, out_dir=str(tmp_path / "b"))), minillm_jax)
+    moved = replace(config, train=replace(config.train, out_dir=str(tmp_path / "b")))
+    loop.train(moved, minillm_jax)
     assert "Adam's moments start again at zero" in capsys.readouterr().err
+    assert read_info(tmp_path / "b/jax/checkpoints/4").updates == 1
+    first = state_at(tmp_path / "b", "jax", 4)
+    rate = learning_rate(config.optim, 3, 6)
+    for name, weight in state.weights.items():
+        grad = first.exp_avg[name].astype(np.float64) / (1 - config.optim.beta1)
+        decay = config.optim.weight_decay if weight.ndim > 1 else 0.0
+        expected = weight * (1 - rate * decay) - rate * grad / (np.abs(grad) + config.optim.eps)
+        assert_close(name, first.weights[name], expected, 1e-6)
+
+
+def test_a_failed_save_gets_one_more_chance(data_config: DataConfig, tmp_path: Path) -> None:
+    """The disk was full when step 4 was saved; when a signal comes, there is room again, and nothing is lost."""
+    failures = iter([True])
+
+    def start_payload(*arguments: Any, **keywords: Any) -> Any:
+        if next(failures, False):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return minillm_torch.start_payload(*arguments, **keywords)
+
+    def start_late(*arguments: Any, **keywords: Any) -> Any:
+        return lambda: start_payload(*arguments, **keywords)()
+
+    config = config_of(data_config, tmp_path, checkpoint_every=4)
+    train_until(config, SimpleNamespace(**(vars(minillm_torch) | {"start_payload": start_late})), 7)
+    assert checkpoint_steps(tmp_path / "torch/checkpoints") == [7]
+
+
+def test_another_runs_checkpoint_is_refused(data_config: DataConfig, tmp_path: Path) -> None:
+    """Copied into the folder of a run with another configuration."""
+    for name, seed in (("a", 3), ("b", 4)):
+        loop.train(config_of(data_config, tmp_path / name, steps=6, seed=seed), minillm_torch)
+    shutil.rmtree(tmp_path / "b/torch/checkpoints/6")
+    shutil.copytree(tmp_path / "a/torch/checkpoints/6", tmp_path / "b/torch/checkpoints/6")
+    with pytest.raises(InputError, match=r"(?s)another configuration.*train.seed: 4, was 3.*b/torch/checkpoints/6"):
+        loop.train(config_of(data_config, tmp_path / "b", steps=6, seed=4), minillm_torch)
+
+
+def test_files_beside_a_checkpoint_do_no_harm(data_config: DataConfig, tmp_path: Path) -> None:
+    config = config_of(data_config, tmp_path, steps=6)
+    checkpoint = loop.train(config, minillm_torch)
+    (checkpoint / ".DS_Store").write_bytes(b"")
+    assert loop.train(config, minillm_torch) == checkpoint
+
+
+def test_the_log_of_lost_checkpoints_is_kept(data_config: DataConfig, tmp_path: Path) -> None:
+    config = config_of(data_config, tmp_path, steps=6)
+    loop.train(config, minillm_torch)
+    log = tmp_path / "torch/metrics.jsonl"
+    content = log.read_bytes()
+    shutil.rmtree(tmp_path / "torch/checkpoints")
+    loop.train(config, minillm_torch)
+    assert log.with_name("metrics.jsonl.old").read_bytes() == content
+
+
+def test_speed_is_that_of_the_steps(data_config: DataConfig, tmp_path: Path) -> None:
+    """Evaluations, saves and when a step happens to be read do not show in it."""
+    config = config_of(data_config, tmp_path, steps=40, eval_every=5, checkpoint_every=7)
+    loop.train(config, minillm_torch)
+    rows = read_metrics(tmp_path / "torch/metrics.jsonl")
+    speeds = np.array([row["tokens_per_second"] for row in rows if row["split"] == "train"])[1:]
+    assert speeds.max() <= 5 * np.median(speeds)

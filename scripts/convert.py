@@ -99,7 +99,7 @@ def convert(source: str, target: str, source_path: str, destination: str | None)
 
 
 def write(writer: Backend, folder: Path, checkpoint: Path, info: CheckpointInfo, state: TrainingState) -> Path:
-    """Commits the copy into its framework's folder; the metrics up to its step too, unless that was itself trained."""
+    """Commits the copy into its framework's folder, with the metrics up to its step."""
     result = folder / "checkpoints" / str(info.step)
     if result.exists():
         verify_checkpoint(result)
@@ -109,9 +109,11 @@ def write(writer: Backend, folder: Path, checkpoint: Path, info: CheckpointInfo,
             )
         say(f"already converted: {result} holds the same tensors")
         return result
+    if not holds_copies(folder):
+        raise InputError("the destination was trained itself", where=folder, do="give another destination run")
     metrics = checkpoint.parent.parent / "metrics.jsonl"
     is_newest = all(step < info.step for step in checkpoint_steps(folder / "checkpoints"))
-    if metrics.exists() and is_newest and holds_copies(folder):
+    if metrics.exists() and is_newest:
         make_folder(folder)
         write_metrics(folder / "metrics.jsonl", read_metrics(metrics, info.step))
     copy = replace(info, framework=writer.FRAMEWORK, converted_from=info.framework)
