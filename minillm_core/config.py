@@ -188,7 +188,7 @@ class TrainConfig:
     """Micro-batches of the held-out split per evaluation on the way; the last evaluation reads the whole split."""
     checkpoint_every: int = 100
     keep_last: int = 3
-    """Newest checkpoints to keep, besides the one of the lowest held-out loss; 0 keeps all."""
+    """Newest checkpoints to keep, besides the one of the lowest held-out loss on the way; 0 keeps all."""
     nonfinite: Nonfinite = "stop"
     """When the loss or the gradient norm is not finite, that update is not made, and the run stops; or `skip`: it goes
     on with the next batch, and counts."""

@@ -158,10 +158,10 @@ def _to_host(metrics: dict[str, Tensor]) -> StepMetrics:
 
 
 def _use_deterministic_algorithms(deterministic: bool) -> None:
-    """The same bits in every run on one kind of GPU; a setting of the process."""
+    """The same bits in every run on one kind of GPU; a setting of the process, which stays."""
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
-    torch.use_deterministic_algorithms(deterministic)
+        torch.use_deterministic_algorithms(True)
 
 
 def describe_device() -> str:

@@ -2,6 +2,7 @@
 
 import math
 import os
+import signal
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the suite needs no GPU; scripts/benchmark.py compares on one
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
@@ -21,15 +22,19 @@ import torch
 
 import minillm_jax
 import minillm_torch
-from minillm_core.checkpoints import Tensors
+from minillm_core import loop
+from minillm_core.checkpoints import Tensors, TrainingState, read_info
 from minillm_core.config import DataConfig, ModelConfig, OptimConfig, RopeScaling, RunConfig, TrainConfig
 from minillm_core.corpus import list_documents
-from minillm_core.data import prepare_data
+from minillm_core.data import PreparedData, prepare_data
+from minillm_core.errors import Interrupted
+from minillm_core.metrics import read_metrics
 from minillm_core.params import param_table
 from minillm_core.tokenizer import Tokenizer
 from minillm_core.tolerance import BFLOAT16_MODULE, TOLERANCES
 from minillm_jax.weights import Params, merge_model, split_model
 
+BACKENDS: dict[str, Any] = {"jax": minillm_jax, "torch": minillm_torch}
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -67,6 +72,22 @@ MODELS = {
     ),
 }
 LENGTHS = (1, 2, 7, 64, 257, 600)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Many tests compile the same tiny model: what one compiled is there for the others, in this session alone."""
+    folder = str(tmp_path_factory.mktemp("compiled"))
+    settings = {
+        "jax_compilation_cache_dir": folder,
+        "jax_persistent_cache_min_compile_time_secs": 0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in settings.items():
+            jax.config.update(name, value)
+            patch.setenv(name.upper(), str(value))
+        yield
 
 
 @pytest.fixture(params=TIERS)
@@ -231,3 +252,50 @@ def data_config(corpus: Path) -> DataConfig:
 @pytest.fixture(scope="session")
 def tokenizer(data_config: DataConfig) -> Tokenizer:
     return Tokenizer(Path(data_config.dir) / "tokenizer.model")
+
+
+def text_run(data: DataConfig, out_dir: Path, **train: Any) -> RunConfig:
+    """A run on real text, with a schedule and clipping that both bite."""
+    optim = OptimConfig(learning_rate=1e-3, min_learning_rate=1e-4, warmup_steps=5)
+    settings = {"steps": 30, "log_every": 1, "eval_every": 10, "checkpoint_every": 10, "keep_last": 0} | train
+    return run_config(TINY, out_dir, data=data, optim=optim, **settings)
+
+
+def metrics_of(run: Path, framework: str) -> list[dict[str, Any]]:
+    """The rows, without what depends on the clock."""
+    rows = read_metrics(run / framework / "metrics.jsonl")
+    return [{name: value for name, value in row.items() if name != "tokens_per_second"} for row in rows]
+
+
+def losses_of(run: Path, framework: str) -> np.ndarray:
+    return np.array([row["loss"] for row in metrics_of(run, framework)])
+
+
+def state_at(run: Path, framework: str, step: int) -> TrainingState:
+    checkpoint = run / framework / "checkpoints" / str(step)
+    return BACKENDS[framework].read_payload(checkpoint, read_info(checkpoint).config, moments=True)
+
+
+def assert_same_bits(ours: TrainingState, theirs: TrainingState) -> None:
+    for group in ("weights", "exp_avg", "exp_avg_sq"):
+        a, b = getattr(ours, group), getattr(theirs, group)
+        assert a.keys() == b.keys()
+        assert len(a) > 0
+        for name in a:
+            assert a[name].dtype == b[name].dtype
+            assert a[name].tobytes() == b[name].tobytes(), f"{group} {name}"
+
+
+def train_until(config: RunConfig, backend: Any, step: int) -> None:
+    """Trains; once `step` steps are done, a real signal comes, and the run saves and ends."""
+    make_batch = PreparedData.batch
+
+    def batch(self: PreparedData, n: int, *arguments: Any) -> np.ndarray:
+        if n == step - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return make_batch(self, n, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PreparedData, "batch", batch)
+        with pytest.raises(Interrupted):
+            loop.train(config, backend)

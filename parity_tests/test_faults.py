@@ -23,8 +23,7 @@ from minillm_core.checkpoints import checkpoint_steps, verify_checkpoint
 from minillm_core.config import DataConfig, OptimConfig, RunConfig, to_dict
 from minillm_core.errors import InputError
 from minillm_core.metrics import read_metrics
-from parity_tests.conftest import ROOT, TINY, run_config
-from parity_tests.test_state import BACKENDS, assert_same_bits, metrics_of, state_at
+from parity_tests.conftest import BACKENDS, ROOT, TINY, assert_same_bits, metrics_of, run_config, state_at
 
 FRAMEWORKS = ("jax", "torch")
 
@@ -32,7 +31,8 @@ FRAMEWORKS = ("jax", "torch")
 def start(framework: str, folder: Path, *arguments: str) -> subprocess.Popen[str]:
     """`python scripts/train_<framework>.py run.yaml`, as a user starts it."""
     command = [sys.executable, str(ROOT / f"scripts/train_{framework}.py"), "run.yaml", *arguments]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
+    environment |= {"PYTHONPATH": str(ROOT)}  # and every process compiles by itself
     return subprocess.Popen(
         command, cwd=folder, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
@@ -76,7 +76,7 @@ def assert_same_run(ours: Path, theirs: Path, framework: str, step: int) -> None
 
 
 @pytest.mark.parametrize("framework", FRAMEWORKS)
-@pytest.mark.parametrize("kills", [3, pytest.param(40, marks=pytest.mark.faults)])
+@pytest.mark.parametrize("kills", [2, pytest.param(40, marks=pytest.mark.faults)])
 def test_killed_at_random_moments(framework: str, kills: int, data_config: DataConfig, tmp_path: Path) -> None:
     """SIGKILL: half of them aimed into a save, the others anywhere from the start of the process."""
     steps = 45 * kills
@@ -187,7 +187,7 @@ def test_nothing_good_is_left(framework: str, finished: Path, data_config: DataC
     shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
     for step in (4, 8, 12):
         flip(checkpoints(tmp_path, framework) / str(step) / "checkpoint.json")
-    with pytest.raises(InputError, match=r"(?s)every checkpoint of the run is damaged.*steps 4, 8, 12"):
+    with pytest.raises(InputError, match=r"(?s)every checkpoint of the run is damaged.*/12.*/8.*/4"):
         loop.train(short_run(tmp_path, data_config), BACKENDS[framework])
 
 

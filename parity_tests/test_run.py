@@ -12,7 +12,6 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-import minillm_jax
 import minillm_torch
 from minillm_core import loop
 from minillm_core.checkpoints import CheckpointWriter, checkpoint_steps
@@ -21,9 +20,8 @@ from minillm_core.data import PreparedData
 from minillm_core.errors import InputError
 from minillm_core.metrics import read_metrics
 from minillm_core.params import init_params
-from parity_tests.conftest import TINY, run_config
+from parity_tests.conftest import BACKENDS, TINY, run_config
 
-BACKENDS = {"jax": minillm_jax, "torch": minillm_torch}
 STEPS = 6
 
 

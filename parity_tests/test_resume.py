@@ -1,0 +1,309 @@
+"""A run that is stopped and resumed: the same bits, the same log; what is kept of its checkpoints, and when."""
+
+import errno
+import os
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+import minillm_jax
+import minillm_torch
+from minillm_core import loop
+from minillm_core.checkpoints import checkpoint_steps
+from minillm_core.config import DataConfig, RunConfig
+from minillm_core.data import PreparedData
+from minillm_core.errors import InputError, Interrupted
+from minillm_core.metrics import read_metrics
+from minillm_core.progress import peak_flops
+from parity_tests.conftest import (
+    BACKENDS,
+    assert_same_bits,
+    metrics_of,
+    state_at,
+    text_run,
+    train_until,
+)
+
+
+@pytest.mark.parametrize("framework", BACKENDS)
+@pytest.mark.parametrize("stops", [[1], [7, 20]], ids=str)
+def test_resumes_to_the_same_bits(
+    framework: str, stops: list[int], data_config: DataConfig, tmp_path: Path, undisturbed: Path
+) -> None:
+    """Stopped by a signal at any step, several times over: the same bits and the same log as without."""
+    backend, config = BACKENDS[framework], text_run(data_config, tmp_path, log_every=3, grad_accum=2)
+    for step in stops:
+        train_until(config, backend, step)
+        assert checkpoint_steps(tmp_path / framework / "checkpoints")[-1] == step
+    loop.train(config, backend)
+    assert_same_bits(state_at(tmp_path, framework, 30), state_at(undisturbed, framework, 30))
+    assert metrics_of(tmp_path, framework) == metrics_of(undisturbed, framework)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(data_config: DataConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    for backend in BACKENDS.values():
+        loop.train(text_run(data_config, folder, log_every=3, grad_accum=2), backend)
+    return folder
+
+
+@pytest.mark.parametrize("framework", BACKENDS)
+def test_stopped_while_evaluating(framework: str, data_config: DataConfig, tmp_path: Path, undisturbed: Path) -> None:
+    """The step before is saved at once, and the evaluation made up for when the run is resumed."""
+    backend, config = BACKENDS[framework], text_run(data_config, tmp_path, log_every=3, grad_accum=2)
+    windows = PreparedData.windows
+
+    def interrupting(self: PreparedData, *arguments: Any) -> Iterator[Any]:
+        for n, window in enumerate(windows(self, *arguments)):
+            if n == 2:
+                os.kill(os.getpid(), signal.SIGINT)
+            yield window
+
+    for step in (10, 20, 30):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(PreparedData, "windows", interrupting)
+            with pytest.raises(Interrupted):
+                loop.train(config, backend)
+        assert checkpoint_steps(tmp_path / framework / "checkpoints")[-1] == step
+        last = metrics_of(tmp_path, framework)[-1]
+        assert (last["step"], last["split"]) == (step, "train")
+        if step < 30:
+            train_until(config, backend, step + 1)
+    loop.train(config, backend)
+    assert_same_bits(state_at(tmp_path, framework, 30), state_at(undisturbed, framework, 30))
+    assert metrics_of(tmp_path, framework) == metrics_of(undisturbed, framework)
+
+
+@pytest.mark.parametrize("framework", BACKENDS)
+def test_training_goes_on_while_a_checkpoint_is_written(
+    framework: str, data_config: DataConfig, tmp_path: Path
+) -> None:
+    """The first save is held up until five more steps are done: a loop that waited for it would never end."""
+    five_more = threading.Event()
+    backend = BACKENDS[framework]
+
+    def start_payload(folder: Path, config: RunConfig, state: Any) -> Callable[[], None]:
+        finish = backend.start_payload(folder, config, state)
+
+        def held_up() -> None:
+            assert five_more.wait(60), "the train loop waits for the save"
+            finish()
+
+        return held_up
+
+    def make_train_step(config: RunConfig) -> Any:
+        step, done = backend.make_train_step(config), 0
+
+        def counting(*arguments: Any) -> Any:
+            nonlocal done
+            done += 1
+            if done == 15:
+                five_more.set()
+            return step(*arguments)
+
+        return counting
+
+    slow = SimpleNamespace(**(vars(backend) | {"start_payload": start_payload, "make_train_step": make_train_step}))
+    loop.train(text_run(data_config, tmp_path), slow)
+    assert checkpoint_steps(tmp_path / framework / "checkpoints") == [10, 20, 30]
+
+
+@pytest.mark.parametrize(
+    ("keep_last", "kept", "seen"),
+    [
+        (2, [6, 12, 14], [[], [2], [2, 4], [4, 6], [6, 8], [6, 8, 10], [6, 10, 12]]),
+        (1, [6, 14], [[], [2], [2, 4], [4, 6], [6, 8], [6, 10], [6, 12]]),
+        (0, [2, 4, 6, 8, 10, 12, 14], None),
+    ],
+)
+def test_the_last_and_the_best_are_kept(
+    keep_last: int,
+    kept: list[int],
+    seen: list[list[int]] | None,
+    data_config: DataConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Held-out losses with their lowest at step 6, that of the last step aside: it outlives the last ones."""
+    held_out = iter([3.0, 2.0, 1.0, 2.5, 2.5, 2.5, 0.5])
+    monkeypatch.setattr(loop, "evaluate", lambda *_: next(held_out))
+    config = text_run(data_config, tmp_path, steps=14, eval_every=2, checkpoint_every=2, keep_last=keep_last)
+    before_saves: list[list[int]] = []
+
+    def start_payload(*arguments: Any, **keywords: Any) -> Any:
+        before_saves.append(checkpoint_steps(tmp_path / "torch/checkpoints"))
+        finish = minillm_torch.start_payload(*arguments, **keywords)
+
+        def slowly() -> None:  # the next step and its evaluation come first
+            time.sleep(0.05)
+            finish()
+
+        return slowly
+
+    loop.train(config, SimpleNamespace(**(vars(minillm_torch) | {"start_payload": start_payload})))
+    assert checkpoint_steps(tmp_path / "torch/checkpoints") == kept
+    assert seen is None or before_saves == seen
+    assert not list((tmp_path / "torch/checkpoints").glob(".*"))
+
+
+def test_a_damaged_checkpoint_is_not_counted(data_config: DataConfig, tmp_path: Path) -> None:
+    """It takes no good one's place among the last, wherever it lies."""
+    config = text_run(data_config, tmp_path, steps=20, checkpoint_every=5, eval_every=20, keep_last=2)
+    train_until(config, minillm_torch, 12)
+    folder = tmp_path / "torch/checkpoints"
+    (folder / "12/model.safetensors").write_bytes(b"damaged")
+    train_until(config, minillm_torch, 16)
+    assert checkpoint_steps(folder) == [12, 15, 16]
+    (folder / "16/model.safetensors").write_bytes(b"damaged")
+    (folder / "15/model.safetensors").write_bytes(b"damaged")
+    with pytest.raises(InputError, match=r"(?s)every checkpoint of the run is damaged.*12.*do: restore"):
+        loop.train(config, minillm_torch)
+
+
+def test_a_commit_is_on_the_disk_before_it_has_its_name(
+    data_config: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The log, then every file and folder of the checkpoint, then its rename, then the folder that holds the name."""
+    events: list[tuple[str, str]] = []
+    fsync, rename = os.fsync, Path.rename
+
+    def watched_fsync(descriptor: int) -> None:
+        events.append(("flush", os.readlink(f"/proc/self/fd/{descriptor}")))
+        fsync(descriptor)
+
+    def watched_rename(self: Path, target: Path) -> Path:
+        events.append(("rename", str(self)))
+        return rename(self, target)
+
+    config = text_run(data_config, tmp_path, steps=6, checkpoint_every=6)
+    monkeypatch.setattr(os, "fsync", watched_fsync)
+    monkeypatch.setattr(Path, "rename", watched_rename)
+    loop.train(config, minillm_jax)
+    folder = tmp_path / "jax/checkpoints"
+    partial = str(folder / ".6.partial")
+    renamed = events.index(("rename", partial))
+    inside = {str(path).replace(str(folder / "6"), partial) for path in [folder / "6", *(folder / "6").rglob("*")]}
+    assert {path for kind, path in events[:renamed] if path.startswith(partial)} >= inside
+    log = events.index(("flush", str(tmp_path / "jax/metrics.jsonl")))
+    assert log < min(events.index(("flush", path)) for path in inside)
+    assert ("flush", str(folder)) in events[renamed:]
+
+
+@pytest.mark.parametrize("moment", ["saving", "finished"])
+def test_a_signal_after_the_last_step(moment: str, data_config: DataConfig, tmp_path: Path) -> None:
+    """It is not forgotten: nothing else is begun."""
+    config = text_run(data_config, tmp_path, steps=6)
+    if moment == "finished":
+        loop.train(config, minillm_torch)
+
+    def read_payload(*arguments: Any, **keywords: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return minillm_torch.read_payload(*arguments, **keywords)
+
+    def start_payload(*arguments: Any, **keywords: Any) -> Any:
+        finish = minillm_torch.start_payload(*arguments, **keywords)
+
+        def interrupted() -> None:
+            os.kill(os.getpid(), signal.SIGTERM)
+            finish()
+
+        return interrupted
+
+    backend = SimpleNamespace(**(vars(minillm_torch) | {"read_payload": read_payload, "start_payload": start_payload}))
+    with pytest.raises(Interrupted):
+        loop.train(config, backend)
+    assert checkpoint_steps(tmp_path / "torch/checkpoints") == [6]
+
+
+def test_garbage_at_the_end_of_the_log(data_config: DataConfig, tmp_path: Path, undisturbed: Path) -> None:
+    """As a power cut may leave it; but a bad line among those that the run goes on from is an error."""
+    config = text_run(data_config, tmp_path, log_every=3, grad_accum=2)
+    train_until(config, minillm_torch, 14)
+    log = tmp_path / "torch/metrics.jsonl"
+    good = log.read_bytes()
+    log.write_bytes(good + b'{"step": 15, "sp\n\x00\xff\x00\n\n\x00')
+    loop.train(config, minillm_torch)
+    assert metrics_of(tmp_path, "torch") == metrics_of(undisturbed, "torch")
+    log.write_bytes(b"\x00\n" + good)
+    with pytest.raises(InputError, match=r"not a line of metrics.*\n.*\n.*metrics.jsonl:1"):
+        read_metrics(log)
+
+
+def test_trackers_hold_what_the_log_holds(
+    data_config: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TensorBoard's file, after a stop and a resume: every row once. Weights & Biases, offline: a run is written."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    config = text_run(data_config, tmp_path, steps=8, eval_every=4, tensorboard=True, wandb="offline")
+    train_until(config, minillm_torch, 5)
+    loop.train(config, minillm_torch)
+    events = EventAccumulator(str(tmp_path / "torch/tensorboard"), size_guidance={"tensors": 0})
+    events.Reload()
+    rows = metrics_of(tmp_path, "torch")
+    for split, count in (("train", 8), ("val", 2)):
+        logged = {event.step: float(event.tensor_proto.float_val[0]) for event in events.Tensors(f"{split}/loss")}
+        expected = {row["step"]: row["loss"] for row in rows if row["split"] == split}
+        assert len(events.Tensors(f"{split}/loss")) == count
+        assert logged == pytest.approx(expected, rel=1e-6)
+    assert list((tmp_path / "torch/wandb").glob("offline-run-*/*.wandb"))
+
+
+def test_peak_flops() -> None:
+    assert peak_flops("jax 0.10.1 on NVIDIA H200", "bfloat16") == 989e12
+    assert peak_flops("torch 2.13.0 on NVIDIA H100 PCIe", "float32") == 51e12
+    assert peak_flops("jax 0.10.1 on NVIDIA H200", "float64") is None
+    assert peak_flops("jax 0.10.1 on cpu", "float32") is None
+
+
+def test_a_failed_save_gets_one_more_chance(data_config: DataConfig, tmp_path: Path) -> None:
+    """The disk was full when step 4 was saved; when a signal comes, there is room again, and nothing is lost."""
+    failures = iter([True])
+
+    def start_payload(*arguments: Any, **keywords: Any) -> Any:
+        if next(failures, False):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return minillm_torch.start_payload(*arguments, **keywords)
+
+    def start_late(*arguments: Any, **keywords: Any) -> Any:
+        return lambda: start_payload(*arguments, **keywords)()
+
+    config = text_run(data_config, tmp_path, checkpoint_every=4)
+    train_until(config, SimpleNamespace(**(vars(minillm_torch) | {"start_payload": start_late})), 7)
+    assert checkpoint_steps(tmp_path / "torch/checkpoints") == [7]
+
+
+def test_files_beside_a_checkpoint_do_no_harm(data_config: DataConfig, tmp_path: Path) -> None:
+    config = text_run(data_config, tmp_path, steps=6)
+    checkpoint = loop.train(config, minillm_torch)
+    (checkpoint / ".DS_Store").write_bytes(b"")
+    assert loop.train(config, minillm_torch) == checkpoint
+
+
+def test_the_log_of_lost_checkpoints_is_kept(data_config: DataConfig, tmp_path: Path) -> None:
+    config = text_run(data_config, tmp_path, steps=6)
+    loop.train(config, minillm_torch)
+    log = tmp_path / "torch/metrics.jsonl"
+    content = log.read_bytes()
+    shutil.rmtree(tmp_path / "torch/checkpoints")
+    loop.train(config, minillm_torch)
+    assert log.with_name("metrics.jsonl.old").read_bytes() == content
+
+
+def test_speed_is_that_of_the_steps(data_config: DataConfig, tmp_path: Path) -> None:
+    """Evaluations, saves and when a step happens to be read do not show in it."""
+    config = text_run(data_config, tmp_path, steps=40, eval_every=5, checkpoint_every=7)
+    loop.train(config, minillm_torch)
+    rows = read_metrics(tmp_path / "torch/metrics.jsonl")
+    speeds = np.array([row["tokens_per_second"] for row in rows if row["split"] == "train"])[1:]
+    assert speeds.max() <= 5 * np.median(speeds)
