@@ -79,7 +79,7 @@ def assert_same_run(ours: Path, theirs: Path, framework: str, step: int) -> None
 @pytest.mark.parametrize("kills", [2, pytest.param(40, marks=pytest.mark.faults)])
 def test_killed_at_random_moments(framework: str, kills: int, data_config: DataConfig, tmp_path: Path) -> None:
     """SIGKILL: half of them aimed into a save, the others anywhere from the start of the process."""
-    steps = 45 * kills
+    steps = 60 + 15 * kills
     undisturbed = new_home(tmp_path / "undisturbed", data_config, steps=steps)
     finish(framework, undisturbed)
     home, rng = new_home(tmp_path / "home", data_config, steps=steps), np.random.default_rng(kills)
@@ -95,15 +95,20 @@ def test_killed_at_random_moments(framework: str, kills: int, data_config: DataC
             time.sleep(rng.uniform(0, 4))
         process.kill()
         said = process.communicate()[1]
-        assert process.returncode == -signal.SIGKILL, f"ended before it was killed: {said}"
+        if process.returncode == 0:  # a fast machine came to the end
+            break
+        assert process.returncode == -signal.SIGKILL, said
         in_saves += bool(list(folder.glob(".*.partial")))
         for step in checkpoint_steps(folder):
             verify_checkpoint(folder / str(step))
-    print(f"\n{framework}: killed {kills} times, {in_saves} of them inside a save, up to step {step} of {steps}")
+    print(
+        f"\n{framework}: killed {n + 1} times, {in_saves} of them inside a save, up to step {checkpoint_steps(folder)[-1:]} of {steps}"
+    )
     said = finish(framework, home)
     if kills >= 40:
+        assert n + 1 == kills
         assert in_saves >= kills // 8
-    assert "resuming from" in said
+    assert "resuming from" in said or "found the finished run" in said
     assert not list(folder.glob(".*"))
     assert_same_run(home, undisturbed, framework, steps)
 
