@@ -101,9 +101,8 @@ def test_killed_at_random_moments(framework: str, kills: int, data_config: DataC
         in_saves += bool(list(folder.glob(".*.partial")))
         for step in checkpoint_steps(folder):
             verify_checkpoint(folder / str(step))
-    print(
-        f"\n{framework}: killed {n + 1} times, {in_saves} of them inside a save, up to step {checkpoint_steps(folder)[-1:]} of {steps}"
-    )
+    last = checkpoint_steps(folder)[-1:]
+    print(f"\n{framework}: killed {n + 1} times, {in_saves} of them inside a save, up to step {last} of {steps}")
     said = finish(framework, home)
     if kills >= 40:
         assert n + 1 == kills
