@@ -81,8 +81,8 @@ def train(config: RunConfig, backend: Backend) -> Path:
 
 def initial_or_newest(
     config: RunConfig, backend: Backend, data: PreparedData, writer: CheckpointWriter
-) -> tuple[State, int, int]:
-    """The state to go on from, its step, and Adam's count: the newest good checkpoint, or the initial weights.
+) -> tuple[State, int]:
+    """The state to go on from, and its step: the newest good checkpoint, or the initial weights.
 
     Raises:
         InputError: every checkpoint is damaged; or the newest good one was trained on other data, with another
@@ -92,18 +92,16 @@ def initial_or_newest(
     for problem in writer.damaged.values():
         say(f"left aside: {problem}")
     if newest is None:
-        return backend.init_state(config), 0, 0
+        return backend.init_state(config), 0
     info = read_info(newest)
     require_same_data(info.data_hashes, data.hashes(), newest)
     require_same_config(config, info.config, newest)
     if info.step < config.train.steps:
         say(f"resuming from {newest}")
     saved = backend.read_payload(newest, config, moments=True)
-    updates = info.updates
     if not saved.exp_avg:
-        say("this checkpoint has no optimizer state: Adam's moments start again at zero")
-        updates = 0
-    return backend.import_state(config, saved, updates), info.step, updates
+        say("this checkpoint has no optimizer state: Adam's moments and its count start again at zero")
+    return backend.import_state(config, saved, info.updates), info.step
 
 
 class _Run:
@@ -114,7 +112,9 @@ class _Run:
     ):
         self.config, self.backend, self.data, self.writer, self.stop = config, backend, data, writer, stop
         self.folder = writer.folder.parent
-        self.state, self.step, self.updates = initial_or_newest(config, backend, data, writer)
+        self.state, self.step = initial_or_newest(config, backend, data, writer)
+        self.updates = 0
+        """Adam's count, as of the last step that was read."""
         self.saved_step = self.step
         self.last_save_failed = False
         self.skips_in_a_row = 0

@@ -143,8 +143,9 @@ def test_the_last_and_the_best_are_kept(
         before_saves.append(checkpoint_steps(tmp_path / "torch/checkpoints"))
         finish = minillm_torch.start_payload(*arguments, **keywords)
 
-        def slowly() -> None:  # the next step and its evaluation come first
-            time.sleep(0.05)
+        def slowly() -> None:
+            if len(before_saves) == 3:  # step 6 is evaluated, and the next save begun, before this one is committed
+                time.sleep(2)
             finish()
 
         return slowly

@@ -160,7 +160,7 @@ def test_weights_alone_can_be_trained_on(
     assert "training on from here would restart Adam's moments" in capsys.readouterr().err
     moved = replace(config, train=replace(config.train, out_dir=str(tmp_path / "b")))
     loop.train(moved, minillm_jax)
-    assert "Adam's moments start again at zero" in capsys.readouterr().err
+    assert "Adam's moments and its count start again at zero" in capsys.readouterr().err
     assert read_info(tmp_path / "b/jax/checkpoints/4").updates == 1
     first = state_at(tmp_path / "b", "jax", 4)
     rate = learning_rate(config.optim, 3, 6)
