@@ -164,7 +164,7 @@ def verify_checkpoint(checkpoint: Path) -> None:
         raise InputError(
             "damaged checkpoint:\n  " + "\n  ".join(problems),
             where=checkpoint,
-            do="use another checkpoint of the run; training goes on from the newest good one by itself",
+            do="use another checkpoint of the run, by its folder",
         )
 
 

@@ -64,7 +64,8 @@ def parse_run_config(description: str | None, config_class: type[C], preset: str
         config_class: RunConfig, or a subclass whose further fields, which need defaults, become options too.
         preset: taken if the command line names none.
     """
-    arguments = sys.argv[1:]
+    # As in YAML: true, false; tyro knows Python's.
+    arguments = [word.capitalize() if word in ("true", "false") else word for word in sys.argv[1:]]
     named = bool(arguments) and not arguments[0].startswith("-")
     loaded = load_config(arguments[0] if named else preset)
     description = (

@@ -47,6 +47,10 @@ def list_documents(config: DataConfig) -> list[Document]:
     """
     path = Path(config.corpus)
     every = config.holdout_every
+    if config.corpus != "sotu" and not path.exists():
+        raise InputError(
+            "no such corpus", expected="`sotu`, a text file, or a folder of .txt files", where=path, do="check the path"
+        )
     if config.corpus != "sotu" and path.is_file():
         documents = _cut(path, path.stat().st_size * (every - 1) // every)
     else:

@@ -90,7 +90,7 @@ def initial_or_newest(
     """
     newest = writer.newest_good()
     for problem in writer.damaged.values():
-        say(f"left aside: {problem}")
+        say(f"left aside, to go on from the checkpoint before it: {problem}")
     if newest is None:
         return backend.init_state(config), 0
     info = read_info(newest)
@@ -144,8 +144,8 @@ class _Run:
                 except Interrupted:
                     self._save()
                     self.writer.wait()
-                    where = f"step {self.step} of {c.steps}"
-                    say(f"stopped at {where}; the same command goes on from {self.writer.folder}")
+                    saved = f"saved {self.writer.folder / str(self.step)}" if self.step else "nothing to save"
+                    say(f"stopped at step {self.step} of {c.steps}: {saved}; the same command goes on from there")
                     raise
             self.writer.wait()
             self.writer.prune(self.step, self._best())

@@ -176,7 +176,7 @@ def test_a_damaged_checkpoint_is_passed_over(
     loop.train(short_run(tmp_path, data_config), BACKENDS[framework])
     said = capsys.readouterr().err
     named = "" if (damage, pattern) == (flip, "manifest.json") else victim.name  # a changed hash blames its own file
-    assert re.search(f"(?s)left aside: damaged checkpoint.*{named}.*where: {newest}", said)
+    assert re.search(f"(?s)left aside.*: damaged checkpoint.*{named}.*where: {newest}", said)
     assert f"resuming from {newest.with_name('8')}" in said
     moved = newest.with_suffix(".damaged")
     assert {moved / path.relative_to(newest): content for path, content in left.items()} == {
@@ -210,7 +210,7 @@ def test_a_signal_saves_and_ends(
     assert process.returncode == 128 + number, said
     (step,) = checkpoint_steps(checkpoints(home, framework))
     assert step >= read_metrics(log)[-1]["step"]
-    assert f"stopped at step {step} of 5000; the same command goes on" in said
+    assert f"stopped at step {step} of 5000: saved run/{framework}/checkpoints/{step}; the same command" in said
 
 
 def test_ctrl_c_with_a_reader_that_dies_of_it(data_config: DataConfig, tmp_path: Path) -> None:

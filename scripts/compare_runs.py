@@ -30,6 +30,9 @@ def main(
     differences = plot_two_losses(runs, Path(out))
     if not any(differences.values()):
         raise InputError("the runs have no logged step in common", found=" and ".join(runs))
+    ours, theirs = runs.values()
+    if copied := sum(row in theirs for row in ours):
+        say(f"{copied} rows are the same to the last digit, speeds too: one log was copied with a converted checkpoint")
     for split, apart in differences.items():
         if apart:
             worst = max(apart, key=lambda step: apart[step])

@@ -94,6 +94,9 @@ def convert(source: str, target: str, source_path: str, destination: str | None)
     with open_run(run_dir, info.config, tokenizer, info.data_hashes, info.config.train.compute_dtype):
         result = write(writer, run_dir / target, checkpoint, info, state)
     say(f'try: python scripts/generate.py {run_dir} --backend {target} --prompt "My fellow citizens,"')
+    if info.step < info.config.train.steps:
+        config = f"{run_dir}/config.yaml --train.out_dir {run_dir}"
+        say(f"to train on: python scripts/train_{target}.py {config}")
     print(result)
     return result
 
