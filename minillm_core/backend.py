@@ -23,8 +23,9 @@ finite, the parameters, the moments and the count stay as they were. The old sta
 Model = Any
 """A framework's MiniLLM."""
 
-EvalStep = Callable[[np.ndarray, np.ndarray], Any]
-"""(tokens (B, S + 1), mask (B, S)) -> the sum of the masked targets' losses in nats, on the device."""
+EvalStep = Callable[[np.ndarray], Any]
+"""tokens (B, S + 1) -> the loss of every token but the first in nats (B, S), at least float32, as an array that numpy
+reads."""
 
 
 class Backend(Protocol):

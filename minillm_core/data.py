@@ -115,7 +115,7 @@ def _redo(folder: Path) -> str:
 
 @dataclass(frozen=True)
 class Window:
-    """A batch of the held-out text: tokens int32 (B, S + 1), and which of the S targets count, float32 (B, S)."""
+    """A batch of the held-out text: tokens int32 (B, S + 1), and which of the S targets count, bool (B, S)."""
 
     tokens: np.ndarray
     mask: np.ndarray
@@ -212,7 +212,7 @@ class PreparedData:
             rows = starts[first : first + batch_size]
             rows = np.concatenate([rows, np.full(batch_size - len(rows), n_targets)])
             mask = rows[:, None] + np.arange(seq_len) < n_targets
-            yield Window(self._read(split, rows, seq_len), mask.astype(np.float32))
+            yield Window(self._read(split, rows, seq_len), mask)
 
     def _count_windows(self, split: str, seq_len: int) -> int:
         n_windows = (len(self.tokens[split]) - 1) // seq_len

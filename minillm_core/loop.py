@@ -11,6 +11,8 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+
 from minillm_core.backend import Backend, EvalStep, State, StepMetrics
 from minillm_core.checkpoints import CheckpointInfo, CheckpointWriter, read_info
 from minillm_core.cli import print_stream, say
@@ -279,12 +281,13 @@ def evaluate(
     Args:
         check: called before each micro-batch, to stop by raising.
     """
-    sums, n_targets = [], 0.0
+    sums, n_targets = [], 0
     for window in data.windows(split, config.batch_size // config.grad_accum, config.seq_len, n_batches):
         check()
-        sums.append(eval_step(window.tokens, window.mask))
-        n_targets += float(window.mask.sum())
-    return math.fsum(float(value) for value in sums) / n_targets
+        losses_BS = np.asarray(eval_step(window.tokens), np.float64)
+        sums.append(float(losses_BS[window.mask].sum()))
+        n_targets += int(window.mask.sum())
+    return math.fsum(sums) / n_targets
 
 
 def _report(rows: list[Row]) -> None:

@@ -1,5 +1,7 @@
-"""Sampling noise: one uniform number per token, keyed by (seed, row, position), the same for both frameworks."""
+"""How the next token is chosen, and the noise it is chosen with: the same numbers for both frameworks."""
 
+import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,7 +11,8 @@ from minillm_core.errors import InputError
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """How the next token is chosen. Filters apply in this order: temperature, top_k, top_p."""
+    """How the next token is chosen. Applied in this order, which is that of `transformers`: repetition_penalty,
+    temperature, top_k, top_p, min_p. Tokens of equal probability are kept or dropped together."""
 
     temperature: float = 0.8
     """0 takes the most likely token; 1 leaves the distribution as it is."""
@@ -17,29 +20,44 @@ class SamplingConfig:
     """Keep the k most likely tokens; 0 keeps all."""
     top_p: float = 0.95
     """Keep the fewest most likely tokens that together have at least this probability."""
+    min_p: float = 0.0
+    """Keep the tokens at least this many times as likely as the most likely one; 0 keeps all."""
+    repetition_penalty: float = 1.0
+    """Divide the positive logits of tokens that the prompt or the continuation already has, and multiply the negative
+    ones (Keskar et al. 2019, arXiv:1909.05858); 1 changes nothing."""
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.temperature != 0 and not 1e-6 <= self.temperature < float("inf"):
-            expected = "0 (the most likely token) or at least 1e-6"
-            raise InputError("temperature is out of range", expected=expected, found=self.temperature)
-        if self.top_k < 0:
-            raise InputError("top_k is negative", expected="0 (keep all) or more", found=self.top_k)
-        if not 0 < self.top_p <= 1:
-            raise InputError("top_p is out of range", expected="0 < top_p <= 1", found=self.top_p)
-        if self.seed < 0:
-            raise InputError("seed is negative", expected="0 or more", found=self.seed)
+        """Raises InputError for a value out of range."""
+        checks = {
+            "temperature": ("0 (the most likely token) or at least 1e-6", lambda x: x == 0 or 1e-6 <= x < float("inf")),
+            "top_k": ("a whole number, 0 (keep all) or more", lambda x: x == int(x) and x >= 0),
+            "top_p": ("0 < top_p <= 1", lambda x: 0 < x <= 1),
+            "min_p": ("0 <= min_p <= 1", lambda x: 0 <= x <= 1),
+            "repetition_penalty": ("above 0", lambda x: 0 < x < float("inf")),
+            "seed": ("a whole number from 0 to 2^64 - 1", lambda x: x == int(x) and 0 <= x < 1 << 64),
+        }
+        for name, (expected, holds) in checks.items():
+            value = getattr(self, name)
+            if value != value or not holds(value):
+                raise InputError(f"{name} is out of range", expected=expected, found=value)
 
 
-def uniforms(seed: int, n_rows: int, start: np.ndarray, count: int) -> np.ndarray:
-    """Uniform numbers in [0, 1) for `count` positions from `start` (int, one per row): float32 (n_rows, count).
+def row_key(prompt: Sequence[int], sample: int) -> int:
+    """The key of a continuation's noise, 64 bits of its prompt and of which of the prompt's samples it is.
+
+    So a continuation depends neither on the prompts beside it nor on its place among them, and different prompts draw
+    independent numbers.
+    """
+    digest = hashlib.blake2b(np.asarray([sample, *prompt], "<i8").tobytes(), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
+
+
+def uniforms(seed: int, key: int, start: int, count: int) -> np.ndarray:
+    """Uniform numbers in [0, 1) for `count` positions from `start`: float32 (count,).
 
     They have 24 bits, so that float32 holds them exactly and never rounds one up to 1.
     """
-    out = np.empty((n_rows, count), np.float32)
-    for row in range(n_rows):
-        first = int(start[row])
-        bits = np.random.Philox(key=(row << 64) | (seed & (2**64 - 1))).advance(first // 4)
-        words = bits.random_raw(first % 4 + count)[first % 4 :]
-        out[row] = (words >> np.uint64(40)) * np.float32(2.0**-24)
-    return out
+    bits = np.random.Philox(key=(key << 64) | seed).advance(start // 4)
+    words = bits.random_raw(start % 4 + count)[start % 4 :]
+    return (words >> np.uint64(40)).astype(np.float32) * np.float32(2.0**-24)

@@ -19,8 +19,8 @@ from minillm_core.errors import InputError
 class LayerCache:
     """Keys (already rotated) and values of one layer, by position."""
 
-    k_BSKH: jax.Array
-    v_BSKH: jax.Array
+    k_BKSH: jax.Array
+    v_BKSH: jax.Array
 
 
 @jax.tree_util.register_dataclass
@@ -34,25 +34,43 @@ class KVCache:
 
     @property
     def capacity(self) -> int:
-        return self.layers[0].k_BSKH.shape[1]
+        return self.layers[0].k_BKSH.shape[2]
 
 
 def init_cache(config: ModelConfig, batch_size: int, capacity: int, dtype: DTypeLike) -> KVCache:
     """An empty cache for up to `capacity` tokens per row; raises InputError if that is more than the context."""
     if capacity > config.context_length:
         raise InputError("the cache is longer than the context", expected=config.context_length, found=capacity)
-    shape = (batch_size, capacity, config.n_kv_heads, config.resolved_head_dim)
+    shape = (batch_size, config.n_kv_heads, capacity, config.resolved_head_dim)
     layers = tuple(LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.n_layers))
     return KVCache(layers, jnp.zeros(batch_size, jnp.int32))
 
 
 def append(cache: LayerCache, k_BTKH: jax.Array, v_BTKH: jax.Array, position_BT: jax.Array) -> LayerCache:
-    """Writes keys and values at their positions, each row at its own."""
-    row_B1 = jnp.arange(position_BT.shape[0])[:, None]
+    """Writes keys and values at their positions, each row at its own.
+
+    Every head is an index of its own: XLA:CPU turns a single index into an update that it makes on a copy of the cache.
+    """
+    B, _, K, _ = k_BTKH.shape
+    at = (jnp.arange(B)[:, None, None], jnp.arange(K)[None, None], position_BT[:, :, None])
     return LayerCache(
-        cache.k_BSKH.at[row_B1, position_BT].set(k_BTKH.astype(cache.k_BSKH.dtype), mode="drop"),
-        cache.v_BSKH.at[row_B1, position_BT].set(v_BTKH.astype(cache.v_BSKH.dtype), mode="drop"),
+        cache.k_BKSH.at[at].set(k_BTKH.astype(cache.k_BKSH.dtype), mode="drop"),
+        cache.v_BKSH.at[at].set(v_BTKH.astype(cache.v_BKSH.dtype), mode="drop"),
     )
+
+
+def take_rows(cache: KVCache, rows_B: jax.Array, capacity: int) -> KVCache:
+    """A new cache of the given rows, in their order and as often as named, cut or extended to another capacity, which
+    must hold them. The given cache stays as it is."""
+    n_kept = min(cache.capacity, capacity)
+
+    def take(x_BKSH: jax.Array) -> jax.Array:
+        _, K, _, H = x_BKSH.shape
+        new_BKSH = jnp.zeros((len(rows_B), K, capacity, H), x_BKSH.dtype)
+        return new_BKSH.at[:, :, :n_kept].set(x_BKSH[rows_B, :, :n_kept])
+
+    layers = tuple(LayerCache(take(layer.k_BKSH), take(layer.v_BKSH)) for layer in cache.layers)
+    return KVCache(layers, cache.length_B[rows_B])
 
 
 def check_room(cache: KVCache, n_tokens: int) -> None:

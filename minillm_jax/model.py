@@ -31,7 +31,9 @@ class Decoder(nnx.Module):
         cos_SH, sin_SH = (jnp.zeros(shape, dtype=at_least_float32(compute_dtype)) for _ in range(2))
         self.cos_SH, self.sin_SH = RopeTable(cos_SH), RopeTable(sin_SH)
 
-    def __call__(self, tokens_BT: jax.Array, cache: KVCache | None) -> tuple[jax.Array, KVCache | None]:
+    def __call__(
+        self, tokens_BT: jax.Array, cache: KVCache | None, valid_B: jax.Array | None = None
+    ) -> tuple[jax.Array, KVCache | None]:
         _, T = tokens_BT.shape
         position_BT = jnp.arange(T)[None] + (0 if cache is None else cache.length_B[:, None])
         cos_BTH, sin_BTH = self.cos_SH[...][position_BT], self.sin_SH[...][position_BT]
@@ -43,7 +45,7 @@ class Decoder(nnx.Module):
             if layer_cache is not None:
                 layer_caches.append(layer_cache)
         if cache is not None:
-            cache = KVCache(tuple(layer_caches), cache.length_B + T)
+            cache = KVCache(tuple(layer_caches), cache.length_B + (T if valid_B is None else valid_B))
         return self.norm(x_BTD), cache
 
 
@@ -57,16 +59,20 @@ class MiniLLM(nnx.Module):
         self.model = Decoder(config, **dtypes)
         self.lm_head = None if config.tie_embeddings else Linear(config.width, config.vocab_size, **dtypes)
 
-    def __call__(self, tokens_BT: jax.Array, cache: KVCache | None = None) -> tuple[jax.Array, KVCache | None]:
+    def __call__(
+        self, tokens_BT: jax.Array, cache: KVCache | None = None, valid_B: jax.Array | None = None
+    ) -> tuple[jax.Array, KVCache | None]:
         """Logits of the next token at every position.
 
         Args:
             tokens_BT: token ids, any integer dtype. Without a cache they are positions 0 to T - 1; with one they
                 continue each row at its length.
-            cache: from `init_cache` or an earlier call.
+            cache: from `init_cache` or an earlier call; it stays as it is and may be continued again.
+            valid_B: how many of each row's tokens are real, integers; what follows to the right is padding, whose
+                logits mean nothing. By default all T.
 
         Returns:
-            logits (B, T, V) in compute_dtype, and the cache with T more tokens (None without one).
+            logits (B, T, V) in compute_dtype, and the cache with the real tokens added (None without one).
 
         Raises:
             InputError: more tokens than the context or the cache holds, or a token id outside the vocabulary (under jit
@@ -75,7 +81,7 @@ class MiniLLM(nnx.Module):
         tokens_BT = check_tokens(self.config, tokens_BT)
         if cache is not None:
             check_room(cache, tokens_BT.shape[1])
-        x_BTD, cache = self.model(tokens_BT, cache)
+        x_BTD, cache = self.model(tokens_BT, cache, valid_B)
         return self.head(x_BTD), cache
 
     def head(self, x_BTD: jax.Array) -> jax.Array:

@@ -120,20 +120,19 @@ def make_train_step(config: RunConfig) -> TrainStep:
 
 
 def make_eval_step(model: MiniLLM, *, deterministic: bool = False) -> EvalStep:
-    """The compiled sum of masked losses. See core's EvalStep for its signature."""
+    """The compiled losses of a batch. See core's EvalStep for its signature."""
     graphdef, params, rope = split_model(model)
-    sum_losses = _jit_sum_losses(deterministic)
-    return lambda tokens_BT, mask_BT: sum_losses(graphdef, params, rope, tokens_BT, mask_BT)
+    losses = _jit_losses(graphdef, deterministic)
+    return lambda tokens_BT: losses(params, rope, tokens_BT)
 
 
 @lru_cache
-def _jit_sum_losses(deterministic: bool) -> Callable[..., jax.Array]:
-    return jax.jit(_sum_losses, static_argnums=0, compiler_options=_compiler_options(deterministic))
+def _jit_losses(graphdef: Any, deterministic: bool) -> Callable[..., jax.Array]:
+    def losses(params: Params, rope: Params, tokens_BT: jax.Array) -> jax.Array:
+        logits_BTV, _ = merge_model(graphdef, params, rope)(tokens_BT[:, :-1])
+        return token_losses(logits_BTV, tokens_BT[:, 1:])
 
-
-def _sum_losses(graphdef: Any, params: Params, rope: Params, tokens_BT: jax.Array, mask_BT: jax.Array) -> jax.Array:
-    logits_BTV, _ = merge_model(graphdef, params, rope)(tokens_BT[:, :-1])
-    return jnp.sum(token_losses(logits_BTV, tokens_BT[:, 1:]) * mask_BT)
+    return jax.jit(losses, compiler_options=_compiler_options(deterministic))
 
 
 def _compiler_options(deterministic: bool) -> dict[str, bool]:

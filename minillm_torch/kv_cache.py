@@ -16,22 +16,25 @@ from minillm_core.errors import InputError
 class LayerCache:
     """Keys (already rotated) and values of one layer, by position."""
 
-    k_BSKH: Tensor
-    v_BSKH: Tensor
+    k_BKSH: Tensor
+    v_BKSH: Tensor
 
 
 @dataclass(frozen=True)
 class KVCache:
     """One LayerCache per layer, and how many positions of each row are filled (int64, on the host, so that checking the
     room never waits for a GPU). What lies beyond a row's length is never seen: a query at position p sees keys 0 to p,
-    and p itself has just been written. The tensors are reused: a cache that was passed on must not be used again."""
+    and p itself has just been written. A call writes in place what comes after the cache it was given, which stays
+    valid; a second call with the same cache would overwrite that, so it works on a copy (`writable`)."""
 
     layers: tuple[LayerCache, ...]
     length_B: Tensor
+    written_B: Tensor
+    """How far the tensors are written: one tensor (int64, on the host) for all caches that share them."""
 
     @property
     def capacity(self) -> int:
-        return self.layers[0].k_BSKH.shape[1]
+        return self.layers[0].k_BKSH.shape[2]
 
 
 def init_cache(
@@ -40,21 +43,47 @@ def init_cache(
     """An empty cache for up to `capacity` tokens per row; raises InputError if that is more than the context."""
     if capacity > config.context_length:
         raise InputError("the cache is longer than the context", expected=config.context_length, found=capacity)
-    shape = (batch_size, capacity, config.n_kv_heads, config.resolved_head_dim)
+    shape = (batch_size, config.n_kv_heads, capacity, config.resolved_head_dim)
 
     def zeros() -> Tensor:
         return torch.zeros(shape, dtype=dtype, device=device)
 
     layers = tuple(LayerCache(zeros(), zeros()) for _ in range(config.n_layers))
-    return KVCache(layers, torch.zeros(batch_size, dtype=torch.int64))
+    length_B = torch.zeros(batch_size, dtype=torch.int64)
+    return KVCache(layers, length_B, length_B.clone())
 
 
 def append(cache: LayerCache, k_BTKH: Tensor, v_BTKH: Tensor, position_BT: Tensor) -> LayerCache:
     """Writes keys and values at their positions, each row at its own."""
-    row_B1 = torch.arange(position_BT.shape[0], device=position_BT.device)[:, None]
-    cache.k_BSKH[row_B1, position_BT] = k_BTKH.to(cache.k_BSKH.dtype)
-    cache.v_BSKH[row_B1, position_BT] = v_BTKH.to(cache.v_BSKH.dtype)
+    B, _, K, _ = k_BTKH.shape
+    row_B, head_K = (torch.arange(n, device=position_BT.device) for n in (B, K))
+    at = (row_B[:, None, None], head_K[None, None], position_BT[:, :, None])
+    cache.k_BKSH[at] = k_BTKH.to(cache.k_BKSH.dtype)
+    cache.v_BKSH[at] = v_BTKH.to(cache.v_BKSH.dtype)
     return cache
+
+
+def take_rows(cache: KVCache, rows_B: Tensor, capacity: int) -> KVCache:
+    """A new cache of the given rows, in their order and as often as named, cut or extended to another capacity, which
+    must hold them. The given cache stays as it is."""
+    n_kept = min(cache.capacity, capacity)
+
+    def take(x_BKSH: Tensor) -> Tensor:
+        _, K, _, H = x_BKSH.shape
+        new_BKSH = x_BKSH.new_zeros((len(rows_B), K, capacity, H))
+        new_BKSH[:, :, :n_kept] = x_BKSH[rows_B.to(x_BKSH.device), :, :n_kept]
+        return new_BKSH
+
+    layers = tuple(LayerCache(take(layer.k_BKSH), take(layer.v_BKSH)) for layer in cache.layers)
+    return KVCache(layers, cache.length_B[rows_B], cache.length_B[rows_B])
+
+
+def writable(cache: KVCache) -> KVCache:
+    """The cache, or a copy of it if another call has continued it already."""
+    if torch.equal(cache.written_B, cache.length_B):
+        return cache
+    layers = tuple(LayerCache(layer.k_BKSH.clone(), layer.v_BKSH.clone()) for layer in cache.layers)
+    return KVCache(layers, cache.length_B, cache.length_B.clone())
 
 
 def check_room(cache: KVCache, n_tokens: int) -> None:

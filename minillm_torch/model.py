@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from minillm_core.config import ModelConfig
 from minillm_core.errors import InputError
-from minillm_torch.kv_cache import KVCache, LayerCache, check_room
+from minillm_torch.kv_cache import KVCache, LayerCache, check_room, writable
 from minillm_torch.layers import Block, Embedding, Linear, RMSNorm, at_least_float32
 
 
@@ -29,7 +29,9 @@ class Decoder(nn.Module):
         cos_SH, sin_SH = (torch.zeros(shape, dtype=at_least_float32(compute_dtype)) for _ in range(2))
         self.cos_SH, self.sin_SH = RopeTable(cos_SH, persistent=False), RopeTable(sin_SH, persistent=False)
 
-    def forward(self, tokens_BT: Tensor, cache: KVCache | None) -> tuple[Tensor, KVCache | None]:
+    def forward(
+        self, tokens_BT: Tensor, cache: KVCache | None, valid_B: Tensor | None = None
+    ) -> tuple[Tensor, KVCache | None]:
         _, T = tokens_BT.shape
         position_BT = torch.arange(T, device=tokens_BT.device)[None]
         if cache is not None:
@@ -43,7 +45,9 @@ class Decoder(nn.Module):
             if layer_cache is not None:
                 layer_caches.append(layer_cache)
         if cache is not None:
-            cache = KVCache(tuple(layer_caches), cache.length_B + T)
+            length_B = cache.length_B + (T if valid_B is None else valid_B)
+            cache.written_B.copy_(length_B)
+            cache = KVCache(tuple(layer_caches), length_B, cache.written_B)
         return self.norm(x_BTD), cache
 
 
@@ -58,16 +62,20 @@ class MiniLLM(nn.Module):
         self.model = Decoder(config, **dtypes)
         self.lm_head = None if config.tie_embeddings else Linear(config.width, config.vocab_size, **dtypes)
 
-    def forward(self, tokens_BT: Tensor, cache: KVCache | None = None) -> tuple[Tensor, KVCache | None]:
+    def forward(
+        self, tokens_BT: Tensor, cache: KVCache | None = None, valid_B: Tensor | None = None
+    ) -> tuple[Tensor, KVCache | None]:
         """Logits of the next token at every position.
 
         Args:
             tokens_BT: token ids, any integer dtype. Without a cache they are positions 0 to T - 1; with one they
                 continue each row at its length.
-            cache: from `init_cache` or an earlier call.
+            cache: from `init_cache` or an earlier call; it stays as it is and may be continued again.
+            valid_B: how many of each row's tokens are real, integers on the host; what follows to the right is
+                padding, whose logits mean nothing. By default all T.
 
         Returns:
-            logits (B, T, V) in compute_dtype, and the cache with T more tokens (None without one).
+            logits (B, T, V) in compute_dtype, and the cache with the real tokens added (None without one).
 
         Raises:
             InputError: more tokens than the context or the cache holds, or a token id outside the vocabulary (on a GPU
@@ -76,7 +84,8 @@ class MiniLLM(nn.Module):
         tokens_BT = check_tokens(self.config, tokens_BT)
         if cache is not None:
             check_room(cache, tokens_BT.shape[1])
-        x_BTD, cache = self.model(tokens_BT, cache)
+            cache = writable(cache)
+        x_BTD, cache = self.model(tokens_BT, cache, valid_B)
         return self.head(x_BTD), cache
 
     def head(self, x_BTD: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 import os
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -120,21 +119,20 @@ def make_train_step(config: RunConfig) -> TrainStep:
 
 
 def make_eval_step(model: MiniLLM, *, deterministic: bool = False) -> EvalStep:
-    """The sum of masked losses. See core's EvalStep for its signature."""
+    """The losses of a batch. See core's EvalStep for its signature."""
     _use_deterministic_algorithms(deterministic)
-    return lambda tokens_BT, mask_BT: _sum_losses(model, _to_device(tokens_BT, model), _to_device(mask_BT, model))
+    return lambda tokens_BT: _losses(model, _to_device(tokens_BT, model))
 
 
 @torch.inference_mode()
-def _sum_losses(model: MiniLLM, tokens_BT: Tensor, mask_BT: Tensor) -> Tensor:
+def _losses(model: MiniLLM, tokens_BT: Tensor) -> Tensor:
     logits_BTV, _ = model(tokens_BT[:, :-1])
-    return torch.sum(token_losses(logits_BTV, tokens_BT[:, 1:]) * mask_BT)
+    return token_losses(logits_BTV, tokens_BT[:, 1:]).cpu()
 
 
-def _to_device(array: np.ndarray, model: MiniLLM) -> Any:
+def _to_device(tokens_BT: np.ndarray, model: MiniLLM) -> Tensor:
     """A batch on the model's device, without waiting for a GPU to be idle."""
-    tensor = torch.from_numpy(array)
-    tensor = tensor.long() if not tensor.is_floating_point() else tensor
+    tensor = torch.from_numpy(tokens_BT).long()
     device = model.model.norm.weight.device
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 

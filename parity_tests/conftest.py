@@ -6,7 +6,7 @@ import signal
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the suite needs no GPU; scripts/benchmark.py compares on one
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # JAX and torch share the cores: see scripts/backends.py
+os.environ.setdefault("GOMP_SPINCOUNT", "30000")  # JAX and torch share the cores: see scripts/backends.py
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -153,10 +153,15 @@ class Pair:
 
 @partial(jax.jit, static_argnums=0)
 def jax_forward(
-    graphdef: Any, params: Params, rope: Params, tokens: jax.Array, cache: minillm_jax.KVCache | None
+    graphdef: Any,
+    params: Params,
+    rope: Params,
+    tokens: jax.Array,
+    cache: minillm_jax.KVCache | None,
+    valid: jax.Array | None = None,
 ) -> tuple[jax.Array, minillm_jax.KVCache | None]:
     """The JAX model as one compiled function, shared by all tests of one shape."""
-    return merge_model(graphdef, params, rope)(tokens, cache)
+    return merge_model(graphdef, params, rope)(tokens, cache, valid)
 
 
 @lru_cache

@@ -1,13 +1,19 @@
-"""Cached equals uncached: prefill and single steps, chunks of uneven size, ragged rows, no silent overflow."""
+"""One cache semantics: cached equals uncached in any chunks, a cache can be continued many times, nothing overflows.
+
+The last test plants the classic faults of caches, and shows that the checks here catch each of them.
+"""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import minillm_jax
 import minillm_torch
@@ -16,6 +22,7 @@ from minillm_jax.weights import split_model
 from parity_tests.conftest import (
     MODELS,
     TIERS,
+    TINY,
     Pair,
     Tier,
     assert_close,
@@ -33,12 +40,14 @@ def new_cache(pair: Pair, framework: str, batch: int, capacity: int) -> Any:
     return BACKENDS[framework].init_cache(pair.config, batch, capacity, getattr(pair.tier, framework))
 
 
-def call(pair: Pair, framework: str, tokens: np.ndarray, cache: Any) -> tuple[np.ndarray, Any]:
+def call(
+    pair: Pair, framework: str, tokens: np.ndarray, cache: Any, valid: np.ndarray | None = None
+) -> tuple[np.ndarray, Any]:
     if framework == "jax":
-        logits, cache = jax_forward(*split_model(pair.jax), tokens, cache)
+        logits, cache = jax_forward(*split_model(pair.jax), tokens, cache, valid)
     else:
         with torch.inference_mode():
-            logits, cache = pair.torch(to_torch(tokens), cache)
+            logits, cache = pair.torch(to_torch(tokens), cache, None if valid is None else to_torch(valid))
     return to_numpy(logits), cache
 
 
@@ -52,46 +61,194 @@ def in_chunks(pair: Pair, framework: str, tokens: np.ndarray, sizes: Sequence[in
     return np.concatenate(parts, axis=1)
 
 
-def test_cached_equals_uncached(pair: Pair) -> None:
-    """A long prefill, single steps, and chunks of uneven size, against one pass without a cache."""
-    sizes = [130, *[1] * 12, 40, 1, 130, 1]
+def check_chunks(pair: Pair, framework: str, sizes: Sequence[int], capacity: int) -> None:
+    """In chunks of these sizes, every logit is that of one pass without a cache."""
     tokens = random_tokens(pair.config, 2, sum(sizes))
-    expected = pair.logits(tokens)
-    for framework, uncached in zip(BACKENDS, expected, strict=True):
-        cached = in_chunks(pair, framework, tokens, sizes, capacity=320)
-        assert_close(f"{framework} cached", cached, uncached, pair.tier.logits)
+    uncached, _ = call(pair, framework, tokens, None)
+    cached = in_chunks(pair, framework, tokens, sizes, capacity)
+    assert_close(f"{framework} cached", cached, uncached, pair.tier.logits)
+
+
+def check_ragged_rows(pair: Pair, framework: str, pieces: Sequence[Sequence[int]], capacity: int) -> None:
+    """Each piece adds a number of real tokens to every row, padded to the longest: as if each row were alone."""
+    totals = np.sum(pieces, axis=0)
+    tokens = random_tokens(pair.config, len(totals), int(totals.max()))
+    cache = new_cache(pair, framework, len(totals), capacity)
+    done = np.zeros(len(totals), int)
+    expected = [call(pair, framework, tokens[[row], :total], None)[0][0] for row, total in enumerate(totals)]
+    for piece in map(np.array, pieces):
+        padded = random_tokens(pair.config, len(totals), max(piece.max(), 1), seed=99)  # padding is any token
+        for row, n in enumerate(piece):
+            padded[row, :n] = tokens[row, done[row] : done[row] + n]
+        logits, cache = call(pair, framework, padded, cache, piece.astype(np.int32))
+        for row, n in enumerate(piece):
+            if n:
+                there = expected[row][done[row] : done[row] + n]
+                assert_close(f"{framework} row {row}", logits[row, :n], there, pair.tier.logits)
+        done += piece
+
+
+def check_overflow(pair: Pair, framework: str) -> None:
+    """A call for which there is no room raises, and has written nothing: not over the last tokens either."""
+    model, as_tensor = (pair.jax, jnp.asarray) if framework == "jax" else (pair.torch, torch.from_numpy)
+    tokens = random_tokens(pair.config, 1, 9)
+    expected, _ = call(pair, framework, tokens[:, :8], None)
+    _, cache = model(as_tensor(tokens[:, :6]), new_cache(pair, framework, 1, 8))
+    before = [to_numpy(layer.k_BKSH).copy() for layer in cache.layers]
+    with pytest.raises(InputError, match=r"(?s)the cache is full.*at most 8 tokens.*6 cached \+ 3 new"):
+        model(as_tensor(tokens[:, 6:]), cache)
+    for layer, kept in zip(cache.layers, before, strict=True):
+        assert np.array_equal(to_numpy(layer.k_BKSH), kept), "a refused call must not write"
+    logits, _ = model(as_tensor(tokens[:, 6:8]), cache)
+    assert_close("after the refusal", to_numpy(logits), expected[:, 6:], pair.tier.logits)
+
+
+def test_cached_equals_uncached(pair: Pair) -> None:
+    """A long prefill, single steps, and chunks of uneven size; then both frameworks against each other."""
+    sizes = [130, *[1] * 12, 40, 1, 130, 1]
+    for framework in BACKENDS:
+        check_chunks(pair, framework, sizes, capacity=320)
+    ours, theirs = pair.logits(random_tokens(pair.config, 2, sum(sizes)))
+    assert_close("jax against torch", ours, theirs, pair.tier.logits)
+
+
+@settings(max_examples=12, deadline=None)
+@given(sizes=st.lists(st.sampled_from([1, 1, 2, 3, 7, 16]), min_size=1, max_size=6), spare=st.sampled_from([0, 5]))
+@pytest.mark.parametrize("framework", BACKENDS)
+def test_any_chunks(framework: str, sizes: list[int], spare: int) -> None:
+    with jax.enable_x64(True):
+        check_chunks(make_pair(TINY, TIERS["float64"]), framework, sizes, capacity=sum(sizes) + spare)
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    pieces=st.lists(st.tuples(*[st.sampled_from([0, 1, 2, 5, 8])] * 3), min_size=1, max_size=4).filter(
+        lambda pieces: all(sum(row) > 0 for row in zip(*pieces, strict=True))
+    )
+)
+@pytest.mark.parametrize("framework", BACKENDS)
+def test_any_ragged_rows(framework: str, pieces: list[tuple[int, ...]]) -> None:
+    """Whatever the neighbours and the padding, rows without a new token among them."""
+    with jax.enable_x64(True):
+        check_ragged_rows(make_pair(TINY, TIERS["float64"]), framework, pieces, capacity=48)
 
 
 @pytest.mark.parametrize("framework", BACKENDS)
-def test_rows_of_different_length(framework: str, float64: Tier) -> None:
-    """Right-padded rows continue as if each were alone, whatever its padding and its neighbours."""
+def test_a_cache_is_continued_many_times(framework: str, float64: Tier) -> None:
+    """One prompt, three continuations, their steps taking turns; then the prompt once more. In torch, which writes in
+    place, too."""
     pair = make_pair(MODELS["gqa"], float64)
-    lengths = np.array([5, 17, 1])
-    tokens = random_tokens(pair.config, 3, 17)
-    cache = new_cache(pair, framework, 3, 24)
-    prefill, cache = call(pair, framework, tokens, cache)
-    length_B = jnp.asarray(lengths, jnp.int32) if framework == "jax" else to_torch(lengths)
-    cache = dataclasses.replace(cache, length_B=length_B)
-    continuation = random_tokens(pair.config, 3, 6, seed=9)
-    logits, _ = call(pair, framework, continuation, cache)
-    for row, length in enumerate(lengths):
-        alone = np.concatenate([tokens[row, :length], continuation[row]])[None]
-        expected, _ = call(pair, framework, alone, None)
-        assert_close(f"row {row} prefill", prefill[row, :length], expected[0, :length], 1e-12)
-        assert_close(f"row {row} continuation", logits[row], expected[0, length:], 1e-12)
+    prompt, n = random_tokens(pair.config, 2, 9), 5
+    _, kept = call(pair, framework, prompt, new_cache(pair, framework, 2, 32))
+    branches = [(random_tokens(pair.config, 2, n, seed=s), kept) for s in (2, 3, 4)]
+    expected = [call(pair, framework, np.concatenate([prompt, tokens], 1), None)[0] for tokens, _ in branches]
+    for step in range(n):
+        for i, (tokens, cache) in enumerate(branches):
+            logits, cache = call(pair, framework, tokens[:, [step]], cache)
+            assert_close(f"branch {i} step {step}", logits[:, 0], expected[i][:, 9 + step], 1e-12)
+            branches[i] = tokens, cache
+    whole, _ = call(pair, framework, branches[1][0], kept)
+    assert_close("the kept cache", whole, expected[1][:, 9:], 1e-12)
+
+
+@pytest.mark.parametrize("framework", BACKENDS)
+def test_taking_rows(framework: str, float64: Tier) -> None:
+    """Rows in another order, one of them twice, in a larger or smaller cache, go on as before; the old one stays."""
+    pair = make_pair(MODELS["gqa"], float64)
+    tokens, lengths = random_tokens(pair.config, 3, 9), np.array([9, 4, 6], np.int32)
+    _, cache = call(pair, framework, tokens, new_cache(pair, framework, 3, 16), lengths)
+    order = np.array([2, 0, 2, 1])
+    kv_cache = __import__(f"minillm_{framework}.kv_cache", fromlist=["take_rows"])
+    for capacity in (24, 12):
+        taken = kv_cache.take_rows(cache, order if framework == "jax" else to_torch(order), capacity)
+        assert taken.capacity == capacity
+        more = random_tokens(pair.config, 4, 3, seed=5)
+        for source, rows in ((cache, None), (taken, order)):
+            news = more if rows is not None else more[:3]
+            logits, _ = call(pair, framework, news, source)
+            for i, row in enumerate(range(3) if rows is None else rows):
+                alone = np.concatenate([tokens[row, : lengths[row]], news[i]])[None]
+                expected, _ = call(pair, framework, alone, None)
+                assert_close(f"row {i}", logits[i], expected[0, lengths[row] :], 1e-12)
 
 
 @pytest.mark.parametrize("framework", BACKENDS)
 def test_overflow_raises(framework: str) -> None:
-    pair = make_pair(MODELS["gqa"], TIERS["float32"])
-    model, as_tensor = (pair.jax, jnp.asarray) if framework == "jax" else (pair.torch, torch.from_numpy)
-    cache = new_cache(pair, framework, 1, 8)
-    _, cache = model(as_tensor(random_tokens(pair.config, 1, 6)), cache)
-    before = to_numpy(cache.layers[1].k_BSKH)
-    with pytest.raises(InputError, match=r"(?s)the cache is full.*at most 8 tokens.*6 cached \+ 3 new"):
-        model(as_tensor(random_tokens(pair.config, 1, 3)), cache)
-    assert np.array_equal(to_numpy(cache.layers[1].k_BSKH), before), "a refused call must not write"
-    model(as_tensor(random_tokens(pair.config, 1, 2)), cache)
+    check_overflow(make_pair(MODELS["gqa"], TIERS["float32"]), framework)
+
+
+def top_left(attend: Callable[..., Any], framework: str) -> Callable[..., Any]:
+    """A causal mask aligned with the first key: the query sees as many keys as the call has queries before it."""
+
+    def faulty(q: Any, k: Any, v: Any, position: Any) -> Any:
+        return attend(q, k, v, position - position[:, :1])
+
+    return faulty
+
+
+def pad_attended(attend: Callable[..., Any], framework: str) -> Callable[..., Any]:
+    """Every row sees as many keys as the longest row of the batch."""
+
+    def faulty(q: Any, k: Any, v: Any, position: Any) -> Any:
+        longest = position.max(axis=0) if framework == "jax" else position.amax(dim=0)
+        return attend(q, k, v, longest[None] + 0 * position)
+
+    return faulty
+
+
+def padded_width(cache_class: type, framework: str) -> Callable[..., Any]:
+    """After a padded chunk every row goes on at the padded width."""
+
+    def faulty(layers: Any, length: Any, *rest: Any) -> Any:
+        return cache_class(layers, 0 * length + length.max(), *rest)
+
+    return faulty
+
+
+def clamped_write(append: Callable[..., Any], framework: str) -> Callable[..., Any]:
+    """A write past the end goes to the end instead, over what is there."""
+
+    def faulty(cache: Any, k: Any, v: Any, position: Any) -> Any:
+        over = position[:, -1:] + 1 - cache.k_BKSH.shape[2]
+        return append(cache, k, v, position - (jnp.maximum(over, 0) if framework == "jax" else over.clamp(min=0)))
+
+    return faulty
+
+
+FAULTS = {
+    "top-left causal mask": ("layers", "attend", top_left, lambda pair, f: check_chunks(pair, f, [5, 1, 3], 16)),
+    "pad attended to": (
+        "layers",
+        "attend",
+        pad_attended,
+        lambda pair, f: check_ragged_rows(pair, f, [(5, 2), (1, 1)], 16),
+    ),
+    "position = padded width": (
+        "model",
+        "KVCache",
+        padded_width,
+        lambda pair, f: check_ragged_rows(pair, f, [(5, 2), (1, 1)], 16),
+    ),
+    "clamped write": ("layers", "append", clamped_write, check_overflow),
+}
+
+
+@pytest.mark.parametrize("framework", BACKENDS)
+@pytest.mark.parametrize("fault", FAULTS)
+def test_planted_faults_are_caught(fault: str, framework: str, float64: Tier, monkeypatch: pytest.MonkeyPatch) -> None:
+    module_name, name, plant, check = FAULTS[fault]
+    # A model of its own: what JAX compiled for another test must not be taken, nor this for others.
+    config = dataclasses.replace(TINY, rope_theta=10_000.0 + list(FAULTS).index(fault) + 1)
+    pair = make_pair(config, float64)
+    module = __import__(f"minillm_{framework}.{module_name}", fromlist=[name])
+    monkeypatch.setattr(module, name, plant(getattr(module, name), framework))
+    if fault == "clamped write":  # what stands before it
+        model = __import__(f"minillm_{framework}.model", fromlist=["check_room"])
+        monkeypatch.setattr(model, "check_room", lambda cache, n_tokens: None)
+    with pytest.raises((AssertionError, pytest.fail.Exception)):
+        check(pair, framework)
+    monkeypatch.undo()
+    check(dataclasses.replace(make_pair(dataclasses.replace(config, norm_eps=2e-6), float64)), framework)
 
 
 @pytest.mark.parametrize("framework", BACKENDS)

@@ -95,7 +95,7 @@ def test_every_epoch_reads_every_window_once(data_config: DataConfig) -> None:
 
 def test_held_out_windows_cover_every_token_once(data_config: DataConfig) -> None:
     data = PreparedData(data_config.dir, TINY.vocab_size)
-    targets = [w.tokens[:, 1:][w.mask > 0] for w in data.windows("val", batch_size=7, seq_len=33)]
+    targets = [w.tokens[:, 1:][w.mask] for w in data.windows("val", batch_size=7, seq_len=33)]
     assert np.concatenate(targets).tolist() == data.tokens["val"][1:].tolist()
     few = list(data.windows("val", batch_size=3, seq_len=33, n_batches=2))
     assert [w.tokens.shape for w in few] == [(3, 34)] * 2

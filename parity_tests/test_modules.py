@@ -108,6 +108,7 @@ def test_attend(module_pair: Pair) -> None:
         for i, (n, heads) in enumerate([(T, c.n_heads), (S, c.n_kv_heads), (S, c.n_kv_heads)])
     )
     position = np.array([[0, 1, 2, 3, 4], [3, 4, 5, 6, 7]])
+    k_j, v_j, k_t, v_t = k_j.swapaxes(1, 2), v_j.swapaxes(1, 2), k_t.transpose(1, 2), v_t.transpose(1, 2)
     ours = to_numpy(jax_layers.attend(q_j, k_j, v_j, jnp.asarray(position)))
     theirs = to_numpy(torch_layers.attend(q_t, k_t, v_t, to_torch(position)))
     agree(module_pair, "attend", ours, theirs)
@@ -116,9 +117,9 @@ def test_attend(module_pair: Pair) -> None:
     for b, t, n in np.ndindex(2, T, c.n_heads):
         kv_head = n // (c.n_heads // c.n_kv_heads)
         seen = position[b, t] + 1
-        scores = k[b, :seen, kv_head] @ q[b, t, n] / np.sqrt(H)
+        scores = k[b, kv_head, :seen] @ q[b, t, n] / np.sqrt(H)
         weights = np.exp(scores - scores.max())
-        expected[b, t, n] = weights / weights.sum() @ v[b, :seen, kv_head]
+        expected[b, t, n] = weights / weights.sum() @ v[b, kv_head, :seen]
     agree(module_pair, "attend against loops", ours, expected)
 
 
@@ -128,7 +129,7 @@ def test_fused_attention_is_attention(module_pair: Pair, monkeypatch: pytest.Mon
     heads = (c.n_heads, c.n_kv_heads, c.n_kv_heads)
     inputs = [both(module_pair, 2, 64, n, c.resolved_head_dim, seed=i) for i, n in enumerate(heads)]
     q, k, v = (theirs for _, theirs in inputs)
-    plain = to_numpy(torch_layers.attend(q, k, v, torch.arange(64)[None]))
+    plain = to_numpy(torch_layers.attend(q, k.transpose(1, 2), v.transpose(1, 2), torch.arange(64)[None]))
     agree(module_pair, "torch", to_numpy(torch_layers.attend_fused(q, k, v)), plain)
 
     def in_xla(*args: jax.Array, implementation: str, **options: bool) -> jax.Array:

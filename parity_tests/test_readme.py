@@ -54,6 +54,8 @@ def tiny(script: str, arguments: list[str], corpus: Path) -> list[str]:
         arguments += TINY_MODEL + [word for key, value in sizes.items() if key not in given for word in (key, value)]
     if script == "generate":
         arguments += ["--max-new-tokens", "20"]
+    if script == "benchmark_decoding":
+        arguments += ["quickstart", "--tokens", "4", "--rounds", "1", "--batches", "2"]
     if script == "benchmark":
         arguments += [*TINY_MODEL, "--data.dir", "data/tiny", "--data.corpus", str(corpus), "--data.holdout_every", "5"]
         arguments += ["--steps", "2", "--tokens", "32", "--train.seq_len", "16"]
@@ -62,7 +64,9 @@ def tiny(script: str, arguments: list[str], corpus: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("readme")
+    folder = tmp_path_factory.mktemp("readme")
+    (folder / "prompts.txt").write_text("We the People\nMy fellow citizens,\n")
+    return folder
 
 
 def test_the_list_is_complete() -> None:

@@ -1,8 +1,9 @@
 """Loss, perplexity and bits per byte of any checkpoint on a prepared split."""
 
-from dataclasses import replace
+import math
 from typing import Literal
 
+import numpy as np
 import tyro
 from backends import load_backend
 
@@ -11,7 +12,6 @@ from minillm_core.cli import run, say
 from minillm_core.data import PreparedData
 from minillm_core.errors import InputError
 from minillm_core.files import hash_file
-from minillm_core.loop import evaluate
 from minillm_core.metrics import bits_per_byte, perplexity
 
 
@@ -20,7 +20,6 @@ def main(
     backend: Literal["jax", "torch"] = "jax",
     split: Literal["val", "train"] = "val",
     data_dir: str | None = None,
-    batch_size: int | None = None,
     seq_len: int | None = None,
     dtype: Literal["float32", "bfloat16", "float64"] = "float32",
 ) -> None:
@@ -31,7 +30,6 @@ def main(
         backend: the framework that runs the model.
         split: the prepared split to read.
         data_dir: a folder of prepared data; by default the one the run was trained on.
-        batch_size: windows at a time; by default the run's micro-batch.
         seq_len: tokens of a window; each starts without context. By default the run's.
         dtype: of the parameters and the computation.
     """
@@ -45,11 +43,19 @@ def main(
             where=f"{data.dir / 'tokenizer.model'} and {checkpoint / 'tokenizer.model'}",
             do="prepare the data with the run's configuration",
         )
-    rows = config.train.batch_size // config.train.grad_accum if batch_size is None else batch_size
     length = config.train.seq_len if seq_len is None else seq_len
-    train = replace(config, train=replace(config.train, batch_size=rows, grad_accum=1, seq_len=length)).train
+    if not 1 <= length <= config.model.context_length:
+        expected = f"1 to {config.model.context_length}, the context"
+        raise InputError("seq_len is out of range", expected=expected, found=length)
+    generator = framework.Generator(framework.load(checkpoint, dtype), data.tokenizer)
     say(f"evaluating {checkpoint} on {data.dir}, split {split}, {framework.describe_device()}")
-    loss = evaluate(framework.make_eval_step(framework.load(checkpoint, dtype)), data, split, train)
+    sums, n_scored = [], 0
+    for window in data.windows(split, 64, length):
+        rows = [tokens[: n + 1] for tokens, n in zip(window.tokens, window.mask.sum(axis=1), strict=True) if n]
+        scores = np.concatenate(generator.score(rows))
+        sums.append(float(scores.sum(dtype=np.float64)))
+        n_scored += len(scores)
+    loss = -math.fsum(sums) / n_scored
     print(f"loss {loss:.6f} nats per token")
     print(f"perplexity {perplexity(loss):.4f}")
     print(f"bits_per_byte {bits_per_byte(loss, data.tokens_per_byte(split)):.6f}")

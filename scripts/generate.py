@@ -1,5 +1,6 @@
-"""Continues a prompt, from any checkpoint of either framework. The text goes to stdout as it comes."""
+"""Continues a prompt, or every prompt of a file, from any checkpoint of either framework."""
 
+from pathlib import Path
 from typing import Literal
 
 import tyro
@@ -7,6 +8,8 @@ from backends import load_backend
 
 from minillm_core.checkpoints import find_checkpoint
 from minillm_core.cli import print_stream, run
+from minillm_core.errors import InputError
+from minillm_core.prompts import continue_file
 from minillm_core.tokenizer import Tokenizer
 
 
@@ -14,34 +17,80 @@ def generate(
     path: tyro.conf.Positional[str] = "runs/quickstart",
     backend: Literal["jax", "torch"] = "jax",
     prompt: str = "The state of the Union is",
+    prompts: Path | None = None,
+    output: Path | None = None,
+    batch_size: int = 16,
     max_new_tokens: int = 200,
     temperature: float = 0.8,
     top_k: int = 0,
     top_p: float = 0.95,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
     seed: int = 0,
+    n: int = 1,
+    stop: tuple[str, ...] = (),
+    stop_ids: tuple[int, ...] = (),
+    truncate: bool = False,
+    logprobs: bool = False,
     dtype: Literal["float32", "bfloat16", "float64"] = "float32",
+    compile: bool = False,
 ) -> None:
-    """Continues a prompt until the end of the document or max_new_tokens. The same seed draws the same
-    numbers in both frameworks.
+    """Continues a prompt until the end of the document, a stop, or max_new_tokens; the text goes to stdout as it comes.
+    The same options and seed give the same text in both frameworks.
+
+    With --prompts and --output, continues every prompt of a file, in batches of similar length: one JSON object a line,
+    in the order of the prompts. Stopped, the same command goes on.
 
     Args:
         path: a run, a run's framework folder, or one checkpoint.
         backend: the framework that runs the model.
         prompt: the text to continue.
+        prompts: a file of prompts: one a line or, if its name ends in .jsonl, one object with a "prompt" a line.
+        output: where their continuations go (JSON lines); it must not exist yet.
+        batch_size: prompts of the file that are continued at a time.
         max_new_tokens: most tokens to add.
         temperature: 0 takes the most likely token; 1 leaves the distribution as it is.
         top_k: keep the k most likely tokens; 0 keeps all.
         top_p: keep the fewest most likely tokens that together have at least this probability.
+        min_p: keep the tokens at least this many times as likely as the most likely one; 0 keeps all.
+        repetition_penalty: above 1, tokens that are there already become less likely.
         seed: of the sampling.
+        n: continuations of every prompt of the file.
+        stop: texts that end a continuation.
+        stop_ids: token ids that end a continuation.
+        truncate: drop the beginning of a prompt that does not fit, instead of refusing it.
+        logprobs: add every token and its log-probability to the output file.
         dtype: of the parameters and the computation.
+        compile: put torch's decoding step through torch.compile (minutes at first, then faster).
     """
+    if (prompts is None) != (output is None):
+        raise InputError("--prompts and --output go together", found=f"--prompts {prompts} --output {output}")
+    if prompts is None and (n != 1 or logprobs):
+        raise InputError("--n and --logprobs need a file to write to", do="give --prompts FILE --output FILE.jsonl")
+    if compile and backend == "jax":
+        raise InputError("--compile is for torch; JAX always compiles", do="leave it out, or add --backend torch")
     framework = load_backend(backend)
     checkpoint = find_checkpoint(path, backend)
-    generator = framework.Generator(framework.load(checkpoint, dtype), Tokenizer(checkpoint / "tokenizer.model"))
-    pieces = generator.stream(
-        prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
+    extra = {"compile": True} if compile else {}
+    generator = framework.Generator(
+        framework.load(checkpoint, dtype), Tokenizer(checkpoint / "tokenizer.model"), **extra
     )
-    print_stream(prompt, pieces)
+    options = {
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+        "seed": seed,
+        "stop": (*stop, *stop_ids),
+        "truncate": truncate,
+    }
+    if prompts is None or output is None:
+        print_stream(prompt, generator.stream(prompt, **options))
+    else:
+        setup = {"checkpoint": str(checkpoint), "backend": backend, "dtype": dtype}
+        continue_file(generator, prompts, output, batch_size, setup, {**options, "n": n, "logprobs": logprobs})
 
 
 if __name__ == "__main__":

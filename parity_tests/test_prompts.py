@@ -1,0 +1,161 @@
+"""generate.py as processes: a file of prompts continued, killed, resumed; a stream ended by Ctrl-C."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from minillm_core.errors import InputError
+from minillm_core.prompts import read_prompts
+from minillm_core.tokenizer import Tokenizer
+from parity_tests.conftest import BACKENDS, ROOT, state_at, train_until
+from parity_tests.test_generate import complete
+
+OPTIONS = ["--max-new-tokens", "12", "--temperature", "0.9", "--seed", "4", "--stop", "the", "--stop-ids", "7"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, data_config: object) -> Path:
+    """A run of two steps in each framework."""
+    from parity_tests.conftest import text_run
+
+    out = tmp_path_factory.mktemp("prompts") / "run"
+    for backend in BACKENDS.values():
+        train_until(text_run(data_config, out), backend, 2)  # type: ignore[arg-type]
+    return out
+
+
+@pytest.fixture(scope="module")
+def prompts(run: Path) -> Path:
+    """120 prompts of all lengths."""
+    words = ["We", "the", "People", "of", "the", "United", "States", "in", "Order", "to", "form", "a", "more", "\u20ac"]
+    path = run.parent / "prompts.txt"
+    path.write_text("".join(" ".join(words[i % 7 : i % 7 + 1 + i % 9]) + f" {i}\n" for i in range(120)), "utf-8")
+    return path
+
+
+def command(run: Path, framework: str, *arguments: object) -> list[str]:
+    script = str(ROOT / "scripts" / "generate.py")
+    return [sys.executable, script, str(run / framework), "--backend", framework, *map(str, arguments)]
+
+
+def rows_of(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_a_file_of_prompts(run: Path, prompts: Path, tmp_path: Path) -> None:
+    """In the order of the prompts, the same from both frameworks, from any batches, after a kill, and in Python."""
+    outputs = {}
+    for framework in BACKENDS:
+        output = tmp_path / f"{framework}.jsonl"
+        batch_size = {"jax": 16, "torch": 7}[framework]
+        full = command(
+            run, framework, "--prompts", prompts, "--output", output, *OPTIONS, "--n", 2, "--logprobs",
+            "--batch-size", batch_size,
+        )  # fmt: skip
+        partial = output.with_name(output.name + ".partial")
+        process = subprocess.Popen(full, cwd=tmp_path, stderr=subprocess.DEVNULL)
+        while not partial.exists() or partial.read_text().count("\n") < 10:
+            assert process.poll() is None, "it ended before it could be killed"
+            time.sleep(0.01)
+        process.kill()
+        process.wait()
+        kept = partial.read_text(encoding="utf-8")
+        partial.write_text(kept[: kept.rindex("\n") + 1] + '{"index": 3, "prom', encoding="utf-8")  # killed in a line
+        n_kept = kept.count("\n") - 1
+        assert 0 < n_kept < 120
+        refused = subprocess.run([*full, "--min-p", "0.1"], cwd=tmp_path, capture_output=True, text=True)
+        assert refused.returncode == 2
+        assert "another request" in refused.stderr
+        assert "min_p: 0.0, now 0.1" in refused.stderr
+        done = subprocess.run(full, cwd=tmp_path, capture_output=True, text=True, check=True)
+        assert f"{n_kept}/120" in done.stderr
+        assert "120/120" in done.stderr
+        assert done.stdout == ""
+        assert {path.name for path in tmp_path.iterdir()} == {f"{name}.jsonl" for name in [*outputs, framework]}
+        outputs[framework] = rows_of(output)
+        again = subprocess.run(full, cwd=tmp_path, capture_output=True, text=True)
+        assert again.returncode == 2
+        assert "exists already" in again.stderr
+    texts = read_prompts(prompts)
+    for framework, rows in outputs.items():
+        assert [row["index"] for row in rows] == list(range(120))
+        assert [row["prompt"] for row in rows] == texts
+        checkpoint = run / framework / "checkpoints" / "2"
+        generator = BACKENDS[framework].Generator(
+            BACKENDS[framework].load(checkpoint), Tokenizer(checkpoint / "tokenizer.model")
+        )
+        options = {"max_new_tokens": 12, "temperature": 0.9, "seed": 4, "stop": ["the", 7], "n": 2}
+        for i in (0, 57, 119):
+            alone = complete(generator, [texts[i]], **options)
+            assert [c.text for c in alone] == [c["text"] for c in rows[i]["completions"]]
+            assert [c.tokens for c in alone] == [c["tokens"] for c in rows[i]["completions"]]
+            for c, row in zip(alone, rows[i]["completions"], strict=True):
+                assert c.logprobs == pytest.approx(row["logprobs"], abs=1e-4)
+    assert state_at(run, "jax", 2).weights.keys() == state_at(run, "torch", 2).weights.keys()
+
+
+@pytest.mark.parametrize("framework", BACKENDS)
+def test_ctrl_c_ends_a_stream(framework: str, run: Path, tmp_path: Path) -> None:
+    """What has been decoded stays on stdout, whole; no traceback; status 130."""
+    full = command(run, framework, "--prompt", "We the", "--max-new-tokens", 300, "--temperature", 1, "--stop-ids", 1)
+    whole = subprocess.run(full, cwd=tmp_path, capture_output=True, check=True).stdout.decode()
+    process = subprocess.Popen(full, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    first = os.read(process.stdout.fileno(), 6)
+    assert first == b"We the"
+    first += os.read(process.stdout.fileno(), 10)
+    process.send_signal(signal.SIGINT)
+    rest, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors.decode()
+    assert "Traceback" not in errors.decode()
+    assert whole.startswith((first + rest).decode().rstrip("\n"))
+    assert len(first + rest) < len(whole.encode())
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("p.txt", b"", "no prompts"),
+        ("p.txt", b"one\n\nthree\n", r"(?s)not a prompt.*line 2"),
+        ("p.txt", b"\xff\xfe", "cannot read the prompts"),
+        ("p.jsonl", b'{"prompt": "a"}\n{"text": "b"}\n', r"(?s)not a prompt.*line 2"),
+        ("p.jsonl", b'{"prompt": 3}\n', r"(?s)not a prompt.*line 1"),
+        ("p.jsonl", b"a text\n", r'(?s)not a prompt.*"prompt".*line 1'),
+    ],
+)
+def test_bad_prompt_files(name: str, content: bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        read_prompts(tmp_path / name)
+    (tmp_path / "good.jsonl").write_text('{"prompt": "a\\nb"}\n')
+    assert read_prompts(tmp_path / "good.jsonl") == ["a\nb"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--prompts", "p.txt"], "go together"),
+        (["--n", "2"], "need a file"),
+        (["--compile"], "for torch"),
+        (["--prompts", "none.txt", "--output", "o.jsonl"], "cannot read the prompts"),
+        (["--prompts", "p.txt", "--output", "nowhere/o.jsonl"], "no such folder"),
+        (["--prompts", "p.txt", "--output", "o.jsonl", "--batch-size", "0"], "batch_size"),
+        (["--prompts", "p.txt", "--output", "o.jsonl", "--max-new-tokens", "320"], "longer than the context"),
+        (["--prompt", ""], "empty prompt"),
+        (["--stop", ""], "stop string is empty"),
+        (["--top-p", "2"], "top_p"),
+    ],
+)
+def test_mistakes(arguments: list[str], message: str, run: Path, tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_text("one\ntwo\n")
+    done = subprocess.run(command(run, "jax", *arguments), cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["p.txt"]
