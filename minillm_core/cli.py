@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterable
 from typing import TypeVar
@@ -42,7 +43,8 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(128 + request.signal)
     except KeyboardInterrupt:
         say("interrupted")
-        sys.exit(130)
+        sys.stdout.flush()
+        os._exit(130)  # at once: taking Python down while XLA compiles in a thread has ended in a segmentation fault
     except BrokenPipeError:  # the reader of our stdout went away, as in `| head`
         sys.stderr.close()
         sys.exit(141)

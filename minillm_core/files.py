@@ -84,10 +84,10 @@ def lock(path: Path, *, wait: bool = False) -> Iterator[None]:
         except BlockingIOError:
             file.seek(0)
             raise InputError(
-                "another process is at work in this folder",
+                "another process is at work here",
                 found=file.read().strip() or None,
                 where=path.parent,
-                do="wait for it to end, or give another folder",
+                do="wait for it to end, or work elsewhere",
             ) from None
         file.truncate(0)
         file.write(f"process {os.getpid()}: {' '.join(sys.argv)}\n")

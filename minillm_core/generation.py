@@ -14,7 +14,7 @@ import numpy as np
 
 from minillm_core.config import ModelConfig
 from minillm_core.errors import InputError
-from minillm_core.sampling import SamplingConfig, row_key, uniforms
+from minillm_core.sampling import SamplingConfig, row_key, uniforms, whole_number
 from minillm_core.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]
@@ -41,7 +41,7 @@ class Completion:
     """One continuation of a prompt."""
 
     text: str
-    """Up to the end of the document or the first stop, which is left out."""
+    """Up to the end of the document or the first stop, which is left out, as is a character cut in half at the end."""
     tokens: list[int]
     """Without the end-of-document or stop token; with those that make up a stop string."""
     logprobs: list[float]
@@ -49,7 +49,7 @@ class Completion:
     finish_reason: Literal["stop", "length"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Prefix:
     """A text that has been through the model, to be continued any number of times (see `prefill`)."""
 
@@ -138,7 +138,7 @@ class BaseGenerator(ABC):
         *,
         max_new_tokens: int,
         n: int = 1,
-        stop: str | Sequence[str | int] = (),
+        stop: str | int | Sequence[str | int] = (),
         truncate: bool = False,
         prefix: Prefix | None = None,
         logprobs: Literal[False] = False,
@@ -152,7 +152,7 @@ class BaseGenerator(ABC):
         *,
         max_new_tokens: int,
         n: int = 1,
-        stop: str | Sequence[str | int] = (),
+        stop: str | int | Sequence[str | int] = (),
         truncate: bool = False,
         prefix: Prefix | None = None,
         logprobs: Literal[True],
@@ -171,7 +171,7 @@ class BaseGenerator(ABC):
             stop: strings and token ids that end a continuation; they are left out of its text.
             truncate: drop the beginning of a prompt that does not fit the context with its continuation; otherwise
                 that is an error.
-            prefix: from `prefill`: what comes before every prompt.
+            prefix: from `prefill`: what comes before every prompt, which may then be empty.
             logprobs: return each Completion whole, with its tokens and their log-probabilities, not its text alone.
             sampling: temperature, top_k, top_p, min_p, repetition_penalty, seed (see SamplingConfig).
 
@@ -190,7 +190,7 @@ class BaseGenerator(ABC):
         prompt: Prompt,
         *,
         max_new_tokens: int,
-        stop: str | Sequence[str | int] = (),
+        stop: str | int | Sequence[str | int] = (),
         truncate: bool = False,
         prefix: Prefix | None = None,
         **sampling: Any,
@@ -239,7 +239,7 @@ class BaseGenerator(ABC):
             width = bucket(len(ids[order[-1]]) - 1, self.config.context_length)
             n_rows = max(1, SCORE_TOKENS // width)
             group, order = order[-n_rows:], order[:-n_rows]
-            tokens_BT = _padded([ids[i] for i in group], n_rows, width + 1)
+            tokens_BT = _padded([ids[i] for i in group], _batch_size(len(group)), width + 1)
             for i, losses in zip(group, self._losses(tokens_BT), strict=False):
                 scores[i] = -losses[: len(ids[i]) - 1]
                 _check_finite(scores[i], f"text {i + 1}")
@@ -250,28 +250,30 @@ class BaseGenerator(ABC):
         prompts: Sequence[Prompt],
         max_new_tokens: int,
         n: int = 1,
-        stop: str | Sequence[str | int] = (),
+        stop: str | int | Sequence[str | int] = (),
         truncate: bool = False,
         prefix: Prefix | None = None,
         **sampling: Any,
     ) -> _Request:
         self._check_list(prompts)
         config = SamplingConfig(**sampling)
+        max_new_tokens, n = whole_number("max_new_tokens", max_new_tokens), whole_number("n", n)
         for name, value in (("max_new_tokens", max_new_tokens), ("n", n)):
-            if value != int(value) or value < 1:
-                raise InputError(f"{name} is out of range", expected="a whole number, 1 or more", found=value)
+            if value < 1:
+                raise InputError(f"{name} is out of range", expected="1 or more", found=value)
         if prefix is not None and getattr(prefix, "generator", None) is not self:
             do = "give what this generator's prefill returned"
             raise InputError("not a prefix of this generator", expected="a Prefix", found=type(prefix).__name__, do=do)
-        stops = (stop,) if isinstance(stop, str) else tuple(stop)
+        stops = tuple(stop) if isinstance(stop, (list, tuple)) else (stop,)
         if "" in stops:
             raise InputError("a stop string is empty", expected="text that can occur", found=stops)
-        stop_ids = [int(item) for item in stops if not isinstance(item, str)]
+        stop_ids = [whole_number("stop", item) for item in stops if not isinstance(item, str)]
         self._check_ids(stop_ids, "stop")
         room = self.config.context_length - max_new_tokens
         rows = []
         for i, prompt in enumerate(prompts):
-            tokens = self._encode(prompt, bos=prefix is None, where=f"prompt {i + 1}")
+            empty_is_fine = prefix is not None and len(prompt) == 0
+            tokens = [] if empty_is_fine else self._encode(prompt, bos=prefix is None, where=f"prompt {i + 1}")
             before = [] if prefix is None else list(prefix.tokens)
             if truncate and room > len(before):
                 tokens = tokens[-(room - len(before)) :]
@@ -283,18 +285,24 @@ class BaseGenerator(ABC):
         return _Request(rows, n, max_new_tokens, stop_strings, ends, prefix, config)
 
     def _encode(self, prompt: Prompt, *, bos: bool, where: str) -> list[int]:
+        if not isinstance(prompt, (str, Sequence, np.ndarray)):
+            raise InputError("not a prompt", expected="text or a list of token ids", found=repr(prompt), where=where)
         if not len(prompt):
             do = f"to generate from nothing, give the begin-of-document token: [{self.tokenizer.bos_id}]"
             raise InputError("empty prompt", expected="at least one token", found=repr(prompt), where=where, do=do)
         if isinstance(prompt, str):
+            try:
+                prompt.encode()
+            except UnicodeEncodeError as error:
+                raise InputError("not Unicode text", found=error, where=where) from error
             return self.tokenizer.encode(prompt, bos=bos)
-        ids = [int(token) for token in prompt]
+        ids = [whole_number("a token id", token) for token in prompt]
         self._check_ids(ids, where)
         return ids
 
     def _check_list(self, prompts: Sequence[Prompt]) -> None:
-        if isinstance(prompts, str) or not len(prompts):
-            raise InputError("nothing to do", expected="a list of at least one text", found=repr(prompts))
+        if isinstance(prompts, str) or not isinstance(prompts, Sequence) or not len(prompts):
+            raise InputError("not a list of texts", expected="a list of at least one text", found=repr(prompts))
 
     def _check_ids(self, ids: list[int], where: str) -> None:
         if ids and (min(ids) < 0 or max(ids) >= self.config.vocab_size):
@@ -310,9 +318,9 @@ class BaseGenerator(ABC):
                 expected=f"at most {limit} tokens",
                 found=f"{n_tokens} + {max_new_tokens} new",
                 where=where,
-                do=f"shorten it, ask for at most {limit - n_tokens} new tokens, or allow truncation"
-                if n_tokens < limit
-                else "shorten it, or allow truncation",
+                do=f"shorten it, ask for at most {limit - n_tokens} new tokens, or let `generate` truncate it"
+                if n_tokens < limit and max_new_tokens
+                else "shorten it, or let `generate` truncate it",
             )
 
     def _run(self, request: _Request, block: int) -> Iterator[None]:
@@ -366,7 +374,7 @@ class BaseGenerator(ABC):
         longest = max(map(len, tokens))
         for start in range(0, longest, PREFILL_CHUNK):
             width = bucket(min(longest - start, PREFILL_CHUNK), capacity - cached - start)
-            pieces = [row[start : start + width] for row in tokens]
+            pieces = [row[start : min(start + PREFILL_CHUNK, start + width)] for row in tokens]
             n_rows = _batch_size(len(tokens))
             valid_B = np.array([len(piece) for piece in pieces] + [0] * (n_rows - len(pieces)), np.int32)
             state = self._prefill(state, _padded(pieces, n_rows, width), valid_B)
@@ -382,39 +390,39 @@ class BaseGenerator(ABC):
                 break
             row.tokens.append(token)
             row.logprobs.append(logprob)
-        if request.stop_strings and _find(self.tokenizer.decode(row.tokens), request.stop_strings) is not None:
+        if request.stop_strings and _find(self._text(row.tokens), request.stop_strings) is not None:
             for n_tokens in range(n_before + 1, len(row.tokens) + 1):
-                if _find(self.tokenizer.decode(row.tokens[:n_tokens]), request.stop_strings) is not None:
+                if _find(self._text(row.tokens[:n_tokens]), request.stop_strings) is not None:
                     row.tokens, row.logprobs = row.tokens[:n_tokens], row.logprobs[:n_tokens]
                     row.finish_reason = "stop"
                     break
         if row.finish_reason is None and len(row.tokens) == request.max_new_tokens:
             row.finish_reason = "length"
 
+    def _text(self, tokens: list[int]) -> str:
+        """The text of the tokens so far, without a character at its end of which bytes are missing."""
+        return self.tokenizer.decode(tokens).rstrip("\ufffd")
+
     def _completion(self, row: _Row, request: _Request) -> Completion:
-        text = self.tokenizer.decode(row.tokens)
         assert row.finish_reason is not None  # it has run to its end
-        return Completion(text[: _find(text, request.stop_strings)], row.tokens, row.logprobs, row.finish_reason)
+        text = shown(self._text(row.tokens), request.stop_strings, ended=True)
+        return Completion(text, row.tokens, row.logprobs, row.finish_reason)
 
     def _pieces(self, request: _Request) -> Iterator[str]:
         row, n_sent = request.rows[0], 0
         for _ in self._run(request, STREAM_BLOCK):
-            text = shown(self.tokenizer.decode(row.tokens), request.stop_strings, row.finish_reason is not None)
+            text = shown(self._text(row.tokens), request.stop_strings, ended=row.finish_reason is not None)
             if len(text) > n_sent:
                 yield text[n_sent:]
                 n_sent = len(text)
 
 
 def shown(text: str, stop: Sequence[str], ended: bool) -> str:
-    """What can be shown of a text that may go on: no stop string, no part of one that may yet be completed, and no
-    character of which bytes are missing."""
+    """What can be shown of a text that may go on: no stop string, and no part of one that may yet be completed."""
     if (end := _find(text, stop)) is not None:
         return text[:end]
-    if ended:
-        return text
-    text = text.rstrip("\ufffd")
     held = max((n for s in stop for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
-    return text[: len(text) - held]
+    return text if ended else text[: len(text) - held]
 
 
 def _find(text: str, stop: Sequence[str]) -> int | None:

@@ -29,7 +29,7 @@ def continue_file(
     Args:
         batch_size: prompts at a time.
         setup: what else the result depends on: the checkpoint, the framework, the dtype.
-        options: of BaseGenerator.generate.
+        options: of BaseGenerator.generate; `n` and `logprobs` among them.
 
     Raises:
         InputError: OUTPUT exists; OUTPUT.partial is of another request; a prompt or an option is bad. Nothing has been
@@ -38,8 +38,6 @@ def continue_file(
     if batch_size < 1:
         raise InputError("batch_size is out of range", expected="1 or more", found=batch_size)
     texts = read_prompts(prompts)
-    if output.exists():
-        raise InputError("the output exists already", where=output, do="choose another name, or remove it")
     if not output.parent.is_dir():
         raise InputError("no such folder", where=output.parent, do="make it, or choose another place")
     generator.check(texts, **options)
@@ -48,9 +46,12 @@ def continue_file(
     partial = output.with_name(f"{output.name}.partial")
     lock_file = output.with_name(f".{output.name}.lock")
     with lock(lock_file):
+        if output.exists():
+            lock_file.unlink()
+            raise InputError("the output exists already", where=output, do="choose another name, or remove it")
         done = _open_partial(partial, request)
         lengths = [len(generator.tokenizer.encode(text)) for text in texts]
-        waiting = sorted((i for i in range(len(texts)) if i not in done), key=lambda i: lengths[i])
+        waiting = sorted((i for i in range(len(texts)) if i not in done), key=lambda i: -lengths[i])
         with (
             partial.open("a", encoding="utf-8") as file,
             tqdm(total=len(texts), initial=len(done), unit="prompt", smoothing=0.05) as bar,
@@ -75,14 +76,15 @@ def read_prompts(path: Path) -> list[str]:
         InputError: the file is missing, is not UTF-8, or has an empty or malformed line.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError("cannot read the prompts", expected="a UTF-8 text file", found=error, where=path) from error
-    if not lines:
+        expected, do = "a UTF-8 text file", "check the path and the encoding"
+        raise InputError("cannot read the prompts", expected=expected, found=error, where=path, do=do) from error
+    if lines == [""]:
         raise InputError("no prompts", expected="at least one line", found="an empty file", where=path)
     texts = []
     for number, line in enumerate(lines, 1):
-        text: Any = line
+        text: Any = line.removesuffix("\r")
         if path.suffix == ".jsonl":
             try:
                 text = json.loads(line)["prompt"]
@@ -99,10 +101,16 @@ def _open_partial(partial: Path, request: Mapping[str, Any]) -> dict[int, dict[s
     """The lines that an earlier call finished, by prompt; a line that it was killed in is cut off."""
     lines = partial.read_bytes().splitlines(keepends=True) if partial.exists() else []
     whole = [line for line in lines if line.endswith(b"\n")]
-    if not whole:
+    if not lines:
         replace_file(partial, json.dumps({"request": request}) + "\n")
         return {}
-    found = json.loads(whole[0])["request"]
+    try:
+        found = json.loads(whole[0])["request"]
+        rows = [json.loads(line) for line in whole[1:]]
+        done = {row["index"]: row for row in rows}
+    except (ValueError, LookupError, TypeError) as error:
+        expected = "the unfinished output of an earlier call"
+        raise InputError("cannot go on with this file", expected=expected, where=partial, do="remove it") from error
     if found != request:
         differing = [
             f"{name}: {old.get(name)!r}, now {new.get(name)!r}"
@@ -119,8 +127,7 @@ def _open_partial(partial: Path, request: Mapping[str, Any]) -> dict[int, dict[s
         )
     if len(whole) < len(lines):
         os.truncate(partial, sum(map(len, whole)))
-    rows = [json.loads(line) for line in whole[1:]]
-    return {row["index"]: row for row in rows}
+    return done
 
 
 def _continue(generator: BaseGenerator, texts: list[str], options: Mapping[str, Any]) -> Iterator[dict[str, Any]]:

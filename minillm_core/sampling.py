@@ -1,6 +1,7 @@
 """How the next token is chosen, and the noise it is chosen with: the same numbers for both frameworks."""
 
 import hashlib
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -29,18 +30,28 @@ class SamplingConfig:
 
     def __post_init__(self) -> None:
         """Raises InputError for a value out of range."""
+        for name in ("top_k", "seed"):
+            object.__setattr__(self, name, whole_number(name, getattr(self, name)))
         checks = {
-            "temperature": ("0 (the most likely token) or at least 1e-6", lambda x: x == 0 or 1e-6 <= x < float("inf")),
-            "top_k": ("a whole number, 0 (keep all) or more", lambda x: x == int(x) and x >= 0),
+            "temperature": ("0 (the most likely token), or 1e-6 to 1e6", lambda x: x == 0 or 1e-6 <= x <= 1e6),
+            "top_k": ("0 (keep all) or more", lambda x: x >= 0),
             "top_p": ("0 < top_p <= 1", lambda x: 0 < x <= 1),
             "min_p": ("0 <= min_p <= 1", lambda x: 0 <= x <= 1),
-            "repetition_penalty": ("above 0", lambda x: 0 < x < float("inf")),
-            "seed": ("a whole number from 0 to 2^64 - 1", lambda x: x == int(x) and 0 <= x < 1 << 64),
+            "repetition_penalty": ("1e-3 to 1e3", lambda x: 1e-3 <= x <= 1e3),
+            "seed": ("0 to 2^64 - 1", lambda x: 0 <= x < 1 << 64),
         }
         for name, (expected, holds) in checks.items():
             value = getattr(self, name)
-            if value != value or not holds(value):
+            if not isinstance(value, (int, float, np.number)) or not holds(value):
                 raise InputError(f"{name} is out of range", expected=expected, found=value)
+
+
+def whole_number(name: str, value: object) -> int:
+    """The value as an int; raises InputError if it is not one."""
+    try:
+        return operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise InputError(f"{name} is not a whole number", expected="an int", found=repr(value)) from None
 
 
 def row_key(prompt: Sequence[int], sample: int) -> int:

@@ -73,15 +73,23 @@ def take_rows(cache: KVCache, rows_B: jax.Array, capacity: int) -> KVCache:
     return KVCache(layers, cache.length_B[rows_B])
 
 
-def check_room(cache: KVCache, n_tokens: int) -> None:
-    """Raises InputError if a row has no room for `n_tokens` more. Under jit lengths are not known: check before."""
+def check_room(cache: KVCache, tokens_BT: jax.Array, valid_B: jax.Array | None) -> None:
+    """Raises InputError if the tokens are not one row for each of the cache's, if a row has no room for them, or if
+    valid_B is not 0 to T for every row. Under jit only shapes are known: check the rest before."""
+    B, T = tokens_BT.shape
+    if len(cache.length_B) != B:
+        raise InputError("the cache has other rows than the tokens", expected=f"{len(cache.length_B)}", found=B)
+    if valid_B is not None and not isinstance(valid_B, jax.core.Tracer):
+        valid = np.asarray(valid_B)
+        if valid.shape != (B,) or valid.min() < 0 or valid.max() > T:
+            raise InputError("valid_B is out of range", expected=f"{B} numbers from 0 to {T}", found=valid.tolist())
     if isinstance(cache.length_B, jax.core.Tracer):
         return
     longest = int(np.max(cache.length_B))
-    if longest + n_tokens > cache.capacity:
+    if longest + T > cache.capacity:
         raise InputError(
             "the cache is full",
             expected=f"at most {cache.capacity} tokens",
-            found=f"{longest} cached + {n_tokens} new",
+            found=f"{longest} cached + {T} new",
             do="start with a larger capacity",
         )

@@ -37,6 +37,8 @@ class Generator(BaseGenerator):
         self._model = model
         self._device = model.model.norm.weight.device
         self._decoder = torch.compile(model.model, dynamic=False) if compile else model.model
+        if compile:  # by default torch gives up after eight shapes, and says so in a log
+            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 256)
 
     def _new_state(self, n_rows: int, capacity: int) -> DecodeState:
         logits_BV = torch.zeros((n_rows, self.config.vocab_size), dtype=self._dtype, device=self._device)

@@ -79,20 +79,28 @@ def take_rows(cache: KVCache, rows_B: Tensor, capacity: int) -> KVCache:
 
 
 def writable(cache: KVCache) -> KVCache:
-    """The cache, or a copy of it if another call has continued it already."""
-    if torch.equal(cache.written_B, cache.length_B):
+    """The cache, or a copy of it where writing in place would be seen: another call has continued it already, gradients
+    are recorded, or it was made in inference mode, which is over."""
+    outlived = cache.written_B.is_inference() and not torch.is_inference_mode_enabled()
+    if torch.equal(cache.written_B, cache.length_B) and not torch.is_grad_enabled() and not outlived:
         return cache
     layers = tuple(LayerCache(layer.k_BKSH.clone(), layer.v_BKSH.clone()) for layer in cache.layers)
     return KVCache(layers, cache.length_B, cache.length_B.clone())
 
 
-def check_room(cache: KVCache, n_tokens: int) -> None:
-    """Raises InputError if a row has no room for `n_tokens` more."""
+def check_room(cache: KVCache, tokens_BT: Tensor, valid_B: Tensor | None) -> None:
+    """Raises InputError if the tokens are not one row for each of the cache's, if a row has no room for them, or if
+    valid_B is not 0 to T for every row."""
+    B, T = tokens_BT.shape
+    if len(cache.length_B) != B:
+        raise InputError("the cache has other rows than the tokens", expected=f"{len(cache.length_B)}", found=B)
+    if valid_B is not None and (valid_B.shape != (B,) or int(valid_B.min()) < 0 or int(valid_B.max()) > T):
+        raise InputError("valid_B is out of range", expected=f"{B} numbers from 0 to {T}", found=valid_B.tolist())
     longest = int(cache.length_B.max())
-    if longest + n_tokens > cache.capacity:
+    if longest + T > cache.capacity:
         raise InputError(
             "the cache is full",
             expected=f"at most {cache.capacity} tokens",
-            found=f"{longest} cached + {n_tokens} new",
+            found=f"{longest} cached + {T} new",
             do="start with a larger capacity",
         )

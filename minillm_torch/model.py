@@ -83,8 +83,10 @@ class MiniLLM(nn.Module):
         """
         tokens_BT = check_tokens(self.config, tokens_BT)
         if cache is not None:
-            check_room(cache, tokens_BT.shape[1])
+            check_room(cache, tokens_BT, valid_B)
             cache = writable(cache)
+        elif valid_B is not None:
+            raise InputError("valid_B needs a cache", do="leave it out: padding to the right changes nothing before it")
         x_BTD, cache = self.model(tokens_BT, cache, valid_B)
         return self.head(x_BTD), cache
 

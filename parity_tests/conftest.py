@@ -6,7 +6,7 @@ import signal
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the suite needs no GPU; scripts/benchmark.py compares on one
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
-os.environ.setdefault("GOMP_SPINCOUNT", "30000")  # JAX and torch share the cores: see scripts/backends.py
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # JAX and torch share the cores: see scripts/backends.py
 
 from collections.abc import Iterator
 from dataclasses import dataclass

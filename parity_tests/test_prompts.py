@@ -13,7 +13,7 @@ import pytest
 from minillm_core.errors import InputError
 from minillm_core.prompts import read_prompts
 from minillm_core.tokenizer import Tokenizer
-from parity_tests.conftest import BACKENDS, ROOT, state_at, train_until
+from parity_tests.conftest import BACKENDS, ROOT, train_until
 from parity_tests.test_generate import complete
 
 OPTIONS = ["--max-new-tokens", "12", "--temperature", "0.9", "--seed", "4", "--stop", "the", "--stop-ids", "7"]
@@ -97,7 +97,6 @@ def test_a_file_of_prompts(run: Path, prompts: Path, tmp_path: Path) -> None:
             assert [c.tokens for c in alone] == [c["tokens"] for c in rows[i]["completions"]]
             for c, row in zip(alone, rows[i]["completions"], strict=True):
                 assert c.logprobs == pytest.approx(row["logprobs"], abs=1e-4)
-    assert state_at(run, "jax", 2).weights.keys() == state_at(run, "torch", 2).weights.keys()
 
 
 @pytest.mark.parametrize("framework", BACKENDS)
@@ -133,8 +132,19 @@ def test_bad_prompt_files(name: str, content: bytes, message: str, tmp_path: Pat
     (tmp_path / name).write_bytes(content)
     with pytest.raises(InputError, match=message):
         read_prompts(tmp_path / name)
-    (tmp_path / "good.jsonl").write_text('{"prompt": "a\\nb"}\n')
-    assert read_prompts(tmp_path / "good.jsonl") == ["a\nb"]
+    (tmp_path / "good.jsonl").write_text('\ufeff{"prompt": "a\\nb"}\r\n{"prompt": "c\u2028d"}', "utf-8")
+    assert read_prompts(tmp_path / "good.jsonl") == ["a\nb", "c\u2028d"]
+
+
+def test_an_unfinished_output_of_something_else(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_text("one\ntwo\n")
+    for content in ("my own notes", "line\nline\n", '{"index": 3}\n'):
+        (tmp_path / "o.jsonl.partial").write_text(content)
+        arguments = ("--prompts", "p.txt", "--output", "o.jsonl")
+        done = subprocess.run(command(run, "torch", *arguments), cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 2, done.stderr
+        assert "cannot go on with this file" in done.stderr
+        assert (tmp_path / "o.jsonl.partial").read_text() == content
 
 
 @pytest.mark.parametrize(

@@ -77,7 +77,7 @@ def make_engine(engine: str, config: ModelConfig, compile: bool) -> Callable[[in
             assert out.shape == (batch, width + n_tokens)
 
         return generate
-    backend = load_backend(engine)
+    backend = load_backend(engine, decoding=True)
     arguments = {"compile": True} if compile and engine == "torch" else {}
     dtype = importlib.import_module("torch").float32 if engine == "torch" else np.float32
     model = backend.build_model(config, weights, param_dtype=dtype, compute_dtype=dtype)

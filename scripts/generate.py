@@ -9,6 +9,7 @@ from backends import load_backend
 from minillm_core.checkpoints import find_checkpoint
 from minillm_core.cli import print_stream, run
 from minillm_core.errors import InputError
+from minillm_core.files import hash_file
 from minillm_core.prompts import continue_file
 from minillm_core.tokenizer import Tokenizer
 
@@ -69,7 +70,7 @@ def generate(
         raise InputError("--n and --logprobs need a file to write to", do="give --prompts FILE --output FILE.jsonl")
     if compile and backend == "jax":
         raise InputError("--compile is for torch; JAX always compiles", do="leave it out, or add --backend torch")
-    framework = load_backend(backend)
+    framework = load_backend(backend, decoding=True)
     checkpoint = find_checkpoint(path, backend)
     extra = {"compile": True} if compile else {}
     generator = framework.Generator(
@@ -89,7 +90,8 @@ def generate(
     if prompts is None or output is None:
         print_stream(prompt, generator.stream(prompt, **options))
     else:
-        setup = {"checkpoint": str(checkpoint), "backend": backend, "dtype": dtype}
+        hashes = hash_file(checkpoint / "manifest.json")  # of all files of the checkpoint
+        setup = {"checkpoint": str(checkpoint), "hashes": hashes, "backend": backend, "dtype": dtype}
         continue_file(generator, prompts, output, batch_size, setup, {**options, "n": n, "logprobs": logprobs})
 
 
