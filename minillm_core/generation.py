@@ -133,30 +133,12 @@ class BaseGenerator(ABC):
 
     @overload
     def generate(
-        self,
-        prompts: Sequence[Prompt],
-        *,
-        max_new_tokens: int,
-        n: int = 1,
-        stop: str | int | Sequence[str | int] = (),
-        truncate: bool = False,
-        prefix: Prefix | None = None,
-        logprobs: Literal[False] = False,
-        **sampling: Any,
+        self, prompts: Sequence[Prompt], *, max_new_tokens: int, logprobs: Literal[False] = False, **options: Any
     ) -> list[str]: ...
 
     @overload
     def generate(
-        self,
-        prompts: Sequence[Prompt],
-        *,
-        max_new_tokens: int,
-        n: int = 1,
-        stop: str | int | Sequence[str | int] = (),
-        truncate: bool = False,
-        prefix: Prefix | None = None,
-        logprobs: Literal[True],
-        **sampling: Any,
+        self, prompts: Sequence[Prompt], *, max_new_tokens: int, logprobs: Literal[True], **options: Any
     ) -> list[Completion]: ...
 
     def generate(
@@ -272,9 +254,8 @@ class BaseGenerator(ABC):
         room = self.config.context_length - max_new_tokens
         rows = []
         for i, prompt in enumerate(prompts):
-            empty_is_fine = prefix is not None and len(prompt) == 0
-            tokens = [] if empty_is_fine else self._encode(prompt, bos=prefix is None, where=f"prompt {i + 1}")
             before = [] if prefix is None else list(prefix.tokens)
+            tokens = self._encode(prompt, bos=not before, may_be_empty=bool(before), where=f"prompt {i + 1}")
             if truncate and room > len(before):
                 tokens = tokens[-(room - len(before)) :]
             self._check_fits(len(before) + len(tokens), max_new_tokens, where=f"prompt {i + 1}")
@@ -284,10 +265,10 @@ class BaseGenerator(ABC):
         ends = frozenset([*stop_ids, self.tokenizer.eos_id])
         return _Request(rows, n, max_new_tokens, stop_strings, ends, prefix, config)
 
-    def _encode(self, prompt: Prompt, *, bos: bool, where: str) -> list[int]:
+    def _encode(self, prompt: Prompt, *, bos: bool, where: str, may_be_empty: bool = False) -> list[int]:
         if not isinstance(prompt, (str, Sequence, np.ndarray)):
             raise InputError("not a prompt", expected="text or a list of token ids", found=repr(prompt), where=where)
-        if not len(prompt):
+        if not len(prompt) and not may_be_empty:
             do = f"to generate from nothing, give the begin-of-document token: [{self.tokenizer.bos_id}]"
             raise InputError("empty prompt", expected="at least one token", found=repr(prompt), where=where, do=do)
         if isinstance(prompt, str):

@@ -18,7 +18,7 @@ import minillm_torch
 from minillm_core import generation
 from minillm_core.config import ModelConfig
 from minillm_core.errors import InputError
-from minillm_core.generation import BLOCK, BaseGenerator, Completion, bucket, shown
+from minillm_core.generation import BLOCK, BaseGenerator, Completion, Prefix, bucket, shown
 from minillm_core.tokenizer import Tokenizer
 from minillm_jax import generate as jax_generate
 from minillm_jax.weights import split_model
@@ -514,6 +514,7 @@ def test_logits_that_are_not_finite(framework: str, temperature: float, tokenize
         (lambda g: g.generate(["a"], max_new_tokens=3, stop=["b", ""]), "stop string is empty"),
         (lambda g: g.generate(["a"], max_new_tokens=3, stop=[512]), "outside the vocabulary"),
         (lambda g: g.generate(["a"], max_new_tokens=3, prefix="the beginning"), "not a prefix"),
+        (lambda g: g.generate([5], max_new_tokens=3, prefix=Prefix((1,), None, g)), "not a prompt"),
         (lambda g: g.prefill(""), "empty prompt"),
         (lambda g: g.prefill("word " * 400), "longer than the context"),
     ],
