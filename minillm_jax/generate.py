@@ -19,11 +19,11 @@ from minillm_core.generation import BaseGenerator
 from minillm_core.sampling import SamplingConfig
 from minillm_core.tokenizer import Tokenizer
 from minillm_jax.kv_cache import KVCache, init_cache, take_rows
-from minillm_jax.layers import at_least_float32
+from minillm_jax.layers import Linear, at_least_float32
 from minillm_jax.loss import token_losses
 from minillm_jax.model import MiniLLM
 from minillm_jax.train import make_eval_step
-from minillm_jax.weights import Params, merge_model, model_structure, split_model
+from minillm_jax.weights import Params, merge_model, split_model
 
 DecodeState = tuple[jax.Array, KVCache]
 """Logits (B, V) of the next token, and the cache of all before it."""
@@ -89,21 +89,27 @@ DecodeParams = dict[str, jax.Array | _Fused]
 def _laid_out_for_cpu(
     config: ModelConfig, params: Params, compute_dtype: DTypeLike
 ) -> tuple[nnx.GraphDef[MiniLLM], DecodeParams]:
-    """The same model in the layout that XLA:CPU reads fastest: a head of its own (a tied one would be turned round for
-    every token), and side by side what `project` multiplies together. It takes a second copy of those weights.
+    """The same model in the layout that XLA:CPU reads fastest: kernels as (out, in), the embedding as a head that is a
+    Linear, and side by side what `project` multiplies together. It takes a second copy of the kernels.
 
-    Measured, mini-llm-50m, 16 rows: the products of a step take 25 ms, without it 40.
+    Measured, mini-llm-50m, 16 rows: the products of a step take 18 ms, without it 40.
     """
-    if config.tie_embeddings:
-        params = params | {"lm_head.kernel": params["model.embed_tokens.embedding"].T}
     untied = dataclasses.replace(config, tie_embeddings=False)
-    graphdef, _ = model_structure(untied, param_dtype=params["lm_head.kernel"].dtype, compute_dtype=compute_dtype)
-    params, laid_out = dict(params), DecodeParams()
+    dtypes = {"param_dtype": params["model.norm.scale"].dtype, "compute_dtype": compute_dtype}
+    model = nnx.eval_shape(lambda: MiniLLM(untied, **dtypes))
+    for _, module in nnx.iter_modules(model):
+        if isinstance(module, Linear):
+            module.for_few_rows = True
+    graphdef, _, _ = split_model(model)
+    params = {path: array.T if path.endswith(".kernel") else array for path, array in params.items()}
+    if config.tie_embeddings:
+        params["lm_head.kernel"] = params["model.embed_tokens.embedding"]
+    laid_out = DecodeParams()
     for i in range(config.n_layers):
         for linears in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj"):
             kernels = {path: params.pop(path) for path in (f"model.layers.{i}.{name}.kernel" for name in linears)}
-            widths = tuple((path, kernel.shape[1]) for path, kernel in kernels.items())
-            laid_out[f"layer {i}: {linears}"] = _Fused(jnp.concatenate(list(kernels.values()), axis=1), widths)
+            widths = tuple((path, len(kernel)) for path, kernel in kernels.items())
+            laid_out[f"layer {i}: {linears}"] = _Fused(jnp.concatenate(list(kernels.values())), widths)
     return graphdef, laid_out | params
 
 
@@ -116,7 +122,7 @@ def _apart(params: DecodeParams) -> Params:
             continue
         start = 0
         for path, width in value.widths:
-            apart[path] = value.kernel[:, start : start + width]
+            apart[path] = value.kernel[start : start + width]
             start += width
     return apart
 

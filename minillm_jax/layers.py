@@ -36,27 +36,42 @@ def matmul(x: jax.Array, w: jax.Array) -> jax.Array:
     )
 
 
+def matmul_few(x: jax.Array, w_OI: jax.Array) -> jax.Array:
+    """x @ w.T over the last axis of x, for few rows: the weight comes first, where XLA:CPU does not repack it.
+
+    Measured on two cores of an AMD EPYC, float32, (384, 1536): 136 us for 16 rows and 80 for one;
+    `matmul` takes 196 and 111.
+    """
+    x_RI = x.reshape(-1, x.shape[-1])
+    precision = precision_of(x.dtype)
+    if len(x_RI) == 1:
+        out_RO = jnp.matmul(x_RI, w_OI.T, precision=precision)
+    else:
+        out_OR = jnp.matmul(w_OI, x_RI.T, precision=precision)
+        out_RO = jax.lax.optimization_barrier(out_OR).T  # otherwise XLA turns the product round again
+    return out_RO.reshape(*x.shape[:-1], len(w_OI))
+
+
 class Linear(nnx.Module):
-    """x @ W without bias, W (in, out)."""
+    """x @ W without bias, W (in, out); (out, in) if `for_few_rows`."""
 
     def __init__(self, d_in: int, d_out: int, *, param_dtype: DTypeLike, compute_dtype: DTypeLike):
         self.compute_dtype = compute_dtype
+        self.for_few_rows = False
         self.kernel = nnx.Param(jnp.zeros((d_in, d_out), param_dtype))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        dtype = self.compute_dtype
-        return matmul(x.astype(dtype), self.kernel[...].astype(dtype))
+        return project(x, self)[0]
 
 
 def project(x_BTD: jax.Array, *linears: Linear) -> list[jax.Array]:
-    """Several Linears of the same input. A single step of decoding on a CPU makes one product of them: XLA:CPU takes
-    0.75 of the time for it at 16 rows."""
-    if x_BTD.shape[1] > 1 or jax.default_backend() != "cpu":
-        return [linear(x_BTD) for linear in linears]
+    """Several Linears of the same input. For few rows it is one product of them."""
     dtype = linears[0].compute_dtype
-    kernel = jnp.concatenate([linear.kernel[...].astype(dtype) for linear in linears], axis=1)
-    ends = list(accumulate(linear.kernel.shape[1] for linear in linears))
-    return jnp.split(matmul(x_BTD.astype(dtype), kernel), ends[:-1], axis=-1)
+    x_BTD, kernels = x_BTD.astype(dtype), [linear.kernel[...].astype(dtype) for linear in linears]
+    if not linears[0].for_few_rows:
+        return [matmul(x_BTD, kernel) for kernel in kernels]
+    ends = list(accumulate(map(len, kernels)))
+    return jnp.split(matmul_few(x_BTD, jnp.concatenate(kernels)), ends[:-1], axis=-1)
 
 
 class Embedding(nnx.Module):
