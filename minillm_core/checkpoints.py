@@ -2,7 +2,7 @@
 
     <run>/<framework>/checkpoints/<step>/
         checkpoint.json     framework, step, the whole run configuration, hashes of the data
-        tokenizer.model
+        tokenizer.model     of an imported model perhaps tokenizer.json and tokenizer_config.json
         manifest.json       size and SHA-256 of every other file
         ...                 the payload: Orbax (jax) or safetensors (torch)
 
@@ -28,6 +28,7 @@ from minillm_core import __version__
 from minillm_core.config import RunConfig, run_config_from_dict, to_dict
 from minillm_core.errors import InputError
 from minillm_core.files import commit_folder, hash_file, is_disk_full, make_folder, remove_folder
+from minillm_core.tokenizer import TOKENIZER_FILES
 
 FORMAT_VERSION = 1
 FRAMEWORKS = ("jax", "torch")
@@ -233,6 +234,7 @@ class CheckpointWriter:
         """Starts saving; the caller may change its state as soon as this returns.
 
         Args:
+            tokenizer: the folder of the tokenizer's files.
             start_payload: given the folder to write into, takes a snapshot of the state and returns the function that
                 finishes writing it, which then runs in the background.
             best: step of a checkpoint to keep however old it is.
@@ -257,7 +259,9 @@ class CheckpointWriter:
         final = self.folder / str(info.step)
         with _cleaned_up(partial):
             finish_payload()
-            shutil.copyfile(tokenizer, partial / "tokenizer.model")
+            for name in TOKENIZER_FILES:
+                if (tokenizer / name).is_file():
+                    shutil.copyfile(tokenizer / name, partial / name)
             data = {"format_version": FORMAT_VERSION, "version": __version__, **dataclasses.asdict(info)}
             _write_json(partial / "checkpoint.json", data | {"config": to_dict(info.config)})
             manifest = {

@@ -95,7 +95,7 @@ class BaseGenerator(ABC):
         """Raises InputError if the tokenizer has another vocabulary than the model."""
         self.config: ModelConfig = model.config
         self.tokenizer = tokenizer
-        if tokenizer.vocab_size != self.config.vocab_size:
+        if not tokenizer.fits(self.config.vocab_size):
             raise InputError(
                 "the tokenizer has another vocabulary than the model",
                 expected=f"{self.config.vocab_size} pieces",
@@ -382,7 +382,7 @@ class BaseGenerator(ABC):
 
     def _text(self, tokens: list[int]) -> str:
         """The text of the tokens so far, without a character at its end of which bytes are missing."""
-        return self.tokenizer.decode(tokens).rstrip("\ufffd")
+        return self.tokenizer.decode_after(tokens).rstrip("\ufffd")
 
     def _completion(self, row: _Row, request: _Request) -> Completion:
         assert row.finish_reason is not None  # it has run to its end

@@ -1,21 +1,51 @@
-"""The neutral format between frameworks: safetensors in Hugging Face's names, and Hugging Face's config.json."""
+"""safetensors files, the neutral format between frameworks: written and read one tensor at a time."""
 
 import json
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
+import ml_dtypes
 import numpy as np
 import safetensors
-import safetensors.numpy
 
-from minillm_core.config import ModelConfig
 from minillm_core.errors import InputError
-from minillm_core.tokenizer import BOS_ID, EOS_ID, PAD_ID
+
+DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+"""What the format calls the dtypes of weights."""
+
+
+def numpy_dtype(name: str) -> np.dtype:
+    """The dtype of a name, bfloat16 too."""
+    return np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
-    safetensors.numpy.save_file({k: np.ascontiguousarray(v) for k, v in tensors.items()}, path, {"format": "pt"})
+    """Writes tensors bit for bit; unlike the library's `save_file` without a second copy of them all."""
+    for dtype in {array.dtype for array in tensors.values()}:
+        assert dtype.name in DTYPES.values(), dtype
+    layout = {name: (array.shape, array.dtype.name) for name, array in tensors.items()}
+    stream_safetensors(path, layout, tensors.items())
+
+
+def stream_safetensors(
+    path: Path, layout: Mapping[str, tuple[tuple[int, ...], str]], tensors: Iterable[tuple[str, np.ndarray]]
+) -> None:
+    """Writes tensors that come one at a time, in the order of `layout`: name -> shape, dtype."""
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}  # transformers asks for it
+    end = 0
+    for name, (shape, dtype) in layout.items():
+        start, end = end, end + math.prod(shape) * numpy_dtype(dtype).itemsize
+        header[name] = {"dtype": names[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for (name, array), (expected, (shape, dtype)) in zip(tensors, layout.items(), strict=True):
+            assert (name, array.shape) == (expected, shape), f"{name} {array.shape} where {expected} {shape} should be"
+            array = np.ascontiguousarray(array.astype(numpy_dtype(dtype), copy=False))
+            file.write(array.view(np.uint8).data if array.ndim else array.tobytes())
 
 
 def read_safetensors(path: Path) -> Iterator[tuple[str, np.ndarray]]:
@@ -32,44 +62,15 @@ def read_safetensors(path: Path) -> Iterator[tuple[str, np.ndarray]]:
         raise InputError("missing or damaged safetensors file", found=error, where=path) from error
 
 
-def to_hf_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
-    """The `config.json` with which `transformers` builds the same model (LlamaForCausalLM)."""
-    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
-    if config.rope_scaling is not None:
-        rope |= {
-            "rope_type": "llama3",
-            "factor": config.rope_scaling.factor,
-            "low_freq_factor": config.rope_scaling.low_freq_factor,
-            "high_freq_factor": config.rope_scaling.high_freq_factor,
-            "original_max_position_embeddings": config.rope_scaling.original_context_length,
-        }
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "vocab_size": config.vocab_size,
-        "max_position_embeddings": config.context_length,
-        "hidden_size": config.width,
-        "intermediate_size": config.hidden,
-        "num_hidden_layers": config.n_layers,
-        "num_attention_heads": config.n_heads,
-        "num_key_value_heads": config.n_kv_heads,
-        "head_dim": config.resolved_head_dim,
-        "hidden_act": "silu",
-        "rms_norm_eps": config.norm_eps,
-        "rope_theta": config.rope_theta,  # read by transformers 4
-        "rope_scaling": rope if config.rope_scaling is not None else None,
-        "rope_parameters": rope,  # read by transformers 5
-        "tie_word_embeddings": config.tie_embeddings,
-        "attention_bias": False,
-        "mlp_bias": False,
-        "initializer_range": config.init_std,
-        "bos_token_id": BOS_ID,
-        "eos_token_id": EOS_ID,
-        "pad_token_id": PAD_ID,
-        "dtype": dtype,
-        "torch_dtype": dtype,  # read by transformers 4
-    }
+def safetensors_layout(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Name -> shape and dtype (in the format's words) of every tensor of a file; only its header is read.
 
-
-def write_hf_config(path: Path, config: ModelConfig, dtype: str) -> None:
-    path.write_text(json.dumps(to_hf_config(config, dtype), indent=1) + "\n")
+    Raises:
+        InputError: the file is missing or damaged.
+    """
+    try:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            return {name: (tuple(x.get_shape()), x.get_dtype()) for name, x in slices.items()}
+    except (OSError, safetensors.SafetensorError) as error:
+        raise InputError("missing or damaged safetensors file", found=error, where=path) from error

@@ -27,7 +27,7 @@ from minillm_core.plots import plot_loss
 from minillm_core.progress import Progress
 from minillm_core.rundir import open_run, require_same_config, require_same_data
 from minillm_core.schedule import learning_rate
-from minillm_core.tokenizer import Tokenizer
+from minillm_core.tokenizer_json import load_tokenizer
 from minillm_core.trackers import Tracker, open_trackers
 
 MAX_SKIPS = 20
@@ -41,7 +41,7 @@ def train_and_sample(config: RunConfig, backend: Backend) -> None:
     checkpoint = train(config, backend)
     ours, other = backend.FRAMEWORK, "torch" if backend.FRAMEWORK == "jax" else "jax"
     say("\na sample of the trained model (greedy decoding would repeat itself; this is temperature 0.8, top-p 0.95):\n")
-    generator = backend.Generator(backend.load(checkpoint), Tokenizer(checkpoint / "tokenizer.model"))
+    generator = backend.Generator(backend.load(checkpoint), load_tokenizer(checkpoint, config.model.vocab_size))
     room = config.model.context_length - len(generator.tokenizer.encode(SAMPLE_PROMPT, bos=True))
     stream = generator.stream(SAMPLE_PROMPT, max_new_tokens=min(120, room), temperature=0.8, top_p=0.95)
     print_stream(SAMPLE_PROMPT, stream)
@@ -72,7 +72,7 @@ def train(config: RunConfig, backend: Backend) -> Path:
         say(f"found prepared data in {config.data.dir}")
     data = PreparedData(config.data.dir, config.model.vocab_size)
     data.verify()
-    run_dir, tokenizer = Path(config.train.out_dir), data.tokenizer.path
+    run_dir, tokenizer = Path(config.train.out_dir), data.dir
     with (
         StopRequest() as stop,
         open_run(run_dir, config, tokenizer, data.hashes(), backend.auto_dtype()) as resolved,
@@ -234,7 +234,7 @@ class _Run:
             info = CheckpointInfo(self.backend.FRAMEWORK, self.step, self.updates, self.config, self.data.hashes())
             start_payload = partial(self.backend.start_payload, config=self.config, state=self.state)
             n_bytes = 3 * count_params(self.config.model) * (8 if self.config.train.compute_dtype == "float64" else 4)
-            self.writer.save(info, self.data.tokenizer.path, start_payload, self._best(), n_bytes)
+            self.writer.save(info, self.data.dir, start_payload, self._best(), n_bytes)
             self.saved_step = self.step
             plot_loss(self.log.rows, self.folder / "loss.png")
 

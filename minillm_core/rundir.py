@@ -11,6 +11,7 @@ from minillm_core import __version__
 from minillm_core.config import ComputeDtype, RunConfig, config_differences, dump_config, load_config
 from minillm_core.errors import InputError
 from minillm_core.files import lock, make_folder, replace_file
+from minillm_core.tokenizer import TOKENIZER_FILES
 
 FORMAT_VERSION = 1
 
@@ -22,7 +23,7 @@ def open_run(
     """Creates the run directory, or checks that it is this run's; no other process can open it meanwhile.
 
     Args:
-        tokenizer: the model file to copy into a new run.
+        tokenizer: the folder of the tokenizer's files, which are copied into a new run.
         data_hashes: PreparedData.hashes().
         dtype: what a `compute_dtype` of `auto` means for a run that begins here.
 
@@ -52,8 +53,8 @@ def open_run(
         contents: dict[str, str | bytes] = {
             "config.yaml": dump_config(config),
             "run.json": json.dumps(record, indent=1) + "\n",
-            "tokenizer.model": tokenizer.read_bytes(),
         }
+        contents |= {name: (tokenizer / name).read_bytes() for name in TOKENIZER_FILES if (tokenizer / name).is_file()}
         for name, content in contents.items():
             if not (run / name).exists():
                 replace_file(run / name, content)

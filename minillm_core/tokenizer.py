@@ -10,6 +10,9 @@ from minillm_core.errors import InputError
 
 UNK_ID, BOS_ID, EOS_ID, PAD_ID = 0, 1, 2, 3
 
+TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json")
+"""What goes along with a model: the first for our own, any of them for imported ones."""
+
 
 def train_tokenizer(lines: Iterable[str], vocab_size: int, path: Path) -> None:
     """Trains a BPE model of exactly vocab_size pieces and writes it to `path`.
@@ -71,6 +74,10 @@ class Tokenizer:
         self.bos_id: int = self._pieces.bos_id()
         self.eos_id: int = self._pieces.eos_id()
 
+    def fits(self, vocab_size: int) -> bool:
+        """Whether a model with that many rows in its embedding can use it."""
+        return self.vocab_size == vocab_size
+
     def encode(self, text: str, *, bos: bool = False) -> list[int]:
         """Token ids of a text, preceded by the begin-of-document token if `bos`."""
         return [self.bos_id] * bos + self._pieces.encode(text)
@@ -81,3 +88,9 @@ class Tokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids; control tokens (begin, end, padding) are left out."""
         return self._pieces.decode([int(i) for i in ids])
+
+    def decode_after(self, ids: Sequence[int]) -> str:
+        """Text of token ids that go on after other text: tokenizers that put a space before a text leave it out of what
+        they decode, but here it stays."""
+        anchor = self.encode("a")
+        return self.decode([*anchor, *ids])[len(self.decode(anchor)) :]

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from minillm_core.checkpoints import TrainingState, find_checkpoint, read_info, verify_checkpoint
 from minillm_core.config import RunConfig
-from minillm_core.interchange import read_safetensors, write_hf_config, write_safetensors
+from minillm_core.hf import write_hf_config
+from minillm_core.interchange import read_safetensors, write_safetensors
 from minillm_core.params import check_shapes
 from minillm_torch.model import MiniLLM
 from minillm_torch.train import TrainState, default_device, export_state, resolve_dtype

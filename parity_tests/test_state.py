@@ -154,7 +154,7 @@ def test_weights_alone_can_be_trained_on(
     bare = TrainingState(state.weights, {}, {})
     with CheckpointWriter(tmp_path / "bare/torch/checkpoints") as writer:
         tokenizer = tmp_path / "a/tokenizer.model"
-        writer.save(info, tokenizer, lambda folder: lambda: minillm_torch.write_payload(folder, config, bare))
+        writer.save(info, tokenizer.parent, lambda folder: lambda: minillm_torch.write_payload(folder, config, bare))
     capsys.readouterr()
     convert("torch", "jax", str(tmp_path / "bare/torch/checkpoints/3"), str(tmp_path / "b"))
     assert "training on from here would restart Adam's moments" in capsys.readouterr().err

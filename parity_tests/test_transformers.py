@@ -12,7 +12,7 @@ from transformers.models.llama import modeling_llama
 import minillm_torch
 from minillm_core.checkpoints import Tensors, TrainingState
 from minillm_core.config import ModelConfig, RopeScaling
-from minillm_core.interchange import to_hf_config
+from minillm_core.hf import to_hf_config
 from minillm_core.rope import inverse_frequencies
 from parity_tests.conftest import (
     MODELS,

@@ -201,7 +201,7 @@ def saving_times(backend: Any, config: BenchmarkConfig, state: Any, data: Prepar
             started = time.perf_counter()
             info = CheckpointInfo(backend.FRAMEWORK, step, step, run_config, data.hashes())
             start_payload = partial(backend.start_payload, config=config, state=state)
-            writer.save(info, data.tokenizer.path, start_payload)
+            writer.save(info, data.dir, start_payload)
             waited = time.perf_counter() - started
             writer.wait()
     return waited, time.perf_counter() - started

@@ -19,7 +19,7 @@ from backends import load_backend
 
 from minillm_core.cli import run, say
 from minillm_core.config import ModelConfig, load_config
-from minillm_core.interchange import to_hf_config
+from minillm_core.hf import to_hf_config
 from minillm_core.params import init_params
 
 ENGINES = ("transformers", "jax", "torch")
@@ -34,7 +34,10 @@ class NoTokenizer:
     def __init__(self, config: ModelConfig):
         self.vocab_size = config.vocab_size
 
-    def decode(self, ids: list[int]) -> str:
+    def fits(self, vocab_size: int) -> bool:
+        return True
+
+    def decode_after(self, ids: list[int]) -> str:
         return ""
 
 

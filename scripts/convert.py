@@ -4,6 +4,12 @@
 
 SRC is a run or a checkpoint (default: runs/quickstart); DST is a run directory. Without DST the copy goes into the
 same run, or into RUN-from-torch if that run holds training of its own in the other framework.
+
+    python scripts/convert.py 'hf->jax' FOLDER RUN
+    python scripts/convert.py 'jax->hf' [SRC [FOLDER]]
+
+To and from Hugging Face's format (`hf`), for either framework: the weights and the tokenizer of any model of the Llama
+architecture. What the architecture lacks is refused by name.
 """
 
 import os
@@ -13,11 +19,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import tyro
 from backends import load_backend
 
 from minillm_core.backend import Backend
+from minillm_core.bridge import export_hf, import_hf
 from minillm_core.checkpoints import (
     FRAMEWORKS,
     CheckpointInfo,
@@ -34,45 +42,64 @@ from minillm_core.files import make_folder
 from minillm_core.metrics import read_metrics, write_metrics
 from minillm_core.rundir import open_run
 
+FORMATS = (*FRAMEWORKS, "hf")
+DEFAULT_RUN = "runs/quickstart"
+
 
 def main() -> None:
     arguments = undo_redirection(sys.argv[1:])
-    direction, source, destination = tyro.cli(parse, args=arguments, description=__doc__)
-    convert(*parse_direction(direction), source, destination)
+    direction, source, destination, dtype = tyro.cli(parse, args=arguments, description=__doc__)
+    source_format, target_format = parse_direction(direction)
+    if target_format == "hf":
+        checkpoint = find_checkpoint(source or DEFAULT_RUN, source_format)
+        folder = Path(destination) if destination else checkpoint.parent.parent.parent / f"hf-{source_format}"
+        print(export_hf(checkpoint, folder, load_backend(source_format), dtype))
+    elif source_format == "hf":
+        if source is None or destination is None:
+            raise InputError("no paths", expected=f"'hf->{target_format}' FOLDER RUN", found=f"{source} {destination}")
+        print(import_hf(Path(source), Path(destination), load_backend(target_format)))
+        say(f"try: python scripts/generate.py {destination} --backend {target_format}")
+    else:
+        convert(source_format, target_format, source or DEFAULT_RUN, destination)
 
 
 def parse(
     direction: tyro.conf.Positional[str],
-    src: tyro.conf.Positional[str] = "runs/quickstart",
+    src: tyro.conf.Positional[str | None] = None,
     dst: tyro.conf.Positional[str | None] = None,
-) -> tuple[str, str, str | None]:
+    dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32",
+) -> tuple[str, str | None, str | None, str]:
     """Converts a checkpoint.
 
     Args:
-        direction: 'torch->jax' or 'jax->torch', quoted; torch-to-jax needs no quotes.
-        src: a run, a run's framework folder, or one checkpoint.
-        dst: the run directory to write into.
+        direction: 'torch->jax', 'jax->torch', 'hf->jax', 'hf->torch', 'jax->hf' or 'torch->hf', quoted; torch-to-jax
+            needs no quotes.
+        src: a run, a run's framework folder, or one checkpoint (default: runs/quickstart); or a Hugging Face folder.
+        dst: the run directory, or the Hugging Face folder, to write into (default: the same run).
+        dtype: of the weights of a Hugging Face folder.
     """
-    return direction, src, dst
+    return direction, src, dst, dtype
 
 
 def parse_direction(direction: str) -> tuple[str, str]:
     match = re.fullmatch(r"(\w+)(?:->|-to-)(\w+)", direction)
-    if not match or set(match.groups()) != set(FRAMEWORKS):
-        raise InputError("unknown conversion", expected="'torch->jax' or 'jax->torch'", found=repr(direction))
+    if not match or match[1] == match[2] or not set(match.groups()) <= set(FORMATS):
+        expected = "two of jax, torch and hf: 'torch->jax', 'hf->jax' ..."
+        raise InputError("unknown conversion", expected=expected, found=repr(direction))
     return match[1], match[2]
 
 
 def undo_redirection(arguments: list[str]) -> list[str]:
     """Unquoted, a shell turns `torch->jax` into the argument `torch-` and sends our output to a file `jax`: does what
     was meant, and removes that file if it is ours and empty."""
-    if not arguments or arguments[0].removesuffix("-") not in FRAMEWORKS or not arguments[0].endswith("-"):
+    if not arguments or arguments[0].removesuffix("-") not in FORMATS or not arguments[0].endswith("-"):
         return arguments
     source = arguments[0].removesuffix("-")
-    target = next(name for name in FRAMEWORKS if name != source)
+    strays = [Path(name) for name in FORMATS if Path(name).is_file()]
+    ours = [path for path in strays if path.stat().st_size == 0 and os.path.samestat(os.fstat(1), path.stat())]
+    target = ours[0].name if ours else next(name for name in FRAMEWORKS if name != source)
     say(f"reading `{arguments[0]}` as '{source}->{target}': the shell takes an unquoted > as a redirection; quote it")
-    stray = Path(target)
-    if stray.is_file() and stray.stat().st_size == 0 and os.path.samestat(os.fstat(1), stray.stat()):
+    for stray in ours:
         stray.unlink()
         say(f"removed the empty file `{stray}` which that redirection made")
     return [f"{source}->{target}", *arguments[1:]]
@@ -90,8 +117,7 @@ def convert(source: str, target: str, source_path: str, destination: str | None)
     info = read_info(checkpoint)
     state = reader.read_payload(checkpoint, info.config, moments=True)
     run_dir = Path(destination) if destination else default_destination(checkpoint, source, target)
-    tokenizer = checkpoint / "tokenizer.model"
-    with open_run(run_dir, info.config, tokenizer, info.data_hashes, info.config.train.compute_dtype):
+    with open_run(run_dir, info.config, checkpoint, info.data_hashes, info.config.train.compute_dtype):
         result = write(writer, run_dir / target, checkpoint, info, state)
     say(f'try: python scripts/generate.py {run_dir} --backend {target} --prompt "My fellow citizens,"')
     if info.step < info.config.train.steps:
@@ -125,7 +151,7 @@ def write(writer: Backend, folder: Path, checkpoint: Path, info: CheckpointInfo,
         return partial(writer.write_payload, partial_folder, info.config, state)
 
     with CheckpointWriter(folder / "checkpoints") as checkpoints:
-        checkpoints.save(copy, checkpoint / "tokenizer.model", start_payload)
+        checkpoints.save(copy, checkpoint, start_payload)
     n_moments = len(state.exp_avg) + len(state.exp_avg_sq)
     say(f"converted {checkpoint}: {len(state.weights)} weights, {n_moments} Adam moments, step {info.step}")
     if not state.exp_avg:

@@ -11,7 +11,7 @@ from minillm_core.cli import print_stream, run
 from minillm_core.errors import InputError
 from minillm_core.files import hash_file
 from minillm_core.prompts import continue_file
-from minillm_core.tokenizer import Tokenizer
+from minillm_core.tokenizer_json import load_tokenizer
 
 
 def generate(
@@ -73,9 +73,8 @@ def generate(
     framework = load_backend(backend, decoding=True)
     checkpoint = find_checkpoint(path, backend)
     extra = {"compile": True} if compile else {}
-    generator = framework.Generator(
-        framework.load(checkpoint, dtype), Tokenizer(checkpoint / "tokenizer.model"), **extra
-    )
+    model = framework.load(checkpoint, dtype)
+    generator = framework.Generator(model, load_tokenizer(checkpoint, model.config.vocab_size), **extra)
     options = {
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,

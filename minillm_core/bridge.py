@@ -1,0 +1,164 @@
+"""Checkpoints of others made into runs, and checkpoints of runs made into folders that others read."""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from minillm_core import __version__
+from minillm_core.backend import Backend
+from minillm_core.checkpoints import CheckpointInfo, CheckpointWriter, TrainingState, read_info, verify_checkpoint
+from minillm_core.cli import say
+from minillm_core.config import ModelConfig, RunConfig, dump_config, load_config
+from minillm_core.errors import InputError
+from minillm_core.files import commit_folder, hash_file, make_folder
+from minillm_core.hf import open_hf, to_hf_config, write_hf_weights
+from minillm_core.metrics import losses_by_step, perplexity, read_metrics
+from minillm_core.params import count_params
+from minillm_core.rundir import open_run
+from minillm_core.tokenizer import TOKENIZER_FILES, Tokenizer
+from minillm_core.tokenizer_json import load_tokenizer, sentencepiece_to_json
+
+
+def import_hf(source: Path, run_dir: Path, backend: Backend) -> Path:
+    """Makes a run with one checkpoint, of step 0, from a Hugging Face folder; returns the checkpoint.
+
+    Weights are kept as float32 (float64 ones as they are). The tokenizer files go along as they are.
+
+    Raises:
+        InputError: the folder is damaged or has what the architecture cannot express, or the run directory holds
+            something else. Nothing is written then.
+    """
+    opened = open_hf(source)
+    result = run_dir / backend.FRAMEWORK / "checkpoints" / "0"
+    if result.parent.exists():
+        raise InputError("the run has checkpoints of its own", where=result.parent, do="give another run directory")
+    weights = dict(opened.tensors())
+    config = _run_config(opened.config, run_dir)
+    hashes = {name: hash_file(source / name) for name in TOKENIZER_FILES if (source / name).is_file()}
+    try:
+        load_tokenizer(source, opened.config.vocab_size)
+    except InputError as error:
+        say(f"text cannot be generated from it, token ids can: {error}")
+    with open_run(run_dir, config, source, hashes, "float32") as config:
+        info = CheckpointInfo(backend.FRAMEWORK, 0, 0, config, hashes, "hf")
+        with CheckpointWriter(result.parent) as writer:
+
+            def start_payload(folder: Path) -> Callable[[], None]:
+                return partial(backend.write_payload, folder, config, TrainingState(weights, {}, {}))
+
+            writer.save(info, source, start_payload)
+    say(f"imported {source}: {len(weights)} weights, {count_params(opened.config):,} parameters")
+    return result
+
+
+def _run_config(model: ModelConfig, run_dir: Path) -> RunConfig:
+    """The model under the training settings of the smallest preset, which nothing but further training would use."""
+    preset = load_config("quickstart")
+    train = replace(preset.train, out_dir=str(run_dir), seq_len=min(preset.train.seq_len, model.context_length))
+    return replace(preset, model=model, train=train)
+
+
+def export_hf(checkpoint: Path, folder: Path, backend: Backend, dtype: str) -> Path:
+    """Writes a checkpoint as a Hugging Face folder: config.json, weights, tokenizer, model card, loss curve.
+
+    Args:
+        dtype: of the weights: float32, bfloat16, float16 or float64.
+
+    Raises:
+        InputError: the folder exists, or the checkpoint is damaged.
+    """
+    if folder.exists():
+        raise InputError("the destination exists", where=folder, do="give another folder, or remove it")
+    verify_checkpoint(checkpoint)
+    info = read_info(checkpoint)
+    model = info.config.model
+    weights = backend.read_payload(checkpoint, info.config, moments=False).weights
+    beside = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(beside, ignore_errors=True)
+    make_folder(beside)
+    try:
+        write_hf_weights(beside, model, weights, dtype)
+        ids: dict[str, int | None] = {}
+        try:
+            ids = _write_tokenizer(beside, checkpoint, load_tokenizer(checkpoint, model.vocab_size), model)
+        except InputError as error:
+            say(f"the tokenizer is left out: {error}")
+        _write_json(beside / "config.json", to_hf_config(model, dtype) | ids)
+        _write_json(beside / "generation_config.json", ids)
+        curve = checkpoint.parent.parent / "loss.png"
+        if curve.is_file():
+            shutil.copyfile(curve, beside / "loss.png")
+        (beside / "README.md").write_text(_model_card(checkpoint, info, dtype, curve.is_file()))
+        commit_folder(beside, folder)
+    except BaseException:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise
+    say(f"exported {checkpoint}: {len(weights)} weights in {dtype}")
+    return folder
+
+
+def _write_tokenizer(folder: Path, checkpoint: Path, tokenizer: Tokenizer, model: ModelConfig) -> dict[str, int | None]:
+    """The tokenizer's files: an imported one's as they came, our own as tokenizer.json too. Returns its special ids."""
+    ids: dict[str, int | None] = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+    for name in TOKENIZER_FILES:
+        if (checkpoint / name).is_file():
+            shutil.copyfile(checkpoint / name, folder / name)
+    if (folder / "tokenizer.json").is_file():
+        return ids | {"pad_token_id": None}
+    data = sentencepiece_to_json(folder / "tokenizer.model")
+    settings: dict[str, object] = {"model_max_length": model.context_length, "clean_up_tokenization_spaces": False}
+    if data is None:
+        settings["tokenizer_class"] = "LlamaTokenizer"
+    else:
+        special = {token["content"]: token["id"] for token in data["added_tokens"] if token["special"]}
+        names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
+        settings |= {key: name for key, name in names.items() if name in special}
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+        settings["split_special_tokens"] = True  # "</s>" in a text is text, as it was in training
+        ids["pad_token_id"] = special.get("<pad>")
+        _write_json(folder / "tokenizer.json", data)
+    _write_json(folder / "tokenizer_config.json", settings)
+    return ids
+
+
+def _write_json(path: Path, data: object) -> None:
+    path.write_text(json.dumps(data, ensure_ascii=False, indent=1) + "\n")
+
+
+def _model_card(checkpoint: Path, info: CheckpointInfo, dtype: str, has_curve: bool) -> str:
+    model, metrics = info.config.model, checkpoint.parent.parent / "metrics.jsonl"
+    rows = read_metrics(metrics, info.step) if metrics.is_file() else []
+    lines = [
+        "---",
+        "library_name: transformers",
+        "pipeline_tag: text-generation",
+        "tags: [llama, mini-llm]",
+        "---",
+        f"# {info.config.train.out_dir.rstrip('/').rsplit('/', 1)[-1]}",
+        "",
+        f"A Llama-architecture model of {count_params(model):,} parameters ({dtype}), exported by Mini-LLM "
+        f"{__version__} from a {info.framework} checkpoint of step {info.step}.",
+        "",
+    ]
+    if info.step:
+        tokens = info.step * info.config.train.batch_size * info.config.train.seq_len
+        lines += [
+            f"Trained on {tokens:,} tokens of `{info.config.data.corpus}`.",
+            "",
+            "| split | step | loss, nats per token | perplexity |",
+            "|---|---|---|---|",
+        ]
+        for split in ("train", "val"):
+            losses = losses_by_step(rows, split)
+            if losses:
+                step = max(losses)
+                lines.append(f"| {split} | {step} | {losses[step]:.4f} | {perplexity(losses[step]):.2f} |")
+        lines += ["", *(["![loss curve](loss.png)", ""] if has_curve else [])]
+    lines += ["```python", "from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
+    lines += ["model = AutoModelForCausalLM.from_pretrained('.')", "tokenizer = AutoTokenizer.from_pretrained('.')"]
+    lines += ["```", "", "## Configuration", "", "```yaml", dump_config(info.config).rstrip(), "```", ""]
+    lines += ["## Data (SHA-256)", "", *(f"- {name}: `{value}`" for name, value in info.data_hashes.items()), ""]
+    return "\n".join(lines)

