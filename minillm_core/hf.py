@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors
 
 from minillm_core.config import ModelConfig, RopeScaling
 from minillm_core.errors import InputError
-from minillm_core.interchange import DTYPES, safetensors_layout, stream_safetensors
+from minillm_core.interchange import DTYPES, read_tensor, safetensors_layout, stream_safetensors
 from minillm_core.params import check_shapes, param_table
 from minillm_core.rope import inverse_frequencies
 from minillm_core.tokenizer import BOS_ID, EOS_ID, PAD_ID
@@ -165,7 +164,7 @@ class HFCheckpoint:
             InputError: a tensor has numbers that are not finite, or a file is damaged.
         """
         for name, path in self.files.items():
-            array = _read(path, name)
+            array = read_tensor(path, name)
             array = array if array.dtype == np.float64 else array.astype(np.float32)
             if not np.isfinite(array).all():
                 count = int(np.size(array) - np.isfinite(array).sum())
@@ -232,12 +231,12 @@ def _drop_redundant(config: ModelConfig, layout: dict[str, Any], files: dict[str
     """
     head, embedding = "lm_head.weight", "model.embed_tokens.weight"
     if config.tie_embeddings and head in layout and layout[head] == layout.get(embedding):
-        if not np.array_equal(_read(files[head], head), _read(files[embedding], embedding)):
+        if not np.array_equal(read_tensor(files[head], head), read_tensor(files[embedding], embedding)):
             do = 'set "tie_word_embeddings": false in config.json if the head is its own'
             raise InputError("a tied model whose head differs from its embedding", where=where, do=do)
         del layout[head]
     for name in [name for name in layout if name.endswith("rotary_emb.inv_freq")]:
-        own = _read(files[name], name).astype(np.float64)
+        own = read_tensor(files[name], name).astype(np.float64)
         expected = inverse_frequencies(config)
         if own.shape != expected.shape or not np.allclose(own, expected, rtol=1e-2):
             do = "correct rope_theta or rope_scaling in config.json"
@@ -245,15 +244,6 @@ def _drop_redundant(config: ModelConfig, layout: dict[str, Any], files: dict[str
                 "the file's rotary frequencies are not those of its config", found=name, where=where, do=do
             )
         del layout[name]
-
-
-def _read(path: Path, name: str) -> np.ndarray:
-    try:
-        with safetensors.safe_open(path, framework="numpy") as file:
-            array: np.ndarray = file.get_tensor(name)
-            return array
-    except (OSError, safetensors.SafetensorError) as error:
-        raise InputError("missing or damaged safetensors file", found=error, where=path) from error
 
 
 def _read_json(path: Path) -> Any:

@@ -54,10 +54,20 @@ def read_safetensors(path: Path) -> Iterator[tuple[str, np.ndarray]]:
     Raises:
         InputError: the file is missing or damaged.
     """
+    for name in safetensors_layout(path):
+        yield name, read_tensor(path, name)
+
+
+def read_tensor(path: Path, name: str) -> np.ndarray:
+    """One tensor of a file, which is mapped into memory no longer than that.
+
+    Raises:
+        InputError: the file is missing or damaged.
+    """
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
-            for name in file.keys():  # noqa: SIM118 (not a dict)
-                yield name, file.get_tensor(name)
+            array: np.ndarray = file.get_tensor(name)
+            return array
     except (OSError, safetensors.SafetensorError) as error:
         raise InputError("missing or damaged safetensors file", found=error, where=path) from error
 

@@ -20,6 +20,12 @@ from minillm_jax.weights import build_model, to_canonical, to_framework
 
 FRAMEWORK = "jax"
 
+_TYPE_HANDLERS = ocp.type_handlers.create_type_handler_registry(
+    (jax.Array, ocp.type_handlers.ArrayHandler()),
+    # numpy arrays come from conversions, which wait for the end: without this Orbax holds a second copy of them all
+    (np.ndarray, ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=False)),
+)
+
 
 def start_payload(folder: Path, config: RunConfig, state: TrainState) -> Callable[[], None]:
     """Copies the state off the device and starts writing it; the returned function waits for the end."""
@@ -39,10 +45,11 @@ def write_payload(folder: Path, config: RunConfig, state: TrainingState) -> None
 def _start(
     folder: Path, weights: Mapping[str, Any], exp_avg: Mapping[str, Any], exp_avg_sq: Mapping[str, Any]
 ) -> Callable[[], None]:
-    items = {"weights": ocp.args.StandardSave(dict(weights))}
+    items = {"weights": ocp.args.PyTreeSave(dict(weights))}
     if exp_avg:
-        items["optimizer"] = ocp.args.StandardSave({"exp_avg": dict(exp_avg), "exp_avg_sq": dict(exp_avg_sq)})
-    checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+        items["optimizer"] = ocp.args.PyTreeSave({"exp_avg": dict(exp_avg), "exp_avg_sq": dict(exp_avg_sq)})
+    handlers = {name: ocp.PyTreeCheckpointHandler(type_handler_registry=_TYPE_HANDLERS) for name in items}
+    checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(**handlers))
     checkpointer.save(folder.absolute() / "orbax", args=ocp.args.Composite(**items))
     return checkpointer.close
 

@@ -50,7 +50,7 @@ def random_config(seed: int) -> ModelConfig:
     )
 
 
-CONFIGS = {**MODELS, **{f"random-{seed}": random_config(seed) for seed in range(6)}}
+CONFIGS = {**MODELS, **{f"random-{seed}": random_config(seed) for seed in range(8)}}
 
 
 @pytest.fixture(params=CONFIGS)
