@@ -14,42 +14,50 @@ from minillm_core.cli import say
 from minillm_core.config import ModelConfig, RunConfig, dump_config, load_config
 from minillm_core.errors import InputError
 from minillm_core.files import commit_folder, hash_file, make_folder
-from minillm_core.hf import open_hf, to_hf_config, write_hf_weights
+from minillm_core.hf import HFCheckpoint, open_hf, to_hf_config, write_hf_weights
 from minillm_core.metrics import losses_by_step, perplexity, read_metrics
+from minillm_core.original import OriginalCheckpoint, open_original
 from minillm_core.params import count_params
 from minillm_core.rundir import open_run
 from minillm_core.tokenizer import TOKENIZER_FILES, Tokenizer
 from minillm_core.tokenizer_json import load_tokenizer, sentencepiece_to_json
 
+OPENERS: dict[str, Callable[[Path], HFCheckpoint | OriginalCheckpoint]] = {"hf": open_hf, "minillm": open_original}
+"""By format: what looks at a checkpoint without reading its weights."""
 
-def import_hf(source: Path, run_dir: Path, backend: Backend) -> Path:
-    """Makes a run with one checkpoint, of step 0, from a Hugging Face folder; returns the checkpoint.
 
-    Weights are kept as float32 (float64 ones as they are). The tokenizer files go along as they are.
+def import_checkpoint(format: str, source: Path, run_dir: Path, backend: Backend) -> Path:
+    """Makes a run with one checkpoint, of step 0, from another project's checkpoint; returns the new one.
+
+    Weights are kept as float32 (float64 ones as they are). The tokenizer files beside them go along as they are.
+
+    Args:
+        format: `hf`: a Hugging Face folder; `minillm`: the original Mini-LLM's ckpt.pt or folder.
 
     Raises:
-        InputError: the folder is damaged or has what the architecture cannot express, or the run directory holds
+        InputError: the source is damaged or has what the architecture cannot express, or the run directory holds
             something else. Nothing is written then.
     """
-    opened = open_hf(source)
+    opened = OPENERS[format](source)
+    folder = opened.folder
     result = run_dir / backend.FRAMEWORK / "checkpoints" / "0"
     if result.parent.exists():
         raise InputError("the run has checkpoints of its own", where=result.parent, do="give another run directory")
     weights = dict(opened.tensors())
     config = _run_config(opened.config, run_dir)
-    hashes = {name: hash_file(source / name) for name in TOKENIZER_FILES if (source / name).is_file()}
+    hashes = {name: hash_file(folder / name) for name in TOKENIZER_FILES if (folder / name).is_file()}
     try:
-        load_tokenizer(source, opened.config.vocab_size)
+        load_tokenizer(folder, opened.config.vocab_size)
     except InputError as error:
         say(f"text cannot be generated from it, token ids can: {error}")
-    with open_run(run_dir, config, source, hashes, "float32") as config:
-        info = CheckpointInfo(backend.FRAMEWORK, 0, 0, config, hashes, "hf")
+    with open_run(run_dir, config, folder, hashes, "float32") as config:
+        info = CheckpointInfo(backend.FRAMEWORK, 0, 0, config, hashes, format)
         with CheckpointWriter(result.parent) as writer:
 
-            def start_payload(folder: Path) -> Callable[[], None]:
-                return partial(backend.write_payload, folder, config, TrainingState(weights, {}, {}))
+            def start_payload(partial_folder: Path) -> Callable[[], None]:
+                return partial(backend.write_payload, partial_folder, config, TrainingState(weights, {}, {}))
 
-            writer.save(info, source, start_payload)
+            writer.save(info, folder, start_payload)
     say(f"imported {source}: {len(weights)} weights, {count_params(opened.config):,} parameters")
     return result
 

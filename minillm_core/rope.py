@@ -31,3 +31,11 @@ def rope_table(config: ModelConfig) -> tuple[np.ndarray, np.ndarray]:
     """Cosines and sines of every position below context_length: two float64 arrays (context_length, H/2)."""
     angles = np.arange(config.context_length, dtype=np.float64)[:, None] * inverse_frequencies(config)
     return np.cos(angles), np.sin(angles)
+
+
+def half_split(weight_OI: np.ndarray, head_dim: int) -> np.ndarray:
+    """Reorders the rows of a q or k projection from the interleaved convention, in which channels 2i and 2i + 1 turn
+    together (Meta, GGUF), to the half-split one, i and i + H/2 (Hugging Face, here)."""
+    rows, width = weight_OI.shape
+    heads = weight_OI.reshape(rows // head_dim, head_dim // 2, 2, width)
+    return heads.swapaxes(1, 2).reshape(rows, width)

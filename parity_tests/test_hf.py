@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from minillm_core.bridge import export_hf, import_hf
+from minillm_core.bridge import export_hf, import_checkpoint
 from minillm_core.checkpoints import Tensors, read_info
 from minillm_core.config import ModelConfig
 from minillm_core.errors import InputError
@@ -58,7 +58,9 @@ def test_imported_is_llama(
     llama = save_llama(config, tmp_path / "hf", torch.float32)
     shards = list((tmp_path / "hf").glob("*.safetensors"))
     assert len(shards) > 1
-    checkpoints = {key: import_hf(tmp_path / "hf", tmp_path / key, backend) for key, backend in BACKENDS.items()}
+    checkpoints = {
+        key: import_checkpoint("hf", tmp_path / "hf", tmp_path / key, backend) for key, backend in BACKENDS.items()
+    }
     for checkpoint in checkpoints.values():
         assert read_info(checkpoint).config.model == replace(config, head_dim=config.resolved_head_dim)
     tokens = random_tokens(config, 2, 500)
@@ -94,7 +96,7 @@ def test_there_and_back_to_the_bit(framework: str, dtype: str, tmp_path: Path) -
     """hf -> framework -> hf: the same bits under the same names, in the dtype they had, whatever the shards."""
     config = MODELS["gqa"]
     save_llama(config, tmp_path / "hf", getattr(torch, dtype))
-    checkpoint = import_hf(tmp_path / "hf", tmp_path / "run", BACKENDS[framework])
+    checkpoint = import_checkpoint("hf", tmp_path / "hf", tmp_path / "run", BACKENDS[framework])
     export_hf(checkpoint, tmp_path / "back", BACKENDS[framework], dtype)
     before = {
         name: tensor for path in (tmp_path / "hf").glob("*.safetensors") for name, tensor in load_file(path).items()
@@ -133,7 +135,7 @@ def text_checkpoint(tokenizer: Tokenizer, tmp_path: Path) -> Callable[[str], Pat
         (hf / "config.json").write_text(json.dumps(to_hf_config(TINY, "float32")))
         write_hf_weights(hf, TINY, random_weights(TINY), "float32")
         shutil.copyfile(tokenizer.path, hf / "tokenizer.model")
-        return import_hf(hf, tmp_path / "run", BACKENDS[framework])
+        return import_checkpoint("hf", hf, tmp_path / "run", BACKENDS[framework])
 
     return make
 
@@ -161,7 +163,7 @@ def test_exported_works_with_auto_classes(
     card = (folder / "README.md").read_text()
     assert "n_kv_heads: 2" in card
     assert f"{sum(array.size for array in random_weights(TINY).values()):,} parameters" in card
-    again = import_hf(folder, tmp_path / "again", BACKENDS[framework])
+    again = import_checkpoint("hf", folder, tmp_path / "again", BACKENDS[framework])
     assert load_tokenizer(again, TINY.vocab_size).encode("The Congress") == tokenizer.encode("The Congress")
 
 
@@ -254,7 +256,7 @@ def test_imported_tokenizer_generates(framework: str, tmp_path: Path) -> None:
     hf = tmp_path / "hf"
     llama = save_llama(config, hf, torch.float32)
     byte_level(hf, config.vocab_size - 10)
-    checkpoint = import_hf(hf, tmp_path / "run", BACKENDS[framework])
+    checkpoint = import_checkpoint("hf", hf, tmp_path / "run", BACKENDS[framework])
     tokenizer = load_tokenizer(checkpoint, config.vocab_size)
     assert isinstance(tokenizer, JsonTokenizer)
     assert tokenizer.vocab_size < config.vocab_size
@@ -404,7 +406,7 @@ def test_damaged_folders(damage: Callable[[Path], None], named: str, tmp_path: P
     save_llama(TINY, folder, torch.float32, shard="1GB")
     damage(folder)
     with pytest.raises(InputError, match=named):
-        import_hf(folder, run, BACKENDS["torch"])
+        import_checkpoint("hf", folder, run, BACKENDS["torch"])
     assert not run.exists()
 
 
@@ -424,7 +426,7 @@ def test_redundant_tensors_are_left_out(tmp_path: Path) -> None:
 def test_nothing_is_overwritten(text_checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
     checkpoint = text_checkpoint("torch")
     with pytest.raises(InputError, match="checkpoints of its own"):
-        import_hf(tmp_path / "source", tmp_path / "run", BACKENDS["torch"])
+        import_checkpoint("hf", tmp_path / "source", tmp_path / "run", BACKENDS["torch"])
     with pytest.raises(InputError, match="destination exists"):
         export_hf(checkpoint, tmp_path / "source", BACKENDS["torch"], "float32")
     (tmp_path / "full").write_text("a file where a folder should be")

@@ -10,6 +10,10 @@ same run, or into RUN-from-torch if that run holds training of its own in the ot
 
 To and from Hugging Face's format (`hf`), for either framework: the weights and the tokenizer of any model of the Llama
 architecture. What the architecture lacks is refused by name.
+
+    python scripts/convert.py 'minillm->jax' ckpt.pt RUN
+
+From the original Mini-LLM's ckpt.pt, or the folder of its model.safetensors and config.json.
 """
 
 import os
@@ -25,7 +29,7 @@ import tyro
 from backends import load_backend
 
 from minillm_core.backend import Backend
-from minillm_core.bridge import export_hf, import_hf
+from minillm_core.bridge import OPENERS, export_hf, import_checkpoint
 from minillm_core.checkpoints import (
     FRAMEWORKS,
     CheckpointInfo,
@@ -42,7 +46,7 @@ from minillm_core.files import make_folder
 from minillm_core.metrics import read_metrics, write_metrics
 from minillm_core.rundir import open_run
 
-FORMATS = (*FRAMEWORKS, "hf")
+FORMATS = (*FRAMEWORKS, *OPENERS)
 DEFAULT_RUN = "runs/quickstart"
 
 
@@ -54,10 +58,11 @@ def main() -> None:
         checkpoint = find_checkpoint(source or DEFAULT_RUN, source_format)
         folder = Path(destination) if destination else checkpoint.parent.parent.parent / f"hf-{source_format}"
         print(export_hf(checkpoint, folder, load_backend(source_format), dtype))
-    elif source_format == "hf":
+    elif source_format in OPENERS:
         if source is None or destination is None:
-            raise InputError("no paths", expected=f"'hf->{target_format}' FOLDER RUN", found=f"{source} {destination}")
-        print(import_hf(Path(source), Path(destination), load_backend(target_format)))
+            expected = f"'{source_format}->{target_format}' SRC RUN"
+            raise InputError("no paths", expected=expected, found=f"{source} {destination}")
+        print(import_checkpoint(source_format, Path(source), Path(destination), load_backend(target_format)))
         say(f"try: python scripts/generate.py {destination} --backend {target_format}")
     else:
         convert(source_format, target_format, source or DEFAULT_RUN, destination)
@@ -72,9 +77,8 @@ def parse(
     """Converts a checkpoint.
 
     Args:
-        direction: 'torch->jax', 'jax->torch', 'hf->jax', 'hf->torch', 'jax->hf' or 'torch->hf', quoted; torch-to-jax
-            needs no quotes.
-        src: a run, a run's framework folder, or one checkpoint (default: runs/quickstart); or a Hugging Face folder.
+        direction: 'torch->jax', 'hf->jax', 'minillm->jax', 'jax->hf' or the like, quoted; torch-to-jax needs no quotes.
+        src: a run, a run's framework folder, or one checkpoint (default: runs/quickstart); or what is imported.
         dst: the run directory, or the Hugging Face folder, to write into (default: the same run).
         dtype: of the weights of a Hugging Face folder.
     """
@@ -83,8 +87,9 @@ def parse(
 
 def parse_direction(direction: str) -> tuple[str, str]:
     match = re.fullmatch(r"(\w+)(?:->|-to-)(\w+)", direction)
-    if not match or match[1] == match[2] or not set(match.groups()) <= set(FORMATS):
-        expected = "two of jax, torch and hf: 'torch->jax', 'hf->jax' ..."
+    known = {(source, target) for source in FORMATS for target in FRAMEWORKS} | {(name, "hf") for name in FRAMEWORKS}
+    if not match or match[1] == match[2] or match.groups() not in known:
+        expected = "'torch->jax', 'jax->torch', 'hf->jax', 'minillm->jax', 'jax->hf' or the like"
         raise InputError("unknown conversion", expected=expected, found=repr(direction))
     return match[1], match[2]
 

@@ -1,0 +1,296 @@
+"""A checkpoint of the original Mini-LLM (github.com/Ashx098/Mini-LLM): its ckpt.pt, or its safetensors.
+
+Its rotary embedding turns neighbouring channels, ours channel i with i + H/2: rows of q and k are reordered. Its table
+of rotations is checked and left out. The model here is that of its uncached logits: its cached decoding masks the one
+query top-left, so that it sees the first key alone.
+"""
+
+import json
+import math
+import pickle
+import re
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+
+from minillm_core.config import ModelConfig
+from minillm_core.errors import InputError
+from minillm_core.interchange import numpy_dtype, read_tensor, safetensors_layout
+from minillm_core.params import check_shapes, param_table
+from minillm_core.rope import half_split, inverse_frequencies
+
+NAMES = {
+    "model.embed_tokens": "tok_embeddings.emb",
+    "input_layernorm": "attention_norm",
+    "self_attn.q_proj": "attention.wq",
+    "self_attn.k_proj": "attention.wk",
+    "self_attn.v_proj": "attention.wv",
+    "self_attn.o_proj": "attention.wo",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "feed_forward.w1",
+    "mlp.up_proj": "feed_forward.w3",
+    "mlp.down_proj": "feed_forward.w2",
+    "model.norm": "norm",
+    "model.layers": "layers",
+}
+"""Part of a canonical name -> of the original's."""
+
+HEAD, ROTATIONS = "output.weight", "rope.freqs_cis"
+
+STORAGES = {
+    "FloatStorage": "float32",
+    "HalfStorage": "float16",
+    "BFloat16Storage": "bfloat16",
+    "DoubleStorage": "float64",
+    "ComplexFloatStorage": "complex64",
+    "LongStorage": "int64",
+    "IntStorage": "int32",
+    "BoolStorage": "bool",
+    "ByteStorage": "uint8",
+}
+
+
+@dataclass(frozen=True)
+class OriginalCheckpoint:
+    """A checkpoint that has been looked at, but whose weights have not been read."""
+
+    folder: Path
+    config: ModelConfig
+    read: Callable[[str], np.ndarray]
+    """The original's tensor of a name."""
+
+    def tensors(self) -> Iterator[tuple[str, np.ndarray]]:
+        """Every parameter by canonical name, one at a time: float64 as it is, smaller types as float32.
+
+        Raises:
+            InputError: numbers that are not finite, or what the original's tied head and constant buffer cannot be.
+        """
+        for name in param_table(self.config):
+            array = self.read(original_name(name))
+            array = array if array.dtype == np.float64 else array.astype(np.float32)
+            if not np.isfinite(array).all():
+                raise InputError("a weight is not finite", found=original_name(name), where=self.folder)
+            if name.endswith(("q_proj.weight", "k_proj.weight")):
+                array = half_split(array, self.config.resolved_head_dim)
+            yield name, array
+
+
+def original_name(name: str) -> str:
+    """`model.layers.3.self_attn.q_proj.weight` -> `layers.3.attention.wq.weight`."""
+    for ours, theirs in NAMES.items():
+        name = re.sub(rf"(^|\.){re.escape(ours)}(?=\.)", rf"\g<1>{theirs}", name)
+    return name
+
+
+def open_original(path: Path) -> OriginalCheckpoint:
+    """Reads the configuration of a ckpt.pt, or of a folder with the original's model.safetensors and config.json, and
+    compares every name and shape. Nothing that is in the pickle is executed.
+
+    Raises:
+        InputError: it is neither, or damaged, or another model.
+    """
+    if path.is_dir() and (path / "model.safetensors").is_file():
+        file = path / "model.safetensors"
+        shapes = {name: shape for name, (shape, _) in safetensors_layout(file).items()}
+        arguments = _read_arguments(path / "config.json")
+
+        def read(name: str) -> np.ndarray:
+            return read_tensor(file, prefix + name)
+    else:
+        file = path / "ckpt.pt" if path.is_dir() else path
+        pickled = read_pickled(file)
+        tensors, arguments = pickled.get("model"), pickled.get("model_args")
+        if not isinstance(tensors, Mapping) or not all(isinstance(x, PickledTensor) for x in tensors.values()):
+            raise InputError(
+                "not the original's checkpoint", expected="a dict with 'model' and 'model_args'", where=file
+            )
+        shapes = {name: tensor.shape for name, tensor in tensors.items()}
+        arguments = vars(arguments) if isinstance(arguments, _ModelArgs) else arguments
+
+        def read(name: str) -> np.ndarray:
+            array: np.ndarray = tensors[prefix + name].read()
+            return array
+
+    prefix = "_orig_mod." if f"_orig_mod.{HEAD}" in shapes else ""  # of a compiled model
+    config = _config(arguments, file)
+    shapes = {name.removeprefix(prefix): shape for name, shape in shapes.items()}
+    back = {original_name(name): name for name in param_table(config)}
+    constant = {name for name in (HEAD, ROTATIONS) if name in shapes}
+    check_shapes(config, {back.get(n, n): shape for n, shape in shapes.items() if n not in constant}, file)
+    if HEAD in constant and not np.array_equal(read(HEAD), read(original_name("model.embed_tokens.weight"))):
+        raise InputError("the head differs from the embedding, which the original ties", where=file)
+    if ROTATIONS in constant:
+        angles = np.arange(config.context_length)[:, None] * inverse_frequencies(config)
+        found = read(ROTATIONS)
+        if found.shape != angles.shape or not np.allclose(found, np.exp(1j * angles), atol=2e-3):
+            raise InputError("the rotations are not the original's", found=ROTATIONS, where=file)
+    return OriginalCheckpoint(file.parent, config, read)
+
+
+def _read_arguments(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError("missing or damaged configuration", found=repr(error)[:200], where=path) from error
+
+
+def _config(arguments: Any, where: Path) -> ModelConfig:
+    """The original's ModelArgs as a ModelConfig; theta and eps are constants of its code."""
+    fields = ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of", "max_seq_len")
+    values: list[Any] = [arguments.get(field) for field in fields] if isinstance(arguments, dict) else [None]
+    if not all(type(value) is int and 0 < value < 1 << 24 for value in values):
+        raise InputError("not the original's model_args", expected=f"whole numbers {fields}", found=values, where=where)
+    dim, n_layers, n_heads, n_kv_heads, vocab_size, multiple_of, max_seq_len = values
+    return ModelConfig(
+        vocab_size=vocab_size,
+        context_length=max_seq_len,
+        width=dim,
+        n_layers=n_layers,
+        n_heads=n_heads,
+        n_kv_heads=n_kv_heads,
+        hidden=-(-4 * dim // multiple_of) * multiple_of,
+        tie_embeddings=True,
+        rope_theta=10_000.0,
+        norm_eps=1e-6,
+    )
+
+
+@dataclass(frozen=True)
+class PickledTensor:
+    """A tensor of a torch.save file, which is read when asked for."""
+
+    file: Path
+    entry: str
+    dtype: str
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+    def read(self) -> np.ndarray:
+        """Raises InputError if the file is damaged or does not hold all of it."""
+        try:
+            with zipfile.ZipFile(self.file) as archive:
+                data = np.frombuffer(archive.read(self.entry), numpy_dtype(self.dtype))
+        except Exception as error:  # a damaged archive raises anything
+            raise InputError("missing or damaged checkpoint", found=repr(error)[:200], where=self.file) from error
+        last = self.offset + sum((n - 1) * step for n, step in zip(self.shape, self.strides, strict=True))
+        if math.prod(self.shape) and not 0 <= last < len(data):
+            raise InputError("a tensor lies outside its storage", found=self.entry, where=self.file)
+        steps = [step * data.itemsize for step in self.strides]
+        return np.lib.stride_tricks.as_strided(data[self.offset :], self.shape, steps, writeable=False)
+
+
+_PythonUnpickler: Any = vars(pickle)["_Unpickler"]
+
+
+class _ModelArgs:
+    """Stands for the original's dataclass: attributes, no code."""
+
+
+OPCODES = (
+    pickle.PROTO,
+    pickle.STOP,
+    pickle.MARK,
+    pickle.NONE,
+    pickle.NEWTRUE,
+    pickle.NEWFALSE,
+    pickle.BININT,
+    pickle.BININT1,
+    pickle.BININT2,
+    pickle.LONG1,
+    pickle.BINFLOAT,
+    pickle.BINUNICODE,
+    pickle.EMPTY_DICT,
+    pickle.EMPTY_LIST,
+    pickle.EMPTY_TUPLE,
+    pickle.TUPLE,
+    pickle.TUPLE1,
+    pickle.TUPLE2,
+    pickle.TUPLE3,
+    pickle.APPEND,
+    pickle.APPENDS,
+    pickle.SETITEM,
+    pickle.SETITEMS,
+    pickle.BINGET,
+    pickle.LONG_BINGET,
+    pickle.BINPUT,
+    pickle.LONG_BINPUT,
+    pickle.GLOBAL,
+    pickle.REDUCE,
+    pickle.NEWOBJ,
+    pickle.BUILD,
+    pickle.BINPERSID,
+)
+
+
+class _Unpickler(_PythonUnpickler):
+    """Knows tensors, dicts and the original's ModelArgs, and refuses every other name: no code can run.
+
+    It is Python's own implementation, limited to what torch.save writes (protocol 2): the one in C takes an index of
+    its memo for a size, so that five bytes ask for gigabytes.
+    """
+
+    dispatch: ClassVar[dict[int, Any]] = {code[0]: _PythonUnpickler.dispatch[code[0]] for code in OPCODES}
+
+    def __init__(self, data: Any, file: Path, entries: dict[str, str]):
+        super().__init__(data)
+        self._file, self._entries = file, entries
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+            return self._tensor
+        if module == "torch" and name in STORAGES:
+            return STORAGES[name]
+        if (module, name) == ("collections", "OrderedDict"):
+            return OrderedDict
+        if (module, name) == ("model.config", "ModelArgs"):
+            return _ModelArgs
+        raise InputError(
+            "the pickle asks for more than weights: it could run code, and is not read further",
+            found=f"{module}.{name}",
+            where=self._file,
+            do="do not trust this file",
+        )
+
+    def persistent_load(self, reference: Any) -> tuple[str, str]:
+        _, dtype, key, _, _ = reference
+        return self._entries[f"data/{key}"], dtype
+
+    def _tensor(self, storage: tuple[str, str], offset: int, shape: Any, strides: Any, *_: Any) -> PickledTensor:
+        numbers = (offset, *shape, *strides)
+        if len(shape) != len(strides) or not all(type(x) is int and 0 <= x < 1 << 48 for x in numbers):
+            raise ValueError(f"a tensor of shape {shape}, strides {strides}, offset {offset}")
+        return PickledTensor(self._file, *storage, offset, tuple(shape), tuple(strides))
+
+
+def read_pickled(path: Path) -> dict[str, Any]:
+    """The content of a torch.save file with its tensors unread.
+
+    Raises:
+        InputError: missing, damaged, or it asks for anything but tensors, dicts and the original's ModelArgs.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            packed = [info.filename for info in archive.infolist() if info.compress_type != zipfile.ZIP_STORED]
+            if packed:
+                raise InputError("a compressed file, which torch.save does not write", found=packed[0], where=path)
+            names = [name for name in archive.namelist() if name.endswith("/data.pkl")]
+            root = names[0].removesuffix("data.pkl")
+            entries = {name.removeprefix(root): name for name in archive.namelist() if name.startswith(root)}
+            if "byteorder" in entries and archive.read(entries["byteorder"]) != b"little":
+                raise InputError("a file of a big-endian machine", where=path)
+            with archive.open(names[0]) as data:
+                content = _Unpickler(data, path, entries).load()
+    except InputError:
+        raise
+    except Exception as error:  # a damaged pickle raises anything
+        do = "give the original's ckpt.pt, or the folder of its model.safetensors and config.json"
+        raise InputError("missing or damaged checkpoint", found=repr(error)[:200], where=path, do=do) from error
+    if not isinstance(content, dict):
+        raise InputError("not the original's checkpoint", expected="a dict", found=type(content).__name__, where=path)
+    return content
