@@ -9,7 +9,14 @@ from pathlib import Path
 
 from minillm_core import __version__
 from minillm_core.backend import Backend
-from minillm_core.checkpoints import CheckpointInfo, CheckpointWriter, TrainingState, read_info, verify_checkpoint
+from minillm_core.checkpoints import (
+    CheckpointInfo,
+    CheckpointWriter,
+    TrainingState,
+    checkpoint_steps,
+    read_info,
+    verify_checkpoint,
+)
 from minillm_core.cli import say
 from minillm_core.config import ModelConfig, RunConfig, dump_config, load_config
 from minillm_core.errors import InputError
@@ -41,7 +48,7 @@ def import_checkpoint(format: str, source: Path, run_dir: Path, backend: Backend
     opened = OPENERS[format](source)
     folder = opened.folder
     result = run_dir / backend.FRAMEWORK / "checkpoints" / "0"
-    if result.parent.exists():
+    if checkpoint_steps(result.parent):
         raise InputError("the run has checkpoints of its own", where=result.parent, do="give another run directory")
     weights = dict(opened.tensors())
     config = _run_config(opened.config, run_dir)

@@ -65,7 +65,8 @@ class Tokenizer:
         """Raises InputError if `path` is missing or is not a SentencePiece model."""
         self.path = Path(path)
         if not self.path.is_file():
-            raise InputError("tokenizer not found", where=self.path, do="prepare the data first")
+            do = "prepare the data first; of an imported model: import it with its tokenizer files beside its weights"
+            raise InputError("tokenizer not found", where=self.path, do=do)
         try:
             self._pieces = sentencepiece.SentencePieceProcessor(model_proto=self.path.read_bytes())
         except RuntimeError as error:

@@ -37,10 +37,11 @@ def main(
     checkpoint = find_checkpoint(path, backend)
     config = read_info(checkpoint).config
     data = PreparedData(data_dir or config.data.dir, config.model.vocab_size)
-    if hash_file(data.dir / "tokenizer.model") != hash_file(checkpoint / "tokenizer.model"):
+    own = checkpoint / "tokenizer.model"
+    if not own.is_file() or hash_file(data.dir / "tokenizer.model") != hash_file(own):
         raise InputError(
             "the data was prepared with another tokenizer than the model was trained with",
-            where=f"{data.dir / 'tokenizer.model'} and {checkpoint / 'tokenizer.model'}",
+            where=f"{data.dir / 'tokenizer.model'} and {own}",
             do="prepare the data with the run's configuration",
         )
     length = config.train.seq_len if seq_len is None else seq_len
