@@ -15,7 +15,7 @@ import numpy as np
 
 from minillm_core.config import ModelConfig, RopeScaling
 from minillm_core.errors import InputError
-from minillm_core.interchange import DTYPES, read_tensor, safetensors_layout, stream_safetensors
+from minillm_core.interchange import DTYPES, numpy_dtype, read_tensor, safetensors_layout, stream_safetensors
 from minillm_core.params import check_shapes, param_table
 from minillm_core.rope import inverse_frequencies
 from minillm_core.tokenizer import BOS_ID, EOS_ID, PAD_ID
@@ -62,7 +62,10 @@ HARMLESS = frozenset(
         "vocab_size",
     }
 )
-"""Keys of config.json that are read here, or change no logits. Others are refused unless they are off."""
+"""Keys of config.json that are read here, or change no logits. Others are refused unless they are null or OFF."""
+
+OFF = frozenset({"attention_bias", "mlp_bias", "rope_interleaved", "use_sliding_window", "output_attentions"})
+"""Keys that change nothing if they are false; others may: `is_causal`."""
 
 REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
@@ -81,7 +84,9 @@ def from_hf_config(data: Any, where: object) -> ModelConfig:
     if data.get("hidden_act", "silu") != "silu":
         problems.append(f"hidden_act: expected 'silu', found {data['hidden_act']!r}")
     for key in sorted(data.keys() - HARMLESS):
-        if data[key] not in (None, False) and not (key == "layer_types" and set(data[key]) == {"full_attention"}):
+        value = data[key]
+        all_full = key == "layer_types" and isinstance(value, list) and all(x == "full_attention" for x in value)
+        if not (value is None or all_full or (value is False and key in OFF) or (value is True and key == "is_causal")):
             problems.append(f"{key}: {str(data[key])[:60]} is not in this architecture")
     theta, scaling = _rope(data, problems)
 
@@ -127,15 +132,20 @@ def _rope(data: dict[str, Any], problems: list[str]) -> tuple[float, RopeScaling
             problems.append(f"{key}: expected an object, found {rope!r}")
             continue
         kind = rope.get("rope_type", rope.get("type", "default"))
-        theta = rope.get("rope_theta", data.get("rope_theta", 10_000.0))
+        thetas = [x for x in (rope.get("rope_theta"), data.get("rope_theta")) if x is not None] or [10_000.0]
+        theta = thetas[0]
+        if thetas[-1] != theta:
+            problems.append(f"rope_theta: {data['rope_theta']!r}, but {theta!r} in {key}")
         names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
         values = [theta, *(rope.get(name) for name in names if kind == "llama3")]
         if kind not in ("default", "llama3"):
             problems.append(f"{key}: rope_type {kind!r} is not in this architecture (default or llama3)")
         elif any(isinstance(x, bool) or not isinstance(x, (int, float)) for x in values):
             problems.append(f"{key}: expected numbers for rope_theta{' and ' + ', '.join(names) * (kind == 'llama3')}")
-        elif not all(0 < x < math.inf for x in values):
-            problems.append(f"{key}: expected numbers above 0, found {values}")
+        elif not all(0 < x < math.inf for x in values) or (kind == "llama3" and not values[2] < values[3]):
+            problems.append(f"{key}: expected numbers above 0, low_freq_factor < high_freq_factor, found {values}")
+        elif kind == "llama3" and values[4] != int(values[4]):
+            problems.append(f"{key}: expected a whole original_max_position_embeddings, found {values[4]}")
         else:
             factor, low, high, length = values[1:] or (0, 0, 0, 0)
             scaling = RopeScaling(factor, low, high, int(length)) if kind == "llama3" else None
@@ -189,11 +199,15 @@ def open_hf(folder: Path) -> HFCheckpoint:
         found = safetensors_layout(path)
         if lost := (expected or set()) - found.keys():
             raise InputError("a shard lacks tensors that the index says are in it", found=sorted(lost)[:5], where=path)
-        for name in sorted(found if expected is None else expected):
+        if expected is not None and (more := found.keys() - expected):
+            raise InputError("a shard has tensors that the index does not name", found=sorted(more)[:5], where=path)
+        for name in sorted(found):
             layout[name], files[name] = found[name], path
     if wrong := [f"{name}: {dtype}" for name, (_, dtype) in layout.items() if dtype not in DTYPES]:
         problem = "quantised or integer weights are not in this architecture:\n  " + "\n  ".join(wrong[:8])
         raise InputError(problem, expected=", ".join(DTYPES), where=folder, do="use the checkpoint's 16-bit original")
+    if config.n_layers > len(layout):  # before tables of that size are made
+        raise InputError("more layers than tensors", expected=f"{config.n_layers} layers", where=folder)
     _drop_redundant(config, layout, files, folder)
     check_shapes(config, {name: shape for name, (shape, _) in layout.items()}, folder)
     return HFCheckpoint(folder, config, {name: files[name] for name in param_table(config)})
@@ -202,6 +216,9 @@ def open_hf(folder: Path) -> HFCheckpoint:
 def _shards(folder: Path) -> dict[Path, set[str] | None]:
     """The files of a checkpoint, and what the index expects in each (None: there is no index)."""
     index = folder / "model.safetensors.index.json"
+    if index.is_file() and (folder / "model.safetensors").is_file():
+        do = "remove the one that is out of date"
+        raise InputError("both an index of shards and a model.safetensors", where=folder, do=do)
     if not index.is_file():
         if (folder / "model.safetensors").is_file():
             return {folder / "model.safetensors": None}
@@ -273,12 +290,20 @@ def write_hf_weights(
     names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
     names = ["model.safetensors"] if len(shards) == 1 else names
     for file, layout in zip(names, shards, strict=True):
-        stream_safetensors(folder / file, layout, ((name, weights[name]) for name in layout))
+        stream_safetensors(folder / file, layout, ((name, _rounded(name, weights[name], dtype)) for name in layout))
     if len(shards) > 1:
         total = sum(math.prod(spec.shape) for spec in param_table(config).values()) * itemsize
         weight_map = {name: file for file, layout in zip(names, shards, strict=True) for name in layout}
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
+
+
+def _rounded(name: str, array: np.ndarray, dtype: str) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        rounded = array.astype(numpy_dtype(dtype), copy=False)
+    if np.isfinite(array).all() and not np.isfinite(rounded.astype(np.float32)).all():
+        raise InputError(f"{dtype} cannot hold the weights", found=name, do="choose bfloat16 or float32")
+    return rounded
 
 
 def to_hf_config(config: ModelConfig, dtype: str) -> dict[str, Any]:

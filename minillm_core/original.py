@@ -118,6 +118,8 @@ def open_original(path: Path) -> OriginalCheckpoint:
 
     prefix = "_orig_mod." if f"_orig_mod.{HEAD}" in shapes else ""  # of a compiled model
     config = _config(arguments, file)
+    if config.n_layers > len(shapes):  # before tables of that size are made
+        raise InputError("more layers than tensors", expected=f"{config.n_layers} layers", where=file)
     shapes = {name.removeprefix(prefix): shape for name, shape in shapes.items()}
     back = {original_name(name): name for name in param_table(config)}
     constant = {name for name in (HEAD, ROTATIONS) if name in shapes}
@@ -178,11 +180,14 @@ class PickledTensor:
                 data = np.frombuffer(archive.read(self.entry), numpy_dtype(self.dtype))
         except Exception as error:  # a damaged archive raises anything
             raise InputError("missing or damaged checkpoint", found=repr(error)[:200], where=self.file) from error
-        last = self.offset + sum((n - 1) * step for n, step in zip(self.shape, self.strides, strict=True))
-        if math.prod(self.shape) and not 0 <= last < len(data):
-            raise InputError("a tensor lies outside its storage", found=self.entry, where=self.file)
-        steps = [step * data.itemsize for step in self.strides]
-        return np.lib.stride_tricks.as_strided(data[self.offset :], self.shape, steps, writeable=False)
+        end = self.offset + math.prod(self.shape)
+        contiguous = tuple(math.prod(self.shape[i + 1 :]) for i in range(len(self.shape)))
+        if self.strides != contiguous or end > len(data):
+            expected = "a contiguous tensor inside its storage"
+            raise InputError(
+                "not a tensor as the original saves it", expected=expected, found=self.entry, where=self.file
+            )
+        return data[self.offset : end].reshape(self.shape)
 
 
 _PythonUnpickler: Any = vars(pickle)["_Unpickler"]
@@ -257,8 +262,19 @@ class _Unpickler(_PythonUnpickler):
             do="do not trust this file",
         )
 
+    def load_build(self) -> None:
+        """Attributes for the original's dataclass alone: a tensor's would get past their checks."""
+        state = self.stack.pop()
+        if type(self.stack[-1]) is not _ModelArgs or type(state) is not dict:
+            raise ValueError("attributes of something else than ModelArgs")
+        vars(self.stack[-1]).update(state)
+
+    dispatch[pickle.BUILD[0]] = load_build
+
     def persistent_load(self, reference: Any) -> tuple[str, str]:
         _, dtype, key, _, _ = reference
+        if dtype not in STORAGES.values():
+            raise ValueError(f"a storage of {dtype!r}")
         return self._entries[f"data/{key}"], dtype
 
     def _tensor(self, storage: tuple[str, str], offset: int, shape: Any, strides: Any, *_: Any) -> PickledTensor:

@@ -45,8 +45,10 @@ class JsonTokenizer(Tokenizer):
             raise InputError(
                 "no end-of-document token", expected=expected, found=settings.get("eos_token"), where=where
             )
+        self._json.no_truncation()
+        self._json.no_padding()
         self._json.encode_special_tokens = True  # text is text; a special token is given as an id
-        self.vocab_size = self._json.get_vocab_size()
+        self.vocab_size = max(self._json.get_vocab().values()) + 1
         self.bos_id, self.eos_id = eos if bos is None else bos, eos
 
     def _named(self, token: Any) -> int | None:

@@ -243,6 +243,8 @@ def byte_level(folder: Path, vocab_size: int) -> None:
     json_tokenizer.post_processor = processors.TemplateProcessing(
         single="<|begin|> $A", pair=None, special_tokens=[("<|begin|>", 0)]
     )
+    json_tokenizer.enable_truncation(3)  # saved along, and not to be used
+    json_tokenizer.enable_padding(length=50)
     json_tokenizer.save(str(folder / "tokenizer.json"))
     settings = {"bos_token": "<|begin|>", "eos_token": {"__type": "AddedToken", "content": "<|end|>"}}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
@@ -310,6 +312,10 @@ GOOD: dict[str, Any] = to_hf_config(TINY, "float32")
         ({"num_local_experts": 8}, "num_local_experts"),
         ({"model_type": "mixtral"}, "model_type"),
         ({"rope_interleaved": True}, "rope_interleaved"),
+        ({"is_causal": False}, "is_causal"),
+        ({"logit_scale": 0.0}, "logit_scale"),
+        ({"layer_types": 5}, "layer_types"),
+        ({"rope_theta": 5e5}, "rope_theta"),
         ({"logits_scaling": 8.0}, "logits_scaling"),
         ({"auto_map": {"AutoModel": "evil.Model"}}, "auto_map"),
         ({"layer_types": ["sliding_attention"] * 2}, "layer_types"),
@@ -355,9 +361,16 @@ def test_older_configurations() -> None:
 Change = Callable[[dict[str, torch.Tensor]], object]
 
 
-def _index(folder: Path, file: str) -> None:
-    weights = dict.fromkeys(random_weights(TINY), file)
+def _index(folder: Path, file: str, change: dict[str, str | None] | None = None) -> None:
+    weights = dict.fromkeys(random_weights(TINY), file) | (change or {})
+    weights = {name: place for name, place in weights.items() if place}
+    (folder / "model.safetensors").rename(folder / "model-1.safetensors")
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weights}))
+
+
+def _config(folder: Path, **change: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
 
 
 def _edit(change: Change) -> Callable[[Path], None]:
@@ -390,7 +403,10 @@ FREQUENCIES = "model.layers.0.self_attn.rotary_emb.inv_freq"
         (lambda f: _index(f, "../model.safetensors"), "leads elsewhere"),
         (lambda f: _index(f, "/etc/passwd"), "leads elsewhere"),
         (lambda f: _index(f, "model-2.safetensors"), "missing shards"),
-        (lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": {"a": 1}}'), "damaged index"),
+        (lambda f: _index(f, "model-1.safetensors", {"more": "model-1.safetensors"}), "lacks tensors"),
+        (lambda f: _index(f, "model-1.safetensors", {NORM: None}), "does not name"),
+        (lambda f: (f / "model.safetensors.index.json").write_text("{}"), "both an index"),
+        (lambda f: _config(f, num_hidden_layers=10**9), "more layers than tensors"),
         (_edit(lambda tensors: tensors.pop(NORM)), NORM),
         (_set("model.layers.0.self_attn.q_proj.bias", torch.zeros(4)), "unexpected"),
         (_set(NORM, torch.zeros(3)), "shape"),
@@ -408,6 +424,13 @@ def test_damaged_folders(damage: Callable[[Path], None], named: str, tmp_path: P
     with pytest.raises(InputError, match=named):
         import_checkpoint("hf", folder, run, BACKENDS["torch"])
     assert not run.exists()
+
+
+def test_float16_that_would_overflow(tmp_path: Path) -> None:
+    weights = random_weights(TINY)
+    weights[NORM][0] = 7e4
+    with pytest.raises(InputError, match="float16 cannot hold"):
+        write_hf_weights(tmp_path, TINY, weights, "float16")
 
 
 def test_redundant_tensors_are_left_out(tmp_path: Path) -> None:

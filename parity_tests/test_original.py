@@ -186,6 +186,33 @@ def test_no_code_runs(tmp_path: Path, model_args: Callable[[], Any], monkeypatch
     assert not (tmp_path / "hostile").exists()
 
 
+class Attributes:
+    """Pickles as a tensor whose attributes are then set, past the checks of its construction."""
+
+    def __reduce_ex__(self, _: Any) -> Any:
+        function, arguments, *_ = torch.ones(48).__reduce_ex__(2)
+        return function, arguments, {"strides": (-64,), "file": "/etc/passwd"}
+
+
+def test_a_tensor_takes_no_attributes(tmp_path: Path, model_args: Callable[[], Any]) -> None:
+    path = save_pickle(tmp_path, model_args, state_dict())
+    content = {"model": {"a": Attributes()}, "model_args": model_args()}
+    torch.save(content, path)
+    with pytest.raises(InputError, match="attributes of something else"):
+        open_original(path)
+
+
+def test_a_small_file_asks_for_much(tmp_path: Path, model_args: Callable[[], Any]) -> None:
+    """One number under a stride of 0 stands for any number of them; a billion layers for a table of that size."""
+    tensors = state_dict() | {NORM: torch.ones(1).expand(48)}
+    with pytest.raises(InputError, match="contiguous"):
+        list(open_original(save_pickle(tmp_path, model_args, tensors)).tensors())
+    huge = model_args()
+    huge.n_layers = 10_000_000
+    with pytest.raises(InputError, match="more layers than tensors"):
+        open_original(save_pickle(tmp_path, lambda: huge, state_dict()))
+
+
 NORM = "norm.weight"
 
 
