@@ -96,7 +96,7 @@ def export_hf(checkpoint: Path, folder: Path, backend: Backend, dtype: str) -> P
     make_folder(beside)
     try:
         write_hf_weights(beside, model, weights, dtype)
-        ids: dict[str, int | None] = {}
+        ids: dict[str, int | None] = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
         try:
             ids = _write_tokenizer(beside, checkpoint, load_tokenizer(checkpoint, model.vocab_size), model)
         except InputError as error:
@@ -126,6 +126,7 @@ def _write_tokenizer(folder: Path, checkpoint: Path, tokenizer: Tokenizer, model
     data = sentencepiece_to_json(folder / "tokenizer.model")
     settings: dict[str, object] = {"model_max_length": model.context_length, "clean_up_tokenization_spaces": False}
     if data is None:
+        ids["pad_token_id"] = None
         settings["tokenizer_class"] = "LlamaTokenizer"
     else:
         special = {token["content"]: token["id"] for token in data["added_tokens"] if token["special"]}
@@ -135,7 +136,8 @@ def _write_tokenizer(folder: Path, checkpoint: Path, tokenizer: Tokenizer, model
         settings["split_special_tokens"] = True  # "</s>" in a text is text, as it was in training
         ids["pad_token_id"] = special.get("<pad>")
         _write_json(folder / "tokenizer.json", data)
-    _write_json(folder / "tokenizer_config.json", settings)
+    if not (folder / "tokenizer_config.json").is_file():
+        _write_json(folder / "tokenizer_config.json", settings)
     return ids
 
 

@@ -3,6 +3,7 @@
 A SentencePiece BPE model and the `tokenizer.json` made of it give the same ids for every text.
 """
 
+import contextlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -83,9 +84,10 @@ def load_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:
     if not (folder / "tokenizer.json").is_file():
         return Tokenizer(folder / "tokenizer.model")
     if (folder / "tokenizer.model").is_file():
-        tokenizer = Tokenizer(folder / "tokenizer.model")
-        if tokenizer.fits(vocab_size):
-            return tokenizer
+        with contextlib.suppress(InputError):  # Llama 3's is of another kind
+            tokenizer = Tokenizer(folder / "tokenizer.model")
+            if tokenizer.fits(vocab_size):
+                return tokenizer
     return JsonTokenizer(folder / "tokenizer.json")
 
 

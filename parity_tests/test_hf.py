@@ -258,6 +258,7 @@ def test_imported_tokenizer_generates(framework: str, tmp_path: Path) -> None:
     hf = tmp_path / "hf"
     llama = save_llama(config, hf, torch.float32)
     byte_level(hf, config.vocab_size - 10)
+    (hf / "tokenizer.model").write_bytes(b"dGhl 1\n")  # of another kind, as Llama 3's
     checkpoint = import_checkpoint("hf", hf, tmp_path / "run", BACKENDS[framework])
     tokenizer = load_tokenizer(checkpoint, config.vocab_size)
     assert isinstance(tokenizer, JsonTokenizer)
