@@ -15,7 +15,14 @@ import numpy as np
 
 from minillm_core.config import ModelConfig, RopeScaling
 from minillm_core.errors import InputError
-from minillm_core.interchange import DTYPES, numpy_dtype, read_tensor, safetensors_layout, stream_safetensors
+from minillm_core.interchange import (
+    DTYPES,
+    checked_weight,
+    numpy_dtype,
+    read_tensor,
+    safetensors_layout,
+    stream_safetensors,
+)
 from minillm_core.params import check_shapes, param_table
 from minillm_core.rope import inverse_frequencies
 from minillm_core.tokenizer import BOS_ID, EOS_ID, PAD_ID
@@ -174,13 +181,7 @@ class HFCheckpoint:
             InputError: a tensor has numbers that are not finite, or a file is damaged.
         """
         for name, path in self.files.items():
-            array = read_tensor(path, name)
-            array = array if array.dtype == np.float64 else array.astype(np.float32)
-            if not np.isfinite(array).all():
-                count = int(np.size(array) - np.isfinite(array).sum())
-                found = f"{count} of {array.size} numbers of {name}"
-                raise InputError("a weight is not finite", found=found, where=path, do="get the file again")
-            yield name, array
+            yield name, checked_weight(read_tensor(path, name), name, path)
 
 
 def open_hf(folder: Path) -> HFCheckpoint:
@@ -279,7 +280,7 @@ def write_hf_weights(
 ) -> None:
     """Writes the weights, rounded to `dtype`, in files of at most shard_bytes."""
     shards: list[dict[str, tuple[tuple[int, ...], str]]] = []
-    room, itemsize = 0, 8 if dtype == "float64" else 4 if dtype == "float32" else 2
+    room, itemsize = 0, numpy_dtype(dtype).itemsize
     for name, spec in param_table(config).items():
         size = math.prod(spec.shape) * itemsize
         if not shards or size > room:

@@ -72,6 +72,19 @@ def read_tensor(path: Path, name: str) -> np.ndarray:
         raise InputError("missing or damaged safetensors file", found=error, where=path) from error
 
 
+def checked_weight(array: np.ndarray, name: str, where: Path) -> np.ndarray:
+    """An imported weight: float64 as it is, smaller types as float32, which holds them exactly.
+
+    Raises:
+        InputError: numbers that are not finite.
+    """
+    array = array if array.dtype == np.float64 else array.astype(np.float32)
+    if n_bad := int(array.size - np.isfinite(array).sum()):
+        found = f"{n_bad} of {array.size} numbers of {name}"
+        raise InputError("a weight is not finite", found=found, where=where, do="get the file again")
+    return array
+
+
 def safetensors_layout(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
     """Name -> shape and dtype (in the format's words) of every tensor of a file; only its header is read.
 

@@ -20,7 +20,7 @@ import numpy as np
 
 from minillm_core.config import ModelConfig
 from minillm_core.errors import InputError
-from minillm_core.interchange import numpy_dtype, read_tensor, safetensors_layout
+from minillm_core.interchange import checked_weight, numpy_dtype, read_tensor, safetensors_layout
 from minillm_core.params import check_shapes, param_table
 from minillm_core.rope import half_split, inverse_frequencies
 
@@ -71,10 +71,7 @@ class OriginalCheckpoint:
             InputError: numbers that are not finite, or what the original's tied head and constant buffer cannot be.
         """
         for name in param_table(self.config):
-            array = self.read(original_name(name))
-            array = array if array.dtype == np.float64 else array.astype(np.float32)
-            if not np.isfinite(array).all():
-                raise InputError("a weight is not finite", found=original_name(name), where=self.folder)
+            array = checked_weight(self.read(original_name(name)), original_name(name), self.folder)
             if name.endswith(("q_proj.weight", "k_proj.weight")):
                 array = half_split(array, self.config.resolved_head_dim)
             yield name, array
