@@ -1,12 +1,13 @@
 """What the train loop asks of a framework: the common public names of minillm_jax and minillm_torch."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, SupportsFloat
 
 import numpy as np
 
-from minillm_core.checkpoints import TrainingState
+from minillm_core.checkpoints import Tensors, TrainingState
 from minillm_core.config import ModelConfig, RunConfig
 
 State = Any
@@ -28,6 +29,18 @@ EvalStep = Callable[[np.ndarray], Any]
 reads."""
 
 
+@dataclass(frozen=True)
+class Trace:
+    """What a model computes on its way through tokens (B, T)."""
+
+    stages: Tensors
+    """float64 (B, T, width of the stage), by the names of reference.stage_names; heads one after the other."""
+    losses_BT: np.ndarray
+    """Of every token but the first, in nats, float64 (B, T - 1)."""
+    gradients: Tensors
+    """Of the mean loss, by canonical name."""
+
+
 class Backend(Protocol):
     """A framework package, as core sees it."""
 
@@ -44,6 +57,7 @@ class Backend(Protocol):
     def write_payload(self, folder: Path, config: RunConfig, state: TrainingState) -> None: ...
     def read_payload(self, checkpoint: Path, config: RunConfig, *, moments: bool) -> TrainingState: ...
     def load(self, path: str | Path, dtype: str = "float32") -> Model: ...
+    def trace(self, config: ModelConfig, weights: Tensors, tokens_BT: np.ndarray, dtype: str) -> Trace: ...
     def count_params(self, config: ModelConfig) -> int: ...
     def count_forward_flops(self, config: ModelConfig, batch: int, seq_len: int) -> int: ...
     def auto_dtype(self) -> str: ...

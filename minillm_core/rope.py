@@ -39,3 +39,10 @@ def half_split(weight_OI: np.ndarray, head_dim: int) -> np.ndarray:
     rows, width = weight_OI.shape
     heads = weight_OI.reshape(rows // head_dim, head_dim // 2, 2, width)
     return heads.swapaxes(1, 2).reshape(rows, width)
+
+
+def interleaved(weight_OI: np.ndarray, head_dim: int) -> np.ndarray:
+    """The inverse of `half_split`."""
+    rows, width = weight_OI.shape
+    heads = weight_OI.reshape(rows // head_dim, 2, head_dim // 2, width)
+    return heads.swapaxes(1, 2).reshape(rows, width)

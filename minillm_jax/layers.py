@@ -154,6 +154,16 @@ class Attention(nnx.Module):
         self.v_proj = Linear(D, KV, **dtypes)
         self.o_proj = Linear(Q, D, **dtypes)
 
+    def qkv(self, x_BTD: jax.Array, cos_BTH: jax.Array, sin_BTH: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries and keys, turned by their positions, and values: (B, T, N or K, H)."""
+        B, T, _ = x_BTD.shape
+        q_BTNH, k_BTKH, v_BTKH = (
+            y.reshape(B, T, -1, self.head_dim) for y in project(x_BTD, self.q_proj, self.k_proj, self.v_proj)
+        )
+        qk_BTxH = apply_rope(jnp.concatenate([q_BTNH, k_BTKH], axis=2), cos_BTH, sin_BTH)  # x: all heads that turn
+        q_BTNH, k_BTKH = jnp.split(qk_BTxH, [q_BTNH.shape[2]], axis=2)
+        return q_BTNH, k_BTKH, v_BTKH
+
     def __call__(
         self,
         x_BTD: jax.Array,
@@ -163,11 +173,7 @@ class Attention(nnx.Module):
         cache: LayerCache | None,
     ) -> tuple[jax.Array, LayerCache | None]:
         B, T, _ = x_BTD.shape
-        q_BTNH, k_BTKH, v_BTKH = (
-            y.reshape(B, T, -1, self.head_dim) for y in project(x_BTD, self.q_proj, self.k_proj, self.v_proj)
-        )
-        qk_BTxH = apply_rope(jnp.concatenate([q_BTNH, k_BTKH], axis=2), cos_BTH, sin_BTH)  # x: all heads that turn
-        q_BTNH, k_BTKH = jnp.split(qk_BTxH, [q_BTNH.shape[2]], axis=2)
+        q_BTNH, k_BTKH, v_BTKH = self.qkv(x_BTD, cos_BTH, sin_BTH)
         if cache is not None:
             cache = append(cache, k_BTKH, v_BTKH, position_BT)
             out_BTNH = attend(q_BTNH, cache.k_BKSH, cache.v_BKSH, position_BT)

@@ -129,6 +129,16 @@ class Attention(nn.Module):
         self.v_proj = Linear(D, KV, **dtypes)
         self.o_proj = Linear(Q, D, **dtypes)
 
+    def qkv(self, x_BTD: Tensor, cos_BTH: Tensor, sin_BTH: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries and keys, turned by their positions, and values: (B, T, N or K, H)."""
+        B, T, _ = x_BTD.shape
+        q_BTNH, k_BTKH, v_BTKH = (
+            y.reshape(B, T, -1, self.head_dim) for y in project(x_BTD, self.q_proj, self.k_proj, self.v_proj)
+        )
+        qk_BTxH = apply_rope(torch.cat([q_BTNH, k_BTKH], dim=2), cos_BTH, sin_BTH)  # x: all heads that turn
+        q_BTNH, k_BTKH = qk_BTxH.split([q_BTNH.shape[2], k_BTKH.shape[2]], dim=2)
+        return q_BTNH, k_BTKH, v_BTKH
+
     def forward(
         self,
         x_BTD: Tensor,
@@ -138,11 +148,7 @@ class Attention(nn.Module):
         cache: LayerCache | None,
     ) -> tuple[Tensor, LayerCache | None]:
         B, T, _ = x_BTD.shape
-        q_BTNH, k_BTKH, v_BTKH = (
-            y.reshape(B, T, -1, self.head_dim) for y in project(x_BTD, self.q_proj, self.k_proj, self.v_proj)
-        )
-        qk_BTxH = apply_rope(torch.cat([q_BTNH, k_BTKH], dim=2), cos_BTH, sin_BTH)  # x: all heads that turn
-        q_BTNH, k_BTKH = qk_BTxH.split([q_BTNH.shape[2], k_BTKH.shape[2]], dim=2)
+        q_BTNH, k_BTKH, v_BTKH = self.qkv(x_BTD, cos_BTH, sin_BTH)
         if cache is not None:
             cache = append(cache, k_BTKH, v_BTKH, position_BT)
             out_BTNH = attend(q_BTNH, cache.k_BKSH, cache.v_BKSH, position_BT)

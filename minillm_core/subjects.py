@@ -1,0 +1,111 @@
+"""Any checkpoint of any supported kind, opened so that it can be run and compared."""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from minillm_core.backend import Backend, Trace
+from minillm_core.bridge import OPENERS
+from minillm_core.checkpoints import (
+    FRAMEWORKS,
+    Tensors,
+    checkpoint_steps,
+    find_checkpoint,
+    read_info,
+    verify_checkpoint,
+)
+from minillm_core.config import ModelConfig
+from minillm_core.errors import InputError
+
+KINDS = (*FRAMEWORKS, *OPENERS)
+
+Run = Callable[[ModelConfig, Tensors, np.ndarray, str], Trace]
+"""(configuration, weights, tokens (B, T), dtype) -> what the model computes; Backend.trace."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A checkpoint, and the code that runs it."""
+
+    kind: str
+    path: Path
+    """What holds the weights: a checkpoint, or another project's folder or file."""
+    folder: Path
+    """Where tokenizer files are, if there are any."""
+    config: ModelConfig
+    weights: Tensors
+    engine: str
+    """What runs it: jax, torch, transformers."""
+    run: Run
+
+    @property
+    def label(self) -> str:
+        return f"{self.kind} {self.path}"
+
+
+def open_subject(
+    place: str, load_backend: Callable[[str], Backend], oracles: Mapping[str, Callable[[Path], Run]]
+) -> Subject:
+    """Reads the checkpoint of a path, or of `KIND:PATH` where a path could mean several.
+
+    Args:
+        load_backend: gives the package of a framework by name.
+        oracles: by kind, the engine of an independent implementation; other imported kinds run in torch, or in JAX
+            where torch is not installed.
+
+    Raises:
+        InputError: there is none, it could be several, or it is damaged.
+    """
+    kind, path = _kind_of(place)
+    if kind in FRAMEWORKS:
+        backend = load_backend(kind)
+        checkpoint = find_checkpoint(path, kind)
+        verify_checkpoint(checkpoint)
+        run_config = read_info(checkpoint).config
+        weights = backend.read_payload(checkpoint, run_config, moments=False).weights
+        return Subject(kind, checkpoint, checkpoint, run_config.model, weights, kind, backend.trace)
+    opened = OPENERS[kind](path)
+    weights = dict(opened.tensors())
+    if kind in oracles:
+        return Subject(kind, path, opened.folder, opened.config, weights, "transformers", oracles[kind](path))
+    try:
+        backend = load_backend("torch")
+    except InputError:
+        backend = load_backend("jax")
+    return Subject(kind, path, opened.folder, opened.config, weights, backend.FRAMEWORK, backend.trace)
+
+
+def _kind_of(place: str) -> tuple[str, Path]:
+    """The kind and path that a place means; raises InputError if it means none or several."""
+    kind, colon, rest = place.partition(":")
+    if colon and kind in KINDS:
+        return kind, Path(rest)
+    path = Path(place)
+    expected = (
+        f"a run, a checkpoint, a Hugging Face folder, a file of another project; or KIND:PATH ({', '.join(KINDS)})"
+    )
+    if not path.exists():
+        raise InputError("no such checkpoint", expected=expected, where=path)
+    if (path / "checkpoint.json").is_file():
+        return read_info(path).framework, path
+    if trained := [name for name in FRAMEWORKS if checkpoint_steps(path / name / "checkpoints")]:
+        if len(trained) > 1:
+            expected = " or ".join(str(path / name) for name in trained)
+            raise InputError("the run has checkpoints of both frameworks", expected=expected, where=path)
+        return trained[0], path
+    if steps := checkpoint_steps(path / "checkpoints"):
+        return read_info(path / "checkpoints" / str(steps[-1])).framework, path
+    if path.suffix == ".pt" or (path / "ckpt.pt").is_file():
+        return "minillm", path
+    if path.suffix == ".gguf":
+        return "gguf", path
+    if (path / "config.json").is_file():
+        try:
+            model_type = json.loads((path / "config.json").read_text())["model_type"]
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            model_type = None  # the opener says what is wrong
+        return "minillm" if model_type == "mini-llm" else "hf", path
+    raise InputError("not a checkpoint", expected=expected, where=path)

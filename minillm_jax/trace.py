@@ -1,0 +1,50 @@
+"""What a model computes on the way: every stage, the loss of every token, the gradient of every parameter."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from minillm_core.backend import Trace
+from minillm_core.checkpoints import Tensors
+from minillm_core.config import ModelConfig
+from minillm_core.reference import stage_names
+from minillm_jax.loss import token_losses
+from minillm_jax.train import mean_loss, param_dtype, resolve_dtype
+from minillm_jax.weights import Params, from_canonical, merge_model, model_structure, to_canonical
+
+
+def trace(config: ModelConfig, weights: Tensors, tokens_BT: np.ndarray, dtype: str) -> Trace:
+    """Runs a model of canonical weights over tokens, forward and backward, as training would in that `dtype`."""
+    compute_dtype = resolve_dtype(dtype)
+    master_dtype = param_dtype(compute_dtype)
+    graphdef, rope = model_structure(config, param_dtype=master_dtype, compute_dtype=compute_dtype)
+    params = from_canonical(config, weights, master_dtype)
+    recorded, losses_BT = _forward(graphdef, params, rope, tokens_BT)
+    stages = {
+        name: np.asarray(recorded[name], np.float64).reshape(*tokens_BT.shape, -1) for name in stage_names(config)
+    }
+    gradients = to_canonical(config, _backward(graphdef, params, rope, tokens_BT))
+    return Trace(stages, np.asarray(losses_BT, np.float64), gradients)
+
+
+@partial(jax.jit, static_argnums=0)
+def _forward(graphdef: Any, params: Params, rope: Params, tokens_BT: jax.Array) -> tuple[Params, jax.Array]:
+    model = merge_model(graphdef, params, rope)
+    forward = nnx.capture(model, nnx.Intermediate, method_outputs=nnx.Intermediate)
+    (logits_BTV, _), outputs = forward(tokens_BT)
+    recorded = {"logits": logits_BTV}
+    for (*module, method), variable in nnx.to_flat_state(outputs):
+        name, (output,) = ".".join(map(str, module)), variable.get_value()
+        if method == "qkv":
+            recorded |= {f"{name}.{part}": x for part, x in zip("qkv", output, strict=True)}
+        elif method == "__call__":
+            recorded[name] = output[0] if isinstance(output, tuple) else output
+    return recorded, token_losses(logits_BTV[:, :-1], tokens_BT[:, 1:])
+
+
+@partial(jax.jit, static_argnums=0)
+def _backward(graphdef: Any, params: Params, rope: Params, tokens_BT: jax.Array) -> Params:
+    return jax.grad(lambda params: mean_loss(merge_model(graphdef, params, rope), tokens_BT))(params)

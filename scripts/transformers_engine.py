@@ -1,0 +1,108 @@
+"""transformers' Llama as an oracle: what it computes of a Hugging Face folder, under the names that are used here."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+
+from minillm_core.backend import Trace
+from minillm_core.checkpoints import Tensors
+from minillm_core.config import ModelConfig
+from minillm_core.errors import InputError
+from minillm_core.reference import stage_names
+from minillm_core.rope import inverse_frequencies
+from minillm_core.subjects import Run
+
+
+def transformers_run(folder: Path) -> Run:
+    """What `from_pretrained` makes of a folder; in float64 without transformers' casts to float32.
+
+    Raises:
+        InputError: transformers or torch is not installed.
+    """
+    try:
+        import torch  # noqa: F401
+        import transformers  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise InputError(
+            "a Hugging Face folder is run by transformers",
+            found=error,
+            where=folder,
+            do="pip install -c constraints.txt -e '.[test]'; or compare what convert.py 'hf->jax' makes of it",
+        ) from error
+    return partial(_run, folder)
+
+
+def _run(folder: Path, config: ModelConfig, weights: Tensors, tokens_BT: np.ndarray, dtype: str) -> Trace:
+    import torch
+    from torch.nn import functional as F
+    from transformers import LlamaForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    model = LlamaForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), attn_implementation="sdpa").eval()
+    tokens = torch.from_numpy(tokens_BT).long()
+    recorded: dict[str, torch.Tensor] = {}
+    with without_casts(config) if dtype == "float64" else ExitStack(), _recording(model, config, recorded):
+        logits_BTV = model(tokens).logits
+    recorded["logits"] = logits_BTV
+    high = torch.promote_types(logits_BTV.dtype, torch.float32)
+    log_probs_BTV = torch.log_softmax(logits_BTV[:, :-1].to(high), dim=-1)
+    losses_BT = F.nll_loss(log_probs_BTV.transpose(1, 2), tokens[:, 1:], reduction="none")
+    losses_BT.mean().backward()
+    gradients = {name: param.grad.to(high).numpy() for name, param in model.named_parameters()}
+    stages = {
+        name: recorded[name].detach().double().numpy().reshape(*tokens_BT.shape, -1) for name in stage_names(config)
+    }
+    return Trace(stages, losses_BT.detach().double().numpy(), gradients)
+
+
+@contextmanager
+def _recording(model: Any, config: ModelConfig, recorded: dict[str, Any]) -> Iterator[None]:
+    """Keeps what every module returns, and q and k after their rotation."""
+    from transformers.models.llama import modeling_llama
+
+    rotate, layer = modeling_llama.apply_rotary_pos_emb, iter(range(config.n_layers))
+
+    def rotate_and_keep(*inputs: Any, **options: Any) -> Any:
+        name, rotated = f"model.layers.{next(layer)}.self_attn", rotate(*inputs, **options)
+        recorded.update({f"{name}.{part}": x.transpose(1, 2) for part, x in zip("qk", rotated, strict=True)})
+        return rotated
+
+    def keep(name: str, module: Any, inputs: Any, output: Any) -> None:
+        if name.endswith(".v_proj"):
+            name, output = name.removesuffix("_proj"), output.unflatten(-1, (-1, config.resolved_head_dim))
+        recorded[name] = output[0] if isinstance(output, tuple) else output
+
+    hooks = [module.register_forward_hook(partial(keep, name)) for name, module in model.named_modules()]
+    with patch.object(modeling_llama, "apply_rotary_pos_emb", rotate_and_keep):
+        yield
+    for hook in hooks:
+        hook.remove()
+
+
+@contextmanager
+def without_casts(config: ModelConfig) -> Iterator[None]:
+    """Lifts the two hard-coded float32 casts of transformers' Llama: RMSNorm, and the rotary angles."""
+    import torch
+    from transformers.models.llama import modeling_llama
+
+    def norm(self: Any, x: torch.Tensor) -> torch.Tensor:
+        return self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+
+    frequencies = torch.from_numpy(inverse_frequencies(config))
+
+    def rotary(self: Any, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        angles = position_ids[..., None].double() * frequencies
+        angles = torch.cat([angles, angles], dim=-1)
+        return angles.cos(), angles.sin()
+
+    with (
+        patch.object(modeling_llama.LlamaRMSNorm, "forward", norm),
+        patch.object(modeling_llama.LlamaRotaryEmbedding, "forward", rotary),
+    ):
+        yield
