@@ -36,11 +36,13 @@ class Divergence:
     """The first stage at which two models differ, and by how much relative to its largest value."""
 
     index: int
-    stage: str
+    """Among all stages; their number if none differs."""
+    stage: str | None
     error: float
+    """Of that stage; of all if none differs."""
 
     def __str__(self) -> str:
-        return f"{self.stage} ({self.error:.1e})"
+        return f"{self.stage or 'all stages agree'} ({self.error:.1e})"
 
 
 @dataclass(frozen=True)
@@ -72,13 +74,18 @@ def diagnose(a: Subject, b: Subject, ours: Trace, theirs: Trace, tokens_BT: np.n
     return findings or _explain_gradients(a, ours, theirs, tokens_BT)
 
 
-def divergence(model: Reference, tokens_BT: np.ndarray, stages: Stages) -> Divergence | None:
+def divergence(model: Reference, tokens_BT: np.ndarray, stages: Stages) -> Divergence:
     """The first of the given stages that is not the reference's; nothing after it is computed."""
-    for index, (name, expected) in enumerate(model.stages(tokens_BT)):
-        error = float(np.abs(stages[name] - expected).max() / max(1.0, np.abs(expected).max()))
-        if not error <= BOUND:  # NaN agrees with nothing
-            return Divergence(index, name, error)
-    return None
+    largest = 0.0
+    with np.errstate(all="ignore"):  # of a wrong model anything may come
+        for index, (name, expected) in enumerate(model.stages(tokens_BT)):
+            found = stages[name]
+            apart = np.where(np.isnan(found) & np.isnan(expected), 0, np.abs(found - expected))  # both may be broken
+            error = float(apart.max() / max(1.0, np.nanmax(np.abs(expected), initial=0)))
+            if not error <= BOUND:
+                return Divergence(index, name, error)
+            largest = max(largest, error)
+    return Divergence(len(stages), None, largest)
 
 
 def _search(
@@ -87,26 +94,26 @@ def _search(
     """The faults which, planted in `model` one after the other, give these stages."""
     findings: list[Finding] = []
     first = divergence(model, tokens_BT, stages)
-    while first is not None and len(findings) < MAX_FAULTS:
-        best: tuple[str, str, Reference] | None = None
-        latest: Divergence | None = first
+    while first.stage is not None and len(findings) < MAX_FAULTS:
+        best, latest = None, first
         for fault in FAULTS:
             for says, variant in fault.variants(model, hints):
                 after = divergence(variant, tokens_BT, stages)
-                if latest is not None and (after is None or after.index > latest.index):
+                if after.index > latest.index:
                     best, latest = (fault.name, says, variant), after
+            if latest.stage is None:
+                break
         if best is None:
             return [*findings, _cast(stages, first, subject, place)]
         name, says, model = best
-        planted = f"all {len(stages)} stages agree" if latest is None else f"the first difference is {latest}"
-        findings.append(Finding(name, subject, place, says, f"planted, {planted}; without it, {first}"))
+        findings.append(Finding(name, subject, place, says, f"without it {first} differs first; with it {latest}"))
         first = latest
     return findings
 
 
 def _cast(stages: Stages, first: Divergence, subject: str, place: str) -> Finding:
     """No known fault: perhaps a cast, which leaves numbers of few bits, or an error of the size of its rounding."""
-    value = stages[first.stage]
+    value = stages[str(first.stage)]
     for name, dtype in (("bfloat16", ml_dtypes.bfloat16), ("float16", np.float16), ("float32", np.float32)):
         if np.array_equal(value.astype(dtype).astype(np.float64), value):
             evidence = f"each of its numbers is one of {name}; first difference {first}"
@@ -132,7 +139,7 @@ def _explain_weights(a: Subject, b: Subject) -> list[Finding]:
         forms = [(fault, says, made.weights[name].astype(np.float64)) for fault, says, made in variants]
         forms += _heads_moved(a, name, theirs)
         fault, says, ours = min(forms, key=lambda form: _distance(form[2], theirs))
-        if _distance(ours, theirs) > NEAR:
+        if not _distance(ours, theirs) <= NEAR:  # NaN is near to nothing
             unknown[name] = _distance(forms[0][2], theirs)
             continue
         if fault:
@@ -197,7 +204,7 @@ def _explain_gradients(a: Subject, ours: Trace, theirs: Trace, tokens_BT: np.nda
         untied, copy = replace(a.config, tie_embeddings=False), {HEAD: a.weights[EMBEDDING]}
         parts = a.run(untied, a.weights | copy, tokens_BT, "float64").gradients
         for name, missing in ((EMBEDDING, "the output head's"), (HEAD, "the look-up's")):
-            if _distance(parts[name], theirs.gradients[EMBEDDING]) <= BOUND:
+            if name in parts and _distance(parts[name], theirs.gradients[EMBEDDING]) <= BOUND:
                 says = f"{missing} part of the embedding's gradient is missing"
                 return [Finding("gradient", "B", "code", says, "without it A's gradient is B's")]
     return [Finding("gradient", "B", "code", "the forward passes agree, gradients do not", _names(wrong))]

@@ -162,7 +162,7 @@ def compare_distributions(ours_BTV: np.ndarray, theirs_BTV: np.ndarray) -> tuple
         for k in sizes:
             same[k] += int(np.sum(np.all(np.sort(order_p[:, :k]) == np.sort(order_q[:, :k]), axis=-1)))
     n_positions = ours_BTV.shape[0] * ours_BTV.shape[1]
-    return max(0.0, float(np.mean(kl))), {k: count / n_positions for k, count in same.items()}
+    return float(np.maximum(np.mean(kl), 0.0)), {k: count / n_positions for k, count in same.items()}
 
 
 def _config_differences(a: ModelConfig, b: ModelConfig) -> dict[str, tuple[object, object]]:

@@ -52,6 +52,7 @@ def text_report(report: Report, *, color: bool) -> str:
     lines += ["", *_numbers(report), ""]
     if report.first_divergence:
         lines.append(f"first divergence: {report.first_divergence}")
+    lines += _own_code(report)
     for i, finding in enumerate(report.findings, 1):
         lines += [
             f"{i}. {finding.subject}'s {finding.place}: {finding.says} [{finding.fault}]",
@@ -107,6 +108,14 @@ def _numbers(report: Report) -> list[str]:
     return lines
 
 
+def _own_code(report: Report) -> list[str]:
+    """Whether what runs each model computes what its files say."""
+    if report.equal:
+        return []
+    wrong = {finding.subject for finding in report.findings if finding.place == "code" and finding.fault != "rounding"}
+    return [f"{x}'s code computes {'something else than' if x in wrong else 'what'} its files say" for x in "AB"]
+
+
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1d2430; max-width: 1080px; margin: 2em auto; padding: 0 1em }
 h1 { font-size: 1.4em } h2 { font-size: 1.1em; margin-top: 2em } p.path { margin: .2em 0; overflow-wrap: anywhere }
@@ -135,7 +144,8 @@ def html_report(report: Report) -> str:
             f'<div class="evidence">{e(f.evidence)}</div></li>'
             for f in report.findings
         )
-        body.append(f"<h2>Diagnosis</h2><ol>{''.join(items)}</ol>")
+        own_code = "; ".join(_own_code(report))
+        body.append(f"<h2>Diagnosis</h2><p>{own_code}.</p><ol>{''.join(items)}</ol>")
     body.append("<h2>In numbers</h2><ul>" + "".join(f"<li>{e(line)}</li>" for line in _numbers(report)) + "</ul>")
     body.append("<h2>Error by stage and layer</h2>" + _figure(_draw_stages, report))
     body.append("<h2>Logits and next tokens</h2>" + _figure(_draw_logits, report))
@@ -206,9 +216,10 @@ def _draw_stages(figure: Any, report: Report) -> None:
 
 def _draw_logits(figure: Any, report: Report) -> None:
     scatter, agreement = figure.subplots(1, 2)
-    ours, theirs = report.logits
-    scatter.plot(ours, theirs, ".", markersize=2)
-    ends = [float(min(np.nanmin(ours), np.nanmin(theirs))), float(max(np.nanmax(ours), np.nanmax(theirs)))]
+    points = np.stack(report.logits)
+    points = points[:, np.isfinite(points).all(axis=0)]
+    scatter.plot(*points, ".", markersize=2)
+    ends = [points.min(initial=0), points.max(initial=0)]
     scatter.plot(ends, ends, color="#c0221b", linewidth=0.8)
     scatter.set(xlabel="logits of A", ylabel="logits of B")
     agreement.plot([str(k) for k in report.top_k], list(report.top_k.values()), "o-")

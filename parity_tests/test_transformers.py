@@ -1,13 +1,14 @@
 """A third party: transformers' LlamaForCausalLM, loaded from the torch checkpoint's own files."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import transformers_engine
 from transformers import LlamaConfig, LlamaForCausalLM
-from transformers.models.llama import modeling_llama
 
 import minillm_torch
 from minillm_core.checkpoints import Tensors, TrainingState
@@ -89,24 +90,10 @@ def test_float32(any_config: ModelConfig, tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def without_casts(monkeypatch: pytest.MonkeyPatch) -> Callable[[ModelConfig], None]:
-    """Lifts the two hard-coded float32 casts of transformers' Llama: RMSNorm, and the rotary angles."""
-
-    def norm(self: modeling_llama.LlamaRMSNorm, x: torch.Tensor) -> torch.Tensor:
-        return self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
-
-    def lift(config: ModelConfig) -> None:
-        frequencies = torch.from_numpy(inverse_frequencies(config))
-
-        def rotary(self: object, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            angles = position_ids[..., None].double() * frequencies
-            angles = torch.cat([angles, angles], dim=-1)
-            return angles.cos(), angles.sin()
-
-        monkeypatch.setattr(modeling_llama.LlamaRMSNorm, "forward", norm)
-        monkeypatch.setattr(modeling_llama.LlamaRotaryEmbedding, "forward", rotary)
-
-    return lift
+def without_casts() -> Iterator[Callable[[ModelConfig], None]]:
+    """Lifts the two hard-coded float32 casts of transformers' Llama, until the test ends."""
+    with ExitStack() as stack:
+        yield lambda config: stack.enter_context(transformers_engine.without_casts(config))
 
 
 def test_float64(

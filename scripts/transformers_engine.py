@@ -45,6 +45,7 @@ def _run(folder: Path, config: ModelConfig, weights: Tensors, tokens_BT: np.ndar
 
     logging.disable_progress_bar()
     model = LlamaForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), attn_implementation="sdpa").eval()
+    model.model.embed_tokens.padding_idx = None  # with one, the padding token's look-up would get no gradient
     tokens = torch.from_numpy(tokens_BT).long()
     recorded: dict[str, torch.Tensor] = {}
     with without_casts(config) if dtype == "float64" else ExitStack(), _recording(model, config, recorded):
