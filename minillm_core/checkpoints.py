@@ -28,7 +28,7 @@ from minillm_core import __version__
 from minillm_core.config import RunConfig, run_config_from_dict, to_dict
 from minillm_core.errors import InputError
 from minillm_core.files import commit_folder, hash_file, is_disk_full, make_folder, remove_folder
-from minillm_core.tokenizer import TOKENIZER_FILES
+from minillm_core.tokenizer import copy_tokenizer
 
 FORMAT_VERSION = 1
 FRAMEWORKS = ("jax", "torch")
@@ -259,9 +259,7 @@ class CheckpointWriter:
         final = self.folder / str(info.step)
         with _cleaned_up(partial):
             finish_payload()
-            for name in TOKENIZER_FILES:
-                if (tokenizer / name).is_file():
-                    shutil.copyfile(tokenizer / name, partial / name)
+            copy_tokenizer(tokenizer, partial)
             data = {"format_version": FORMAT_VERSION, "version": __version__, **dataclasses.asdict(info)}
             _write_json(partial / "checkpoint.json", data | {"config": to_dict(info.config)})
             manifest = {

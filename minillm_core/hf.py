@@ -20,12 +20,13 @@ from minillm_core.interchange import (
     checked_weight,
     numpy_dtype,
     read_tensor,
+    rounded,
     safetensors_layout,
     stream_safetensors,
 )
 from minillm_core.params import check_shapes, param_table
 from minillm_core.rope import inverse_frequencies
-from minillm_core.tokenizer import BOS_ID, EOS_ID, PAD_ID
+from minillm_core.tokenizer import BOS_ID, EOS_ID, PAD_ID, copy_tokenizer
 
 SHARD_BYTES = 5_000_000_000
 """Largest file of an export, as in transformers; a single tensor may be larger."""
@@ -183,6 +184,10 @@ class HFCheckpoint:
         for name, path in self.files.items():
             yield name, checked_weight(read_tensor(path, name), name, path)
 
+    def write_tokenizer(self, folder: Path) -> None:
+        """Copies the tokenizer's files as they are."""
+        copy_tokenizer(self.folder, folder)
+
 
 def open_hf(folder: Path) -> HFCheckpoint:
     """Reads the configuration and the headers of a checkpoint's files, and compares every name, shape and dtype.
@@ -291,20 +296,12 @@ def write_hf_weights(
     names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
     names = ["model.safetensors"] if len(shards) == 1 else names
     for file, layout in zip(names, shards, strict=True):
-        stream_safetensors(folder / file, layout, ((name, _rounded(name, weights[name], dtype)) for name in layout))
+        stream_safetensors(folder / file, layout, ((name, rounded(name, weights[name], dtype)) for name in layout))
     if len(shards) > 1:
         total = sum(math.prod(spec.shape) for spec in param_table(config).values()) * itemsize
         weight_map = {name: file for file, layout in zip(names, shards, strict=True) for name in layout}
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
-
-
-def _rounded(name: str, array: np.ndarray, dtype: str) -> np.ndarray:
-    with np.errstate(over="ignore"):
-        rounded = array.astype(numpy_dtype(dtype), copy=False)
-    if np.isfinite(array).all() and not np.isfinite(rounded.astype(np.float32)).all():
-        raise InputError(f"{dtype} cannot hold the weights", found=name, do="choose bfloat16 or float32")
-    return rounded
 
 
 def to_hf_config(config: ModelConfig, dtype: str) -> dict[str, Any]:

@@ -85,6 +85,19 @@ def checked_weight(array: np.ndarray, name: str, where: Path) -> np.ndarray:
     return array
 
 
+def rounded(name: str, array: np.ndarray, dtype: str) -> np.ndarray:
+    """A weight in a dtype.
+
+    Raises:
+        InputError: numbers that were finite would be so no longer.
+    """
+    with np.errstate(over="ignore"):
+        result = array.astype(numpy_dtype(dtype), copy=False)
+    if np.isfinite(array).all() and not np.isfinite(result.astype(np.float32, copy=False)).all():
+        raise InputError(f"{dtype} cannot hold the weights", found=name, do="choose bfloat16 or float32")
+    return result
+
+
 def safetensors_layout(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
     """Name -> shape and dtype (in the format's words) of every tensor of a file; only its header is read.
 

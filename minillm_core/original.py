@@ -23,6 +23,7 @@ from minillm_core.errors import InputError
 from minillm_core.interchange import checked_weight, numpy_dtype, read_tensor, safetensors_layout
 from minillm_core.params import check_shapes, param_table
 from minillm_core.rope import half_split, inverse_frequencies
+from minillm_core.tokenizer import copy_tokenizer
 
 NAMES = {
     "model.embed_tokens": "tok_embeddings.emb",
@@ -75,6 +76,10 @@ class OriginalCheckpoint:
             if name.endswith(("q_proj.weight", "k_proj.weight")):
                 array = half_split(array, self.config.resolved_head_dim)
             yield name, array
+
+    def write_tokenizer(self, folder: Path) -> None:
+        """Copies the tokenizer's files as they are."""
+        copy_tokenizer(self.folder, folder)
 
 
 def original_name(name: str) -> str:

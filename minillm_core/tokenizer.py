@@ -1,6 +1,7 @@
 """SentencePiece BPE: train, encode, decode. decode(encode(text)) == text for every text without U+2581."""
 
 import io
+import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -12,6 +13,13 @@ UNK_ID, BOS_ID, EOS_ID, PAD_ID = 0, 1, 2, 3
 
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json")
 """What goes along with a model: the first for our own, any of them for imported ones."""
+
+
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    """Copies the tokenizer's files that are in a folder."""
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
 
 
 def train_tokenizer(lines: Iterable[str], vocab_size: int, path: Path) -> None:
