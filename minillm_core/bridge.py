@@ -2,10 +2,12 @@
 
 import json
 import shutil
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from minillm_core import __version__
 from minillm_core.backend import Backend
@@ -20,16 +22,22 @@ from minillm_core.checkpoints import (
 from minillm_core.cli import say
 from minillm_core.config import ModelConfig, RunConfig, dump_config, load_config
 from minillm_core.errors import InputError
-from minillm_core.files import commit_folder, hash_file, make_folder
+from minillm_core.files import commit_folder, flush, hash_file, make_folder
+from minillm_core.gguf import GGUFCheckpoint, open_gguf, write_gguf
+from minillm_core.gguf_tokenizer import NO_TOKENIZER, tokenizer_fields
 from minillm_core.hf import HFCheckpoint, open_hf, to_hf_config, write_hf_weights
 from minillm_core.metrics import losses_by_step, perplexity, read_metrics
 from minillm_core.original import OriginalCheckpoint, open_original
 from minillm_core.params import count_params
 from minillm_core.rundir import open_run
-from minillm_core.tokenizer import TOKENIZER_FILES, Tokenizer
+from minillm_core.tokenizer import Tokenizer, copy_tokenizer
 from minillm_core.tokenizer_json import load_tokenizer, sentencepiece_to_json
 
-OPENERS: dict[str, Callable[[Path], HFCheckpoint | OriginalCheckpoint]] = {"hf": open_hf, "minillm": open_original}
+OPENERS: dict[str, Callable[[Path], HFCheckpoint | OriginalCheckpoint | GGUFCheckpoint]] = {
+    "hf": open_hf,
+    "minillm": open_original,
+    "gguf": open_gguf,
+}
 """By format: what looks at a checkpoint without reading its weights."""
 
 
@@ -39,32 +47,34 @@ def import_checkpoint(format: str, source: Path, run_dir: Path, backend: Backend
     Weights are kept as float32 (float64 ones as they are). The tokenizer files beside them go along as they are.
 
     Args:
-        format: `hf`: a Hugging Face folder; `minillm`: the original Mini-LLM's ckpt.pt or folder.
+        format: `hf`: a Hugging Face folder; `minillm`: the original Mini-LLM's ckpt.pt or folder; `gguf`: a file.
 
     Raises:
         InputError: the source is damaged or has what the architecture cannot express, or the run directory holds
             something else. Nothing is written then.
     """
     opened = OPENERS[format](source)
-    folder = opened.folder
     result = run_dir / backend.FRAMEWORK / "checkpoints" / "0"
     if checkpoint_steps(result.parent):
         raise InputError("the run has checkpoints of its own", where=result.parent, do="give another run directory")
     weights = dict(opened.tensors())
-    config = _run_config(opened.config, run_dir)
-    hashes = {name: hash_file(folder / name) for name in TOKENIZER_FILES if (folder / name).is_file()}
-    try:
-        load_tokenizer(folder, opened.config.vocab_size)
-    except InputError as error:
-        say(f"text cannot be generated from it, token ids can: {error}")
-    with open_run(run_dir, config, folder, hashes, "float32") as config:
-        info = CheckpointInfo(backend.FRAMEWORK, 0, 0, config, hashes, format)
-        with CheckpointWriter(result.parent) as writer:
+    with tempfile.TemporaryDirectory() as beside:
+        folder = Path(beside)
+        try:
+            opened.write_tokenizer(folder)
+            load_tokenizer(folder, opened.config.vocab_size)
+        except InputError as error:
+            say(f"text cannot be generated from it, token ids can: {str(error).replace(beside, str(opened.folder))}")
+        hashes = {path.name: hash_file(path) for path in sorted(folder.iterdir())}
+        with (
+            open_run(run_dir, _run_config(opened.config, run_dir), folder, hashes, "float32") as config,
+            CheckpointWriter(result.parent) as writer,
+        ):
 
             def start_payload(partial_folder: Path) -> Callable[[], None]:
                 return partial(backend.write_payload, partial_folder, config, TrainingState(weights, {}, {}))
 
-            writer.save(info, folder, start_payload)
+            writer.save(CheckpointInfo(backend.FRAMEWORK, 0, 0, config, hashes, format), folder, start_payload)
     say(f"imported {source}: {len(weights)} weights, {count_params(opened.config):,} parameters")
     return result
 
@@ -115,12 +125,46 @@ def export_hf(checkpoint: Path, folder: Path, backend: Backend, dtype: str) -> P
     return folder
 
 
+def export_gguf(checkpoint: Path, file: Path, backend: Backend, dtype: str) -> Path:
+    """Writes a checkpoint as a file for llama.cpp, its tokenizer in it.
+
+    Args:
+        dtype: of the matrices: float32, bfloat16, float16 or q8_0; norms are float32.
+
+    Raises:
+        InputError: the file exists, or the checkpoint is damaged.
+    """
+    if file.exists():
+        raise InputError("the destination exists", where=file, do="give another file name, or remove it")
+    verify_checkpoint(checkpoint)
+    info = read_info(checkpoint)
+    model = info.config.model
+    weights = backend.read_payload(checkpoint, info.config, moments=False).weights
+    fields: dict[str, Any] = {"general.name": Path(info.config.train.out_dir).name, **NO_TOKENIZER}
+    try:
+        fields |= tokenizer_fields(load_tokenizer(checkpoint, model.vocab_size), model.vocab_size)
+    except InputError as error:
+        say(f"the tokenizer is left out: {error}")
+    beside = file.with_name(f".{file.name}.partial")
+    make_folder(file.parent)
+    try:
+        kept = write_gguf(beside, model, weights, dtype, fields)
+        flush(beside)
+        beside.rename(file)
+        flush(file.parent)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
+    if kept:
+        say(f"rows that are no multiple of 32 do not fit q8_0: float16 in {len(kept)} matrices, as {kept[0]}")
+    say(f"exported {checkpoint}: {len(weights)} weights in {dtype}")
+    return file
+
+
 def _write_tokenizer(folder: Path, checkpoint: Path, tokenizer: Tokenizer, model: ModelConfig) -> dict[str, int | None]:
     """The tokenizer's files: an imported one's as they came, our own as tokenizer.json too. Returns its special ids."""
     ids: dict[str, int | None] = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
-    for name in TOKENIZER_FILES:
-        if (checkpoint / name).is_file():
-            shutil.copyfile(checkpoint / name, folder / name)
+    copy_tokenizer(checkpoint, folder)
     if (folder / "tokenizer.json").is_file():
         return ids | {"pad_token_id": None}
     data = sentencepiece_to_json(folder / "tokenizer.model")

@@ -14,6 +14,12 @@ architecture. What the architecture lacks is refused by name.
     python scripts/convert.py 'minillm->jax' ckpt.pt RUN
 
 From the original Mini-LLM's ckpt.pt, or the folder of its model.safetensors and config.json.
+
+    python scripts/convert.py 'jax->gguf' [SRC [FILE.gguf]] [--dtype q8_0]
+    python scripts/convert.py 'gguf->jax' FILE.gguf RUN
+
+To and from llama.cpp's format (default file: RUN/NAME-DTYPE.gguf). Quantised weights are read as the float32 numbers
+that they stand for.
 """
 
 import os
@@ -29,7 +35,7 @@ import tyro
 from backends import load_backend
 
 from minillm_core.backend import Backend
-from minillm_core.bridge import OPENERS, export_hf, import_checkpoint
+from minillm_core.bridge import OPENERS, export_gguf, export_hf, import_checkpoint
 from minillm_core.checkpoints import (
     FRAMEWORKS,
     CheckpointInfo,
@@ -54,10 +60,17 @@ def main() -> None:
     arguments = undo_redirection(sys.argv[1:])
     direction, source, destination, dtype = tyro.cli(parse, args=arguments, description=__doc__)
     source_format, target_format = parse_direction(direction)
+    if (target_format, dtype) in (("hf", "q8_0"), ("gguf", "float64")):
+        raise InputError(f"{target_format} has no {dtype}", do="choose another --dtype")
     if target_format == "hf":
         checkpoint = find_checkpoint(source or DEFAULT_RUN, source_format)
         folder = Path(destination) if destination else checkpoint.parent.parent.parent / f"hf-{source_format}"
         print(export_hf(checkpoint, folder, load_backend(source_format), dtype))
+    elif target_format == "gguf":
+        checkpoint = find_checkpoint(source or DEFAULT_RUN, source_format)
+        run_dir = checkpoint.parent.parent.parent
+        file = Path(destination) if destination else run_dir / f"{run_dir.resolve().name}-{dtype}.gguf"
+        print(export_gguf(checkpoint, file, load_backend(source_format), dtype))
     elif source_format in OPENERS:
         if source is None or destination is None:
             expected = f"'{source_format}->{target_format}' SRC RUN"
@@ -72,24 +85,25 @@ def parse(
     direction: tyro.conf.Positional[str],
     src: tyro.conf.Positional[str | None] = None,
     dst: tyro.conf.Positional[str | None] = None,
-    dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32",
+    dtype: Literal["float32", "bfloat16", "float16", "float64", "q8_0"] = "float32",
 ) -> tuple[str, str | None, str | None, str]:
     """Converts a checkpoint.
 
     Args:
-        direction: 'torch->jax', 'hf->jax', 'minillm->jax', 'jax->hf' or the like, quoted; torch-to-jax needs no quotes.
+        direction: 'torch->jax', 'hf->jax', 'jax->gguf' or the like, quoted; torch-to-jax needs no quotes.
         src: a run, a run's framework folder, or one checkpoint (default: runs/quickstart); or what is imported.
-        dst: the run directory, or the Hugging Face folder, to write into (default: the same run).
-        dtype: of the weights of a Hugging Face folder.
+        dst: the run directory, the Hugging Face folder or the GGUF file to write (default: in the same run).
+        dtype: of the weights for hf (not q8_0) or gguf (not float64).
     """
     return direction, src, dst, dtype
 
 
 def parse_direction(direction: str) -> tuple[str, str]:
     match = re.fullmatch(r"(\w+)(?:->|-to-)(\w+)", direction)
-    known = {(source, target) for source in FORMATS for target in FRAMEWORKS} | {(name, "hf") for name in FRAMEWORKS}
+    known = {(source, target) for source in FORMATS for target in FRAMEWORKS}
+    known |= {(source, target) for source in FRAMEWORKS for target in ("hf", "gguf")}
     if not match or match[1] == match[2] or match.groups() not in known:
-        expected = "'torch->jax', 'jax->torch', 'hf->jax', 'minillm->jax', 'jax->hf' or the like"
+        expected = "'torch->jax', 'hf->jax', 'minillm->jax', 'gguf->jax', 'jax->hf', 'jax->gguf' or the like"
         raise InputError("unknown conversion", expected=expected, found=repr(direction))
     return match[1], match[2]
 

@@ -1,0 +1,253 @@
+"""Tokenizers in GGUF files: SentencePiece BPE (llama.cpp calls it `llama`) and byte-level BPE (`gpt2`), both ways."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import sentencepiece
+from sentencepiece import sentencepiece_model_pb2
+
+from minillm_core.errors import InputError
+from minillm_core.tokenizer import Tokenizer
+from minillm_core.tokenizer_json import JsonTokenizer
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
+"""Types of tokens, which GGUF has from SentencePiece."""
+
+NO_TOKENIZER = {"tokenizer.ggml.model": "no_vocab"}
+
+_ModelProto: Any = sentencepiece_model_pb2.ModelProto  # type: ignore[attr-defined]  # made when imported
+
+
+def _byte_level(use_regex: bool) -> dict[str, Any]:
+    return {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": use_regex}
+
+
+LLAMA_3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
+PRE_TOKENIZERS: dict[str, tuple[list[dict[str, Any]], bool]] = {
+    "llama-bpe": (
+        [
+            {"type": "Split", "pattern": {"Regex": LLAMA_3}, "behavior": "Isolated", "invert": False},
+            _byte_level(use_regex=False),
+        ],
+        True,
+    ),
+    "smollm": ([{"type": "Digits", "individual_digits": True}, _byte_level(use_regex=True)], False),
+    "gpt-2": ([_byte_level(use_regex=True)], False),
+}
+"""llama.cpp's name -> what it does in the words of tokenizer.json: pre-tokenizers, and whether a word that is a token
+stays whole whatever the merges say."""
+
+ALIASES = {"llama3": "llama-bpe", "llama-v3": "llama-bpe", "gpt2": "gpt-2"}
+
+
+def tokenizer_fields(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
+    """llama.cpp's keys of a tokenizer; rows of the embedding without a token get unused ones.
+
+    Raises:
+        InputError: llama.cpp would give other ids.
+    """
+    if not tokenizer.fits(vocab_size):
+        raise InputError("the tokenizer is another model's", expected=vocab_size, found=tokenizer.vocab_size)
+    make = _of_json if isinstance(tokenizer, JsonTokenizer) else _of_sentencepiece
+    return {f"tokenizer.ggml.{key}": value for key, value in make(tokenizer, vocab_size).items()}
+
+
+def _of_sentencepiece(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
+    proto = _ModelProto.FromString(tokenizer.path.read_bytes())
+    trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
+    problems = {
+        "another kind than BPE": trainer.model_type != trainer.BPE,
+        "text is normalised": bool(normalizer.precompiled_charsmap or normalizer.remove_extra_whitespaces),
+        # llama.cpp puts the space after each of them
+        "a space before a text, and symbols of the user": normalizer.add_dummy_prefix
+        and any(piece.type == USER_DEFINED for piece in proto.pieces),
+    }
+    _refuse(problems, "a BPE model that takes text as it is", tokenizer.path)
+    ids = {"bos": trainer.bos_id, "eos": trainer.eos_id, "unknown": trainer.unk_id, "padding": trainer.pad_id}
+    return {
+        "model": "llama",
+        "pre": "default",
+        "tokens": [piece.piece for piece in proto.pieces],
+        "scores": [piece.score for piece in proto.pieces],
+        "token_type": [piece.type for piece in proto.pieces],
+        **{f"{name}_token_id": i for name, i in ids.items() if i >= 0},
+        "add_bos_token": True,
+        "add_eos_token": False,
+        "add_space_prefix": normalizer.add_dummy_prefix,
+        "remove_extra_whitespaces": normalizer.remove_extra_whitespaces,
+    }
+
+
+def _of_json(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
+    data = json.loads(tokenizer.path.read_text())
+    model, steps = data["model"], data.get("pre_tokenizer") or {}
+    steps = [
+        {"use_regex": True} | step | {"trim_offsets": True} if step.get("type") == "ByteLevel" else step
+        for step in steps.get("pretokenizers", [steps])
+    ]
+    found = (steps, bool(model.get("ignore_merges")))
+    name = next((name for name, known in PRE_TOKENIZERS.items() if known == found), None)
+    begin = tokenizer.encode("", bos=True)
+    added = data.get("added_tokens") or []
+    problems = {
+        "its pre-tokenizer": name is None,
+        "its normalizer": data.get("normalizer") is not None,
+        "its model": model.get("type") != "BPE" or any(model.get(key) for key in ("dropout", "byte_fallback")),
+        "its prefixes and suffixes": any(model.get(key) for key in ("continuing_subword_prefix", "end_of_word_suffix")),
+        "what it puts before a document": begin not in ([], [tokenizer.bos_id]),
+        "its added tokens": any(
+            not token["special"] and any(token[key] for key in ("lstrip", "rstrip", "single_word")) for token in added
+        ),
+    }
+    _refuse(problems, f"a byte-level BPE as one of {', '.join(PRE_TOKENIZERS)}", tokenizer.path)
+    tokens, types = [f"[PAD{i}]" for i in range(vocab_size)], [UNUSED] * vocab_size
+    for text, i in model["vocab"].items():
+        tokens[i], types[i] = text, NORMAL
+    for token in added:
+        tokens[token["id"]], types[token["id"]] = token["content"], CONTROL if token["special"] else USER_DEFINED
+    return {
+        "model": "gpt2",
+        "pre": name,
+        "tokens": tokens,
+        "token_type": types,
+        "merges": [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]] or [""],
+        "bos_token_id": tokenizer.bos_id,
+        "eos_token_id": tokenizer.eos_id,
+        "add_bos_token": begin == [tokenizer.bos_id],
+        "add_eos_token": False,
+    }
+
+
+def _refuse(problems: dict[str, bool], expected: str, where: Path) -> None:
+    if found := ", ".join(problem for problem, is_there in problems.items() if is_there):
+        raise InputError("llama.cpp would not give this tokenizer's ids", expected=expected, found=found, where=where)
+
+
+def tokenizer_files(fields: dict[str, Any], where: Path) -> dict[str, bytes]:
+    """The files that `load_tokenizer` reads, by name, made of a GGUF file's keys.
+
+    Raises:
+        InputError: there is no tokenizer, or one of another kind, or its keys contradict each other.
+    """
+
+    def get(key: str, kind: type, default: Any) -> Any:
+        value = fields.get(f"tokenizer.ggml.{key}", default)
+        if value is not default and type(value) is not kind:
+            raise InputError(f"damaged tokenizer: {key}", expected=kind.__name__, found=str(value)[:60], where=where)
+        return value
+
+    model, tokens = get("model", str, "no_vocab"), get("tokens", list, [])
+    types = [int(kind) for kind in fields.get("tokenizer.ggml.token_type", [NORMAL] * len(tokens))]
+    special = {name: get(f"{name}_token_id", int, -1) for name in ("bos", "eos", "unknown", "padding")}
+    if model not in ("llama", "gpt2"):
+        expected = "llama (SentencePiece BPE) or gpt2 (byte-level BPE)"
+        raise InputError("no tokenizer of a kind known here", expected=expected, found=model[:60], where=where)
+    if len(types) != len(tokens) or len(set(tokens)) != len(tokens) or max(special.values()) >= len(tokens):
+        expected = "as many types as tokens, no token twice, and special ids below their number"
+        raise InputError("damaged tokenizer", expected=expected, where=where)
+    if special["eos"] < 0:
+        raise InputError("no end-of-document token", expected="tokenizer.ggml.eos_token_id", where=where)
+    if model == "llama":
+        scores = [float(score) for score in fields.get("tokenizer.ggml.scores", [])]
+        if len(scores) != len(tokens):
+            raise InputError("damaged tokenizer", expected="as many scores as tokens", where=where)
+        prefix, squeeze = get("add_space_prefix", bool, True), get("remove_extra_whitespaces", bool, False)
+        return {"tokenizer.model": _sentencepiece(tokens, scores, types, special, prefix, squeeze)}
+    pre = get("pre", str, "missing")
+    if ALIASES.get(pre, pre) not in PRE_TOKENIZERS:
+        expected = ", ".join(PRE_TOKENIZERS)
+        raise InputError("a pre-tokenizer that is not known here", expected=expected, found=pre[:60], where=where)
+    merges = [merge.split(" ") for merge in get("merges", list, []) if merge]
+    if not all(len(merge) == 2 for merge in merges):
+        raise InputError("damaged tokenizer", expected="merges of two tokens", where=where)
+    add_bos = get("add_bos_token", bool, ALIASES.get(pre, pre) == "llama-bpe") and special["bos"] >= 0
+    data, settings = _tokenizer_json(tokens, types, merges, ALIASES.get(pre, pre), special, add_bos)
+    return {"tokenizer.json": json.dumps(data).encode(), "tokenizer_config.json": json.dumps(settings).encode()}
+
+
+def _sentencepiece(
+    tokens: list[str],
+    scores: list[float],
+    types: list[int],
+    special: dict[str, int],
+    add_space_prefix: bool,
+    remove_extra_whitespaces: bool,
+) -> bytes:
+    proto = _ModelProto()
+    trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
+    trainer.model_type, trainer.vocab_size = trainer.BPE, len(tokens)
+    trainer.byte_fallback = BYTE in types
+    normalizer.name = "identity"
+    normalizer.add_dummy_prefix, normalizer.remove_extra_whitespaces = add_space_prefix, remove_extra_whitespaces
+    try:
+        for token, score, kind in zip(tokens, scores, types, strict=True):
+            proto.pieces.add(piece=token, score=score, type=kind)
+    except ValueError as error:  # an unknown type
+        raise InputError("damaged tokenizer", found=error) from error
+    for ours, theirs in {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}.items():
+        i = special[theirs]
+        if theirs == "unknown" and i < 0 and UNKNOWN in types:
+            i = types.index(UNKNOWN)
+        setattr(trainer, f"{ours}_id", i)
+        if i >= 0:
+            setattr(trainer, f"{ours}_piece", tokens[i])
+    content: bytes = proto.SerializeToString()
+    try:
+        made = sentencepiece.SentencePieceProcessor(model_proto=content)
+    except RuntimeError as error:
+        raise InputError("damaged tokenizer", found=error) from error
+    if (made.bos_id(), made.eos_id()) != (special["bos"], special["eos"]):
+        raise InputError("damaged tokenizer", expected="control tokens that begin and end a document", found=special)
+    return content
+
+
+def _tokenizer_json(
+    tokens: list[str], types: list[int], merges: list[list[str]], pre: str, special: dict[str, int], add_bos: bool
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """tokenizer.json and tokenizer_config.json."""
+    steps, ignore_merges = PRE_TOKENIZERS[pre]
+    post: dict[str, Any] = _byte_level(use_regex=True)
+    if add_bos:
+        bos = tokens[special["bos"]]
+        begin = {"SpecialToken": {"id": bos, "type_id": 0}}
+        post = {
+            "type": "TemplateProcessing",
+            "single": [begin, {"Sequence": {"id": "A", "type_id": 0}}],
+            "pair": [begin, {"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+            "special_tokens": {bos: {"id": bos, "ids": [special["bos"]], "tokens": [bos]}},
+        }
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    added = [
+        {"id": i, "content": token, **flags, "special": kind != USER_DEFINED}
+        for i, (token, kind) in enumerate(zip(tokens, types, strict=True))
+        if kind in (CONTROL, UNKNOWN, USER_DEFINED)
+    ]
+    data = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": added,
+        "normalizer": None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps},
+        "post_processor": post,
+        "decoder": _byte_level(use_regex=True),
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": ignore_merges,
+            "vocab": {token: i for i, (token, kind) in enumerate(zip(tokens, types, strict=True)) if kind != UNUSED},
+            "merges": merges,
+        },
+    }
+    settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    settings |= {f"{name}_token": tokens[special[name]] for name in ("bos", "eos") if special[name] >= 0}
+    return data, settings

@@ -1,0 +1,61 @@
+"""llama.cpp itself, at its most exact on a CPU: no flash attention, keys and values in float32."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from cyllama.llama import llama_cpp
+
+llama_cpp.disable_logging()
+
+
+class _Model(llama_cpp.LlamaModel):
+    @property
+    def n_vocab(self) -> int:
+        """Asked for by the binding's `get_logits_ith`, and missing from its model."""
+        return self.get_vocab().n_vocab
+
+
+class LlamaCpp:
+    """A GGUF file in llama.cpp."""
+
+    def __init__(self, path: Path):
+        settings = llama_cpp.LlamaModelParams()
+        settings.n_gpu_layers = 0
+        self.model = _Model(str(path), settings)
+        self.vocab = self.model.get_vocab()
+
+    def logits(self, tokens: Sequence[int]) -> np.ndarray:
+        """Of every position, float32 (T, V)."""
+        settings = llama_cpp.LlamaContextParams()
+        settings.n_ctx = settings.n_batch = settings.n_ubatch = len(tokens)
+        settings.n_threads = settings.n_threads_batch = 2
+        settings.flash_attn_type = 0
+        settings.type_k = settings.type_v = 0  # float32
+        context = llama_cpp.LlamaContext(self.model, settings)
+        batch = llama_cpp.LlamaBatch(n_tokens=len(tokens), embd=0, n_seq_max=1)
+        for i, token in enumerate(tokens):
+            batch.add(int(token), i, [0], True)
+        context.decode(batch)
+        return np.array([context.get_logits_ith(i) for i in range(len(tokens))], np.float32)
+
+    def greedy(self, prompt: str, n: int) -> list[int]:
+        """The most likely continuation of a text, its begin-of-document token before it."""
+        tokens = self.tokenize(prompt, bos=True)
+        start = len(tokens)
+        for _ in range(n):
+            tokens.append(int(self.logits(tokens)[-1].argmax()))
+        return tokens[start:]
+
+    def tokenize(self, text: str, *, bos: bool = False) -> list[int]:
+        """What looks like a special token is text."""
+        return self.vocab.tokenize(text, bos, False)
+
+
+def quantise(source: Path, target: Path, file_type: int) -> None:
+    """llama.cpp's own writer; a file_type of 0 writes the float32 numbers that quantised ones stand for."""
+    settings = llama_cpp.LlamaModelQuantizeParams()
+    settings.ftype = file_type
+    settings.allow_requantize = True
+    settings.nthread = 2
+    llama_cpp.model_quantize(str(source), str(target), settings)
