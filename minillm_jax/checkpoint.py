@@ -20,6 +20,9 @@ from minillm_jax.weights import build_model, to_canonical, to_framework
 
 FRAMEWORK = "jax"
 
+FILE_BYTES = 1 << 24
+"""After so much Orbax begins another file; by default it gathers 2 GB in memory first."""
+
 _TYPE_HANDLERS = ocp.type_handlers.create_type_handler_registry(
     (jax.Array, ocp.type_handlers.ArrayHandler()),
     # numpy arrays come from conversions, which wait for the end: without this Orbax holds a second copy of them all
@@ -45,9 +48,10 @@ def write_payload(folder: Path, config: RunConfig, state: TrainingState) -> None
 def _start(
     folder: Path, weights: Mapping[str, Any], exp_avg: Mapping[str, Any], exp_avg_sq: Mapping[str, Any]
 ) -> Callable[[], None]:
-    items = {"weights": ocp.args.PyTreeSave(dict(weights))}
+    trees = {"weights": dict(weights)}
     if exp_avg:
-        items["optimizer"] = ocp.args.PyTreeSave({"exp_avg": dict(exp_avg), "exp_avg_sq": dict(exp_avg_sq)})
+        trees["optimizer"] = {"exp_avg": dict(exp_avg), "exp_avg_sq": dict(exp_avg_sq)}
+    items = {name: ocp.args.PyTreeSave(tree, ocdbt_target_data_file_size=FILE_BYTES) for name, tree in trees.items()}
     handlers = {name: ocp.PyTreeCheckpointHandler(type_handler_registry=_TYPE_HANDLERS) for name in items}
     checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(**handlers))
     checkpointer.save(folder.absolute() / "orbax", args=ocp.args.Composite(**items))
