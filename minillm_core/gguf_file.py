@@ -10,6 +10,7 @@ Format: github.com/ggml-org/ggml/blob/master/docs/gguf.md
 import math
 import struct
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -91,6 +92,15 @@ def read_gguf(path: Path) -> GGUFFile:
         raise InputError("damaged GGUF file", found=error, where=path, do="get the file again") from error
 
 
+@lru_cache
+def _block_of(kind: int) -> tuple[int, int]:
+    """How many numbers a block of a type has, and how many bytes; an error of the package's if it cannot read them."""
+    gguf = gguf_package()
+    block, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(kind)]
+    gguf.dequantize(np.zeros((1, block_bytes), np.uint8), gguf.GGMLQuantizationType(kind))
+    return block, block_bytes
+
+
 class _Header:
     def __init__(self, file: BinaryIO, path: Path):
         self.file, self.path, self.at, self.size = file, path, 0, path.stat().st_size
@@ -133,10 +143,8 @@ class _Header:
     def place(
         self, name: str, kind: int, shape: tuple[int, ...], offset: int, start: int, alignment: int
     ) -> GGUFTensor:
-        gguf = gguf_package()
         try:
-            block, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(kind)]
-            gguf.dequantize(np.zeros((1, block_bytes), np.uint8), gguf.GGMLQuantizationType(kind))
+            block, block_bytes = _block_of(kind)
         except (ValueError, KeyError, NotImplementedError) as error:
             expected = "F32, F16, BF16, or a quantised type that the `gguf` package can dequantise"
             found = f"{error} ({name[:60]})"

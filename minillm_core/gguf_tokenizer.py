@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 
@@ -141,7 +142,7 @@ def tokenizer_files(fields: dict[str, Any], where: Path) -> dict[str, bytes]:
         return value
 
     model, tokens = get("model", str, "no_vocab"), get("tokens", list, [])
-    types = [int(kind) for kind in fields.get("tokenizer.ggml.token_type", [NORMAL] * len(tokens))]
+    types = get("token_type", np.ndarray, np.full(len(tokens), NORMAL)).tolist()
     special = {name: get(f"{name}_token_id", int, -1) for name in ("bos", "eos", "unknown", "padding")}
     if model not in ("llama", "gpt2"):
         expected = "llama (SentencePiece BPE) or gpt2 (byte-level BPE)"
@@ -152,7 +153,7 @@ def tokenizer_files(fields: dict[str, Any], where: Path) -> dict[str, bytes]:
     if special["eos"] < 0:
         raise InputError("no end-of-document token", expected="tokenizer.ggml.eos_token_id", where=where)
     if model == "llama":
-        scores = [float(score) for score in fields.get("tokenizer.ggml.scores", [])]
+        scores = get("scores", np.ndarray, np.empty(0)).tolist()
         if len(scores) != len(tokens):
             raise InputError("damaged tokenizer", expected="as many scores as tokens", where=where)
         prefix, squeeze = get("add_space_prefix", bool, True), get("remove_extra_whitespaces", bool, False)
@@ -186,7 +187,7 @@ def _sentencepiece(
     try:
         for token, score, kind in zip(tokens, scores, types, strict=True):
             proto.pieces.add(piece=token, score=score, type=kind)
-    except ValueError as error:  # an unknown type
+    except (ValueError, TypeError) as error:  # an unknown type
         raise InputError("damaged tokenizer", found=error) from error
     for ours, theirs in {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}.items():
         i = special[theirs]

@@ -37,7 +37,7 @@ from parity_tests.conftest import (
 )
 from parity_tests.llama_cpp import LlamaCpp, quantise
 from parity_tests.test_hf import text_checkpoint
-from parity_tests.test_scripts import fails
+from parity_tests.test_scripts import fails, succeeds
 from parity_tests.test_transformers import CONFIGS, llama_logits
 
 __all__ = ["text_checkpoint"]
@@ -478,6 +478,21 @@ def test_nothing_is_overwritten_or_left(
     fails("gguf has no float64", "convert", "torch->gguf", str(tmp_path / "run"), "--dtype", "float64", cwd=tmp_path)
     fails("hf has no q8_0", "convert", "torch->hf", str(tmp_path / "run"), "--dtype", "q8_0", cwd=tmp_path)
     fails("no paths", "convert", "gguf->torch", str(file), cwd=tmp_path)
+
+
+def test_commands(text_checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    """The default name of the file, and text from what is imported."""
+    text_checkpoint("torch")
+    done = succeeds("convert", "torch->gguf", "run", "--dtype", "bfloat16", cwd=tmp_path)
+    assert done.stdout == "run/run-bfloat16.gguf\n"
+    succeeds("convert", "gguf-to-torch", "run/run-bfloat16.gguf", "again", cwd=tmp_path)
+    texts = [
+        succeeds(
+            "generate", run, "--backend", "torch", "--temperature", "0", "--max-new-tokens", "9", cwd=tmp_path
+        ).stdout
+        for run in ("run", "again")
+    ]
+    assert texts[0] == texts[1]
 
 
 def test_without_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
