@@ -62,13 +62,15 @@ def _of_sentencepiece(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
     trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
     problems = {
         "another kind than BPE": trainer.model_type != trainer.BPE,
+        "no bytes to fall back on": not trainer.byte_fallback,
         "text is normalised": bool(normalizer.precompiled_charsmap or normalizer.remove_extra_whitespaces),
+        "spaces of another form": trainer.treat_whitespace_as_suffix or not normalizer.escape_whitespaces,
         # llama.cpp puts the space after each of them
         "a space before a text, and symbols of the user": normalizer.add_dummy_prefix
         and any(piece.type == USER_DEFINED for piece in proto.pieces),
     }
     _refuse(problems, "a BPE model that takes text as it is", tokenizer.path)
-    ids = {"bos": trainer.bos_id, "eos": trainer.eos_id, "unknown": trainer.unk_id, "padding": trainer.pad_id}
+    ids = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "unknown": trainer.unk_id, "padding": trainer.pad_id}
     return {
         "model": "llama",
         "pre": "default",
@@ -76,7 +78,7 @@ def _of_sentencepiece(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
         "scores": [piece.score for piece in proto.pieces],
         "token_type": [piece.type for piece in proto.pieces],
         **{f"{name}_token_id": i for name, i in ids.items() if i >= 0},
-        "add_bos_token": True,
+        "add_bos_token": tokenizer.bos_id >= 0,
         "add_eos_token": False,
         "add_space_prefix": normalizer.add_dummy_prefix,
         "remove_extra_whitespaces": normalizer.remove_extra_whitespaces,

@@ -69,10 +69,9 @@ def pieces(path: Path) -> list[tuple[str, float, int]]:
 
 def train(folder: Path, lines: list[str], **settings: Any) -> Tokenizer:
     model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(lines), model_writer=model, vocab_size=V, byte_fallback=True, minloglevel=2,
-        **{"model_type": "bpe", "normalization_rule_name": "identity", "remove_extra_whitespaces": False} | settings,
-    )  # fmt: skip
+    defaults = {"model_type": "bpe", "normalization_rule_name": "identity", "remove_extra_whitespaces": False}
+    defaults |= {"byte_fallback": True, "vocab_size": V, "minloglevel": 2}
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(lines), model_writer=model, **(defaults | settings))
     (folder / "tokenizer.model").write_bytes(model.getvalue())
     return Tokenizer(folder / "tokenizer.model")
 
@@ -89,6 +88,8 @@ def test_a_space_before_every_text(texts: list[str], tmp_path: Path) -> None:
     ("settings", "named"),
     [
         ({"model_type": "unigram"}, "another kind than BPE"),
+        ({"byte_fallback": False}, "no bytes to fall back on"),
+        ({"treat_whitespace_as_suffix": True}, "spaces of another form"),
         ({"normalization_rule_name": "nmt_nfkc"}, "text is normalised"),
         ({"remove_extra_whitespaces": True}, "text is normalised"),
         ({"user_defined_symbols": ["\n"]}, "a space before a text, and symbols of the user"),
