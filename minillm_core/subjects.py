@@ -1,6 +1,8 @@
 """Any checkpoint of any supported kind, opened so that it can be run and compared."""
 
+import contextlib
 import json
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +21,8 @@ from minillm_core.checkpoints import (
 )
 from minillm_core.config import ModelConfig
 from minillm_core.errors import InputError
+from minillm_core.tokenizer import Tokenizer
+from minillm_core.tokenizer_json import load_tokenizer
 
 KINDS = (*FRAMEWORKS, *OPENERS)
 
@@ -33,13 +37,13 @@ class Subject:
     kind: str
     path: Path
     """What holds the weights: a checkpoint, or another project's folder or file."""
-    folder: Path
-    """Where tokenizer files are, if there are any."""
     config: ModelConfig
     weights: Tensors
     engine: str
     """What runs it: jax, torch, transformers."""
     run: Run
+    tokenizer: Tokenizer | None = None
+    """None if it has none that can be used."""
 
     @property
     def label(self) -> str:
@@ -66,16 +70,28 @@ def open_subject(
         verify_checkpoint(checkpoint)
         run_config = read_info(checkpoint).config
         weights = backend.read_payload(checkpoint, run_config, moments=False).weights
-        return Subject(kind, checkpoint, checkpoint, run_config.model, weights, kind, backend.trace)
+        tokenizer = _tokenizer(checkpoint, run_config.model)
+        return Subject(kind, checkpoint, run_config.model, weights, kind, backend.trace, tokenizer)
     opened = OPENERS[kind](path)
     weights = dict(opened.tensors())
+    with tempfile.TemporaryDirectory() as folder:
+        with contextlib.suppress(InputError):
+            opened.write_tokenizer(Path(folder))
+        tokenizer = _tokenizer(Path(folder), opened.config)
     if kind in oracles:
-        return Subject(kind, path, opened.folder, opened.config, weights, "transformers", oracles[kind](path))
+        return Subject(kind, path, opened.config, weights, "transformers", oracles[kind](path), tokenizer)
     try:
         backend = load_backend("torch")
     except InputError:
         backend = load_backend("jax")
-    return Subject(kind, path, opened.folder, opened.config, weights, backend.FRAMEWORK, backend.trace)
+    return Subject(kind, path, opened.config, weights, backend.FRAMEWORK, backend.trace, tokenizer)
+
+
+def _tokenizer(folder: Path, config: ModelConfig) -> Tokenizer | None:
+    try:
+        return load_tokenizer(folder, config.vocab_size)
+    except InputError:
+        return None
 
 
 def _kind_of(place: str) -> tuple[str, Path]:

@@ -40,7 +40,7 @@ H = CONFIG.resolved_head_dim
 
 def subject(framework: str, config: ModelConfig, weights: Tensors) -> Subject:
     run = BACKENDS[framework].trace
-    return Subject(framework, Path("memory"), Path("memory"), config, weights, framework, run)
+    return Subject(framework, Path("memory"), config, weights, framework, run)
 
 
 def report_of(a: Subject, b: Subject, tokens: np.ndarray = TOKENS, dtype: str = "float64") -> Report:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers_engine import transformers_run
 
-from minillm_core.bridge import import_checkpoint
+from minillm_core.bridge import export_gguf, import_checkpoint
 from minillm_core.config import ModelConfig
 from minillm_core.doctor import examine
 from minillm_core.errors import InputError
@@ -39,6 +39,7 @@ def home(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Path
         shutil.copyfile(tokenizer.path, folder / name / "tokenizer.model")
     for framework, backend in BACKENDS.items():
         import_checkpoint("hf", folder / "hf", folder / framework, backend)
+    export_gguf(folder / "jax" / "jax" / "checkpoints" / "0", folder / "model.gguf", BACKENDS["jax"], "float32")
     file = folder / "faulty" / "model.safetensors"
     weights = dict(read_safetensors(file))
     for name in weights:
@@ -55,7 +56,7 @@ def exit_code(*arguments: Any, **options: Any) -> int:
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
-@pytest.mark.parametrize("kinds", [("jax", "torch"), ("hf", "jax"), ("torch", "hf")])
+@pytest.mark.parametrize("kinds", [("jax", "torch"), ("hf", "jax"), ("torch", "hf"), ("model.gguf", "jax")])
 def test_every_kind_is_the_same_model(
     kinds: tuple[str, str], dtype: Any, home: Path, float64: Tier, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -64,6 +65,18 @@ def test_every_kind_is_the_same_model(
     assert re.search(r"^EQUAL within", out, re.MULTILINE), out
     assert "2 rows of random ids, 1 of text" in out
     assert "first divergence" not in out
+
+
+def test_a_quantised_file_is_named(
+    home: Path, tmp_path: Path, float64: Tier, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """q8_0 in matrices of 32 columns or a multiple, float16 in the others."""
+    checkpoint = home / "torch" / "torch" / "checkpoints" / "0"
+    export_gguf(checkpoint, tmp_path / "q8.gguf", BACKENDS["torch"], "q8_0")
+    assert exit_code(checkpoint, tmp_path / "q8.gguf") == 1
+    out = capsys.readouterr().out
+    assert "the weights are rounded to q8_0 [rounding]" in out
+    assert "unknown" not in out
 
 
 def test_a_faulty_port(home: Path, float64: Tier, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -96,7 +109,7 @@ def test_transformers_is_the_same_model(name: str, tmp_path: Path, float64: Tier
     config = replace(MODELS[name], head_dim=MODELS[name].resolved_head_dim)
     save_llama(config, tmp_path, torch.float32)
     weights = dict(open_hf(tmp_path).tensors())
-    theirs = Subject("hf", tmp_path, tmp_path, config, weights, "transformers", transformers_run(tmp_path))
+    theirs = Subject("hf", tmp_path, config, weights, "transformers", transformers_run(tmp_path))
     tokens = random_tokens(config, 2, 300)
     for dtype in ("float64", "float32"):
         report = examine(theirs, subject("jax", config, weights), tokens, dtype, rows_of_text=0)

