@@ -100,7 +100,7 @@ def export_hf(checkpoint: Path, folder: Path, backend: Backend, dtype: str) -> P
     verify_checkpoint(checkpoint)
     info = read_info(checkpoint)
     model = info.config.model
-    weights = backend.read_payload(checkpoint, info.config, moments=False).weights
+    weights = backend.open_weights(checkpoint, info.config)
     beside = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(beside, ignore_errors=True)
     make_folder(beside)
@@ -139,7 +139,7 @@ def export_gguf(checkpoint: Path, file: Path, backend: Backend, dtype: str) -> P
     verify_checkpoint(checkpoint)
     info = read_info(checkpoint)
     model = info.config.model
-    weights = backend.read_payload(checkpoint, info.config, moments=False).weights
+    weights = backend.open_weights(checkpoint, info.config)
     fields: dict[str, Any] = {"general.name": Path(info.config.train.out_dir).name, **NO_TOKENIZER}
     try:
         fields |= tokenizer_fields(load_tokenizer(checkpoint, model.vocab_size), model.vocab_size)

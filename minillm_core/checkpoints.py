@@ -16,7 +16,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +35,24 @@ FRAMEWORKS = ("jax", "torch")
 
 Tensors = dict[str, np.ndarray]
 """By canonical name, in canonical (out, in) layout."""
+
+
+class LazyTensors(Mapping[str, np.ndarray]):
+    """Tensors by canonical name, each made when it is asked for, and kept by nobody."""
+
+    def __init__(self, names: Iterable[str], make: Callable[[str], np.ndarray]):
+        self._names, self._make = dict.fromkeys(names), make
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._make(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,13 @@
 a wrong one computes."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
 
+from minillm_core.checkpoints import LazyTensors
 from minillm_core.config import ModelConfig, RopeScaling
 from minillm_core.errors import InputError
 from minillm_core.params import param_table
@@ -26,44 +28,27 @@ class Fault:
     """Of a model, given the configuration of the one that may have the fault: its values are tried first."""
 
 
-class Changed(Mapping[str, np.ndarray]):
-    """Weights, some of which are changed when they are asked for."""
-
-    def __init__(self, weights: Mapping[str, np.ndarray], change: Callable[[str], np.ndarray | None]):
-        self._weights, self._change = weights, change
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        changed = self._change(name)
-        return self._weights[name] if changed is None else changed
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._weights)
-
-    def __len__(self) -> int:
-        return len(self._weights)
-
-
 def _change(model: Reference, suffixes: tuple[str, ...], change: Callable[[np.ndarray], np.ndarray]) -> Reference:
     """The model with every weight changed whose name ends so."""
     weights = model.weights
 
-    def changed(name: str) -> np.ndarray | None:
-        return change(weights[name]) if name.removesuffix(".weight").endswith(suffixes) else None
+    def changed(name: str) -> np.ndarray:
+        return change(weights[name]) if name.removesuffix(".weight").endswith(suffixes) else weights[name]
 
-    return replace(model, weights=Changed(weights, changed))
+    return replace(model, weights=LazyTensors(weights, changed))
 
 
 def _swap(model: Reference, one: str, other: str) -> Reference:
     """The model with two weights of every layer exchanged."""
     weights = model.weights
 
-    def changed(name: str) -> np.ndarray | None:
+    def changed(name: str) -> np.ndarray:
         for a, b in ((one, other), (other, one)):
             if f".{a}." in name:
                 return weights[name.replace(f".{a}.", f".{b}.")]
-        return None
+        return weights[name]
 
-    return replace(model, weights=Changed(weights, changed))
+    return replace(model, weights=LazyTensors(weights, changed))
 
 
 def _interleaved_rope(model: Reference, hints: ModelConfig) -> Iterator[Variant]:
@@ -172,17 +157,15 @@ def _layer_order(model: Reference, hints: ModelConfig) -> Iterator[Variant]:
         "backwards": list(range(L))[::-1],
         "shifted by one": [*range(1, L), 0],
     }
-    for says, order in orders.items():
+    for how, order in orders.items():
         if order != list(range(L)):
 
-            def moved(name: str, order: list[int] = order) -> np.ndarray | None:
-                head, _, rest = name.partition("model.layers.")
-                if head or not rest:
-                    return None
-                layer, _, rest = rest.partition(".")
-                return model.weights[f"model.layers.{order[int(layer)]}.{rest}"]
+            def moved(name: str, order: list[int] = order) -> np.ndarray:
+                name = re.sub(r"(?<=^model\.layers\.)\d+", lambda layer: str(order[int(layer[0])]), name)
+                return model.weights[name]
 
-            yield f"the layers are in the wrong order ({says})", replace(model, weights=Changed(model.weights, moved))
+            says = f"the layers are in the wrong order ({how})"
+            yield says, replace(model, weights=LazyTensors(model.weights, moved))
 
 
 def _norm_weights(model: Reference, hints: ModelConfig) -> Iterator[Variant]:

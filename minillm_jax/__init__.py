@@ -1,6 +1,6 @@
 """Mini-LLM in JAX: Flax NNX, optax, Orbax. Same files, same names, same numbers as minillm_torch."""
 
-from minillm_jax.checkpoint import FRAMEWORK, load, read_payload, start_payload, write_payload
+from minillm_jax.checkpoint import FRAMEWORK, load, open_weights, read_payload, start_payload, write_payload
 from minillm_jax.cost import count_forward_flops, count_params
 from minillm_jax.generate import Generator
 from minillm_jax.kv_cache import KVCache, check_room, init_cache
@@ -38,6 +38,7 @@ __all__ = [
     "make_eval_step",
     "make_train_step",
     "model_of",
+    "open_weights",
     "read_payload",
     "start_payload",
     "to_canonical",

@@ -3,7 +3,8 @@
 core's checkpoints.py commits, lists and verifies; here tensors are written and read.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,13 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from minillm_core.checkpoints import TrainingState, find_checkpoint, read_info, verify_checkpoint
+from minillm_core.checkpoints import LazyTensors, TrainingState, find_checkpoint, read_info, verify_checkpoint
 from minillm_core.config import RunConfig
 from minillm_core.errors import InputError
+from minillm_core.params import check_shapes
 from minillm_jax.model import MiniLLM
 from minillm_jax.train import TrainState, resolve_dtype
-from minillm_jax.weights import build_model, to_canonical, to_framework
+from minillm_jax.weights import build_model, canonical_name, change_layout, param_paths, to_canonical, to_framework
 
 FRAMEWORK = "jax"
 
@@ -64,25 +66,49 @@ def read_payload(checkpoint: Path, config: RunConfig, *, moments: bool) -> Train
     Raises:
         InputError: the payload is missing or damaged, or does not fit `config`, every differing tensor named.
     """
-    weights = to_canonical(config.model, _restore(checkpoint, "weights"))
-    if not moments or not (checkpoint / "orbax" / "optimizer").is_dir():
+    folder = checkpoint.absolute() / "orbax"
+    weights = to_canonical(config.model, _restore(folder / "weights"))
+    if not moments or not (folder / "optimizer").is_dir():
         return TrainingState(weights, {}, {})
-    adam = _restore(checkpoint, "optimizer")
+    adam = _restore(folder / "optimizer")
     exp_avg, exp_avg_sq = (to_canonical(config.model, adam[name]) for name in ("exp_avg", "exp_avg_sq"))
     return TrainingState(weights, exp_avg, exp_avg_sq)
 
 
-def _restore(checkpoint: Path, item: str) -> dict[str, Any]:
-    """One saved pytree as numpy arrays, whatever devices it was saved from."""
-    path = checkpoint.absolute() / "orbax" / item
+def open_weights(checkpoint: Path, config: RunConfig) -> LazyTensors:
+    """A checkpoint's weights, framework-free, each read when it is asked for.
+
+    Raises:
+        InputError: the payload is missing or damaged, or does not fit `config`, every differing tensor named.
+    """
+    folder, paths = checkpoint.absolute() / "orbax" / "weights", param_paths(config.model)
+    with _damage_named(folder), ocp.PyTreeCheckpointer() as checkpointer:
+        saved = {path: entry.shape for path, entry in checkpointer.metadata(folder).item_metadata.tree.items()}
+    shapes = {canonical_name(p): change_layout(p, np.broadcast_to(0, shape)).shape for p, shape in saved.items()}
+    check_shapes(config.model, shapes, checkpoint)
+
+    def read(name: str) -> np.ndarray:
+        return change_layout(paths[name], _restore(folder, {paths[name]: 0})[paths[name]])
+
+    return LazyTensors(paths, read)
+
+
+def _restore(folder: Path, tree: Any = None) -> dict[str, Any]:
+    """A saved pytree, or what another one names of it, as numpy arrays, whatever devices it was saved from."""
+    with _damage_named(folder), ocp.PyTreeCheckpointer() as checkpointer:
+        tree = checkpointer.metadata(folder).item_metadata.tree if tree is None else tree
+        restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+        arguments = ocp.args.PyTreeRestore(item=tree, restore_args=restore_args, partial_restore=True)
+        return checkpointer.restore(folder, args=arguments)
+
+
+@contextmanager
+def _damage_named(folder: Path) -> Iterator[None]:
     try:
-        with ocp.PyTreeCheckpointer() as checkpointer:
-            tree = checkpointer.metadata(path).item_metadata.tree
-            restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
-            return checkpointer.restore(path, args=ocp.args.PyTreeRestore(restore_args=restore_args))
+        yield
     except (ValueError, OSError, KeyError, AttributeError) as error:
         raise InputError(
-            "missing or damaged Orbax tree", found=error, where=path, do="use another checkpoint of the run"
+            "missing or damaged Orbax tree", found=error, where=folder, do="use another checkpoint of the run"
         ) from error
 
 

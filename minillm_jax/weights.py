@@ -48,7 +48,7 @@ def to_canonical(config: ModelConfig, params: Mapping[str, Any]) -> Tensors:
     Raises:
         InputError: listing every missing, unexpected and misshapen tensor.
     """
-    tensors = {canonical_name(path): _change_layout(path, np.asarray(array)) for path, array in params.items()}
+    tensors = {canonical_name(path): change_layout(path, np.asarray(array)) for path, array in params.items()}
     check_shapes(config, {name: array.shape for name, array in tensors.items()}, "the given tensors")
     return {name: tensors[name] for name in param_table(config)}
 
@@ -60,7 +60,7 @@ def to_framework(config: ModelConfig, tensors: Tensors) -> dict[str, np.ndarray]
         InputError: listing every missing, unexpected and misshapen tensor.
     """
     check_shapes(config, {name: array.shape for name, array in tensors.items()}, "the given tensors")
-    return {path: _change_layout(path, tensors[name]) for name, path in param_paths(config).items()}
+    return {path: change_layout(path, tensors[name]) for name, path in param_paths(config).items()}
 
 
 def from_canonical(config: ModelConfig, tensors: Tensors, dtype: DTypeLike) -> Params:
@@ -72,7 +72,8 @@ def _abstract_paths(config: ModelConfig) -> list[str]:
     return list(_flatten(nnx.state(abstract_model(config), nnx.Param)))
 
 
-def _change_layout(path: str, array: np.ndarray) -> np.ndarray:
+def change_layout(path: str, array: np.ndarray) -> np.ndarray:
+    """From the framework's layout to the canonical one, or back."""
     return SUFFIXES[path.rsplit(".", 1)[1]][1](array)
 
 

@@ -7,11 +7,11 @@ core's checkpoints.py commits, lists and verifies; here tensors are written and 
 from collections.abc import Callable
 from pathlib import Path
 
-from minillm_core.checkpoints import TrainingState, find_checkpoint, read_info, verify_checkpoint
+from minillm_core.checkpoints import LazyTensors, TrainingState, find_checkpoint, read_info, verify_checkpoint
 from minillm_core.config import RunConfig
 from minillm_core.hf import write_hf_config
-from minillm_core.interchange import read_safetensors, write_safetensors
-from minillm_core.params import check_shapes
+from minillm_core.interchange import read_safetensors, read_tensor, safetensors_layout, write_safetensors
+from minillm_core.params import check_shapes, param_table
 from minillm_torch.model import MiniLLM
 from minillm_torch.train import TrainState, default_device, export_state, resolve_dtype
 from minillm_torch.weights import build_model
@@ -55,6 +55,17 @@ def read_payload(checkpoint: Path, config: RunConfig, *, moments: bool) -> Train
         if tensors:
             check_shapes(config.model, {name: array.shape for name, array in tensors.items()}, checkpoint)
     return state
+
+
+def open_weights(checkpoint: Path, config: RunConfig) -> LazyTensors:
+    """A checkpoint's weights, framework-free, each read when it is asked for.
+
+    Raises:
+        InputError: the payload is missing or damaged, or does not fit `config`, every differing tensor named.
+    """
+    file = checkpoint / "model.safetensors"
+    check_shapes(config.model, {name: shape for name, (shape, _) in safetensors_layout(file).items()}, checkpoint)
+    return LazyTensors(param_table(config.model), lambda name: read_tensor(file, name))
 
 
 def load(path: str | Path, dtype: str = "float32") -> MiniLLM:

@@ -1,0 +1,145 @@
+"""Conversions of models that are not small: the memory they take, and what is left when they are killed."""
+
+import contextlib
+import json
+import math
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from minillm_core.checkpoints import FRAMEWORKS, checkpoint_steps, verify_checkpoint
+from minillm_core.config import ModelConfig
+from minillm_core.files import hash_file
+from minillm_core.hf import to_hf_config, write_hf_weights
+from minillm_core.params import count_params, init_params, param_table
+from parity_tests.conftest import ROOT
+from parity_tests.test_scripts import environment
+
+MIDDLE = ModelConfig(
+    vocab_size=32_000, context_length=256, width=512, n_layers=8, n_heads=8, n_kv_heads=4, hidden=1408, head_dim=64
+)
+LARGE = replace(MIDDLE, width=1024, n_layers=24, n_heads=16, n_kv_heads=16, hidden=2816)
+
+
+def start(direction: str, *places: Path) -> subprocess.Popen[bytes]:
+    command = [sys.executable, str(ROOT / "scripts" / "convert.py"), direction, *map(str, places)]
+    return subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def convert(direction: str, *places: Path) -> int:
+    """Bytes of memory at the peak of a conversion that succeeds.
+
+    Looked up again and again: what the system tells of an ended process counts its parent's memory too.
+    """
+    process, peak = start(direction, *places), 0
+    while process.poll() is None:
+        with contextlib.suppress(OSError):
+            found = re.search(r"VmHWM:\s+(\d+)", Path(f"/proc/{process.pid}/status").read_text())
+            peak = 1024 * int(found[1]) if found else peak
+        time.sleep(0.005)
+    assert process.returncode == 0, direction
+    return peak
+
+
+def write_source(folder: Path, config: ModelConfig) -> Path:
+    """A Hugging Face folder of initial weights, which hardly compress."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(to_hf_config(config, "float32")))
+    write_hf_weights(folder, config, init_params(config, 0), "float32")
+    return folder
+
+
+def convert_all(home: Path, config: ModelConfig) -> dict[str, int]:
+    """The peak of every conversion, each made from what those before it have made."""
+    source = write_source(home / "hf", config)
+    steps = {
+        "hf->torch": (source, home / "t"),
+        "hf->jax": (source, home / "j"),
+        "torch->gguf": (home / "t", home / "t.gguf"),
+        "jax->gguf": (home / "j", home / "j.gguf"),
+        "torch->hf": (home / "t", home / "t-hf"),
+        "jax->hf": (home / "j", home / "j-hf"),
+        "gguf->torch": (home / "t.gguf", home / "gt"),
+        "gguf->jax": (home / "j.gguf", home / "gj"),
+        "torch->jax": (home / "t", home / "tj"),
+        "jax->torch": (home / "j", home / "jt"),
+    }
+    peaks = {direction: convert(direction, *places) for direction, places in steps.items()}
+    assert hash_file(home / "t-hf" / "model.safetensors") == hash_file(home / "j-hf" / "model.safetensors")
+    return peaks
+
+
+@pytest.mark.long
+def test_memory(tmp_path: Path) -> None:
+    """Beyond what the same command takes for a model without layers to speak of: into a framework at most 1.3 float32
+    models, out of it a few of the largest tensor."""
+    (tmp_path / "small").mkdir()
+    (tmp_path / "large").mkdir()
+    small = convert_all(tmp_path / "small", replace(LARGE, vocab_size=64, width=64, n_layers=1, hidden=64))
+    large = convert_all(tmp_path / "large", LARGE)
+    model = 4 * count_params(LARGE)
+    tensor = 4 * max(math.prod(spec.shape) for spec in param_table(LARGE).values())
+    for direction, peak in large.items():
+        taken = peak - small[direction]
+        print(f"{direction}: {taken / model:.2f} models, {taken / tensor:.2f} of the largest tensor")
+    for direction, peak in large.items():
+        target = direction.partition("->")[2]
+        assert peak - small[direction] <= (1.3 * model if target in ("jax", "torch") else 0.5 * model), direction
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("source", ["hf", "gguf", "torch", "jax"])
+@pytest.mark.parametrize("target", ["jax", "torch", "hf", "gguf"])
+def test_killed_conversions(source: str, target: str, tmp_path: Path) -> None:
+    """Whenever SIGKILL comes, nothing has the name of a finished result that is not whole; the same command then makes
+    what it would have made."""
+    if source == target or {source, target} == {"hf", "gguf"}:
+        pytest.skip("no such conversion")
+    places = {"hf": write_source(tmp_path / "hf", MIDDLE)}
+    if source != "hf":
+        framework = "torch" if source == "gguf" else source
+        convert(f"hf->{framework}", places["hf"], tmp_path / framework)
+        places[framework] = tmp_path / framework
+        if source == "gguf":
+            convert("torch->gguf", tmp_path / "torch", tmp_path / "model.gguf")
+            places["gguf"] = tmp_path / "model.gguf"
+    whole = tmp_path / ("whole.gguf" if target == "gguf" else "whole")
+    convert(f"{source}->{target}", places[source], whole)
+    rng, n_inside = random.Random(source + target), 0
+    for attempt in range(6):
+        result = tmp_path / (f"{attempt}.gguf" if target == "gguf" else str(attempt))
+        process = start(f"{source}->{target}", places[source], result)
+        before = set(tmp_path.rglob("*"))
+        while process.poll() is None and set(tmp_path.rglob("*")) == before:
+            time.sleep(0.001)
+        time.sleep(rng.choice([0, 0.02, 0.1, 0.3]))
+        process.send_signal(signal.SIGKILL)
+        n_inside += process.wait() == -signal.SIGKILL
+        if finished(result, target):
+            assert same(result, whole, target)
+        else:
+            convert(f"{source}->{target}", places[source], result)
+            assert same(result, whole, target)
+    assert n_inside >= 3, "the kills came too late"
+
+
+def finished(result: Path, target: str) -> bool:
+    """Whether a reader would take it for a result."""
+    if target in FRAMEWORKS:
+        return bool(checkpoint_steps(result / target / "checkpoints"))
+    return result.exists()
+
+
+def same(result: Path, whole: Path, target: str) -> bool:
+    if target in FRAMEWORKS:
+        verify_checkpoint(result / target / "checkpoints" / "0")
+        return True
+    files = (path if target == "gguf" else path / "model.safetensors" for path in (result, whole))
+    return len({hash_file(file) for file in files}) == 1
