@@ -5,8 +5,6 @@ V vocabulary. Parameters keep their own dtype; matrix products run in `compute_d
 loss run in at least float32.
 """
 
-from itertools import accumulate
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -36,42 +34,16 @@ def matmul(x: jax.Array, w: jax.Array) -> jax.Array:
     )
 
 
-def matmul_few(x: jax.Array, w_OI: jax.Array) -> jax.Array:
-    """x @ w.T over the last axis of x, for few rows: the weight comes first, where XLA:CPU does not repack it.
-
-    Measured on two cores of an AMD EPYC, float32, (384, 1536): 136 us for 16 rows and 80 for one;
-    `matmul` takes 196 and 111.
-    """
-    x_RI = x.reshape(-1, x.shape[-1])
-    precision = precision_of(x.dtype)
-    if len(x_RI) == 1:
-        out_RO = jnp.matmul(x_RI, w_OI.T, precision=precision)
-    else:
-        out_OR = jnp.matmul(w_OI, x_RI.T, precision=precision)
-        out_RO = jax.lax.optimization_barrier(out_OR).T  # otherwise XLA turns the product round again
-    return out_RO.reshape(*x.shape[:-1], len(w_OI))
-
-
 class Linear(nnx.Module):
-    """x @ W without bias, W (in, out); (out, in) if `for_few_rows`."""
+    """x @ W without bias, W (in, out)."""
 
     def __init__(self, d_in: int, d_out: int, *, param_dtype: DTypeLike, compute_dtype: DTypeLike):
         self.compute_dtype = compute_dtype
-        self.for_few_rows = False
         self.kernel = nnx.Param(jnp.zeros((d_in, d_out), param_dtype))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return project(x, self)[0]
-
-
-def project(x_BTD: jax.Array, *linears: Linear) -> list[jax.Array]:
-    """Several Linears of the same input. For few rows it is one product of them."""
-    dtype = linears[0].compute_dtype
-    x_BTD, kernels = x_BTD.astype(dtype), [linear.kernel[...].astype(dtype) for linear in linears]
-    if not linears[0].for_few_rows:
-        return [matmul(x_BTD, kernel) for kernel in kernels]
-    ends = list(accumulate(map(len, kernels)))
-    return jnp.split(matmul_few(x_BTD, jnp.concatenate(kernels)), ends[:-1], axis=-1)
+        dtype = self.compute_dtype
+        return matmul(x.astype(dtype), self.kernel[...].astype(dtype))
 
 
 class Embedding(nnx.Module):
@@ -158,7 +130,7 @@ class Attention(nnx.Module):
         """Queries and keys, turned by their positions, and values: (B, T, N or K, H)."""
         B, T, _ = x_BTD.shape
         q_BTNH, k_BTKH, v_BTKH = (
-            y.reshape(B, T, -1, self.head_dim) for y in project(x_BTD, self.q_proj, self.k_proj, self.v_proj)
+            proj(x_BTD).reshape(B, T, -1, self.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
         qk_BTxH = apply_rope(jnp.concatenate([q_BTNH, k_BTKH], axis=2), cos_BTH, sin_BTH)  # x: all heads that turn
         q_BTNH, k_BTKH = jnp.split(qk_BTxH, [q_BTNH.shape[2]], axis=2)
@@ -195,8 +167,7 @@ class MLP(nnx.Module):
         self.down_proj = Linear(config.hidden, config.width, **dtypes)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        gate_BTF, up_BTF = project(x_BTD, self.gate_proj, self.up_proj)
-        return self.down_proj(jax.nn.silu(gate_BTF) * up_BTF)
+        return self.down_proj(jax.nn.silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))
 
 
 class Block(nnx.Module):

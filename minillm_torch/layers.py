@@ -47,11 +47,6 @@ class Linear(nn.Module):
         return matmul(x.to(dtype), self.weight.to(dtype))
 
 
-def project(x_BTD: Tensor, *linears: Linear) -> list[Tensor]:
-    """Several Linears of the same input."""
-    return [linear(x_BTD) for linear in linears]
-
-
 class Embedding(nn.Module):
     """Token embedding (V, D), which a tied model also uses as its output head."""
 
@@ -133,7 +128,7 @@ class Attention(nn.Module):
         """Queries and keys, turned by their positions, and values: (B, T, N or K, H)."""
         B, T, _ = x_BTD.shape
         q_BTNH, k_BTKH, v_BTKH = (
-            y.reshape(B, T, -1, self.head_dim) for y in project(x_BTD, self.q_proj, self.k_proj, self.v_proj)
+            proj(x_BTD).reshape(B, T, -1, self.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
         qk_BTxH = apply_rope(torch.cat([q_BTNH, k_BTKH], dim=2), cos_BTH, sin_BTH)  # x: all heads that turn
         q_BTNH, k_BTKH = qk_BTxH.split([q_BTNH.shape[2], k_BTKH.shape[2]], dim=2)
@@ -170,8 +165,7 @@ class MLP(nn.Module):
         self.down_proj = Linear(config.hidden, config.width, **dtypes)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        gate_BTF, up_BTF = project(x_BTD, self.gate_proj, self.up_proj)
-        return self.down_proj(F.silu(gate_BTF) * up_BTF)
+        return self.down_proj(F.silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))
 
 
 class Block(nn.Module):

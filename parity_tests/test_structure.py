@@ -59,8 +59,7 @@ def public_names(path: Path) -> dict[str, list[str]]:
 
 # What only one framework needs, with the reason.
 ONE_SIDED = {
-    # XLA's precision is an argument, torch's a setting; torch's kernels are (out, in), so that its matmul can choose
-    "layers.py": {"precision_of", "matmul_few"},
+    "layers.py": {"precision_of"},  # XLA's precision is an argument, torch's a setting
     "kv_cache.py": {"writable"},  # torch writes in place
     "weights.py": {"model_structure", "merge_model", "split_model"},  # torch modules hold their own structure
     "train.py": {"default_device"},  # JAX has a default device
