@@ -19,7 +19,7 @@ def at_least_float32(dtype: torch.dtype) -> torch.dtype:
 
 
 def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x.to(dtype), which takes 0.7 us even where it does nothing: 0.3 of the 8 ms of a decoding step."""
+    """x.to(dtype), which takes 0.7 us even where it does nothing, in a decoding step some 350 times."""
     return x if x.dtype == dtype else x.to(dtype)
 
 
