@@ -1,11 +1,13 @@
-"""Why two models differ: which known faults, planted in the one, give the other's numbers, in float64.
+"""Why two models differ: which known faults, planted in a right one, give their numbers, in float64.
 
-Each model is first held against the reference of its own files: where it leaves that, the code that runs it is wrong.
-What differs between the files is then looked for in the weights and in the configuration.
+Each model is held against the reference of its own files: where it leaves that, the code that runs it is wrong. What
+differs between the files is looked for in the weights and in the configuration.
 """
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -18,13 +20,11 @@ from minillm_core.reference import Reference
 from minillm_core.subjects import Subject
 from minillm_core.tolerance import TOLERANCES
 
-MAX_FAULTS = 4
-"""Faults of one model that are looked for, one after the other."""
 BOUND = 100 * TOLERANCES["float64"].logits
-"""Relative error from which on a stage is wrong: rounding alone stays far below, however many layers amplify it, and a
-cast to float32 is far above."""
+"""Error of a stage, over its largest value, from which on it is wrong. Each stage is computed of the model's own values
+before it, so that rounding is not amplified on the way; a cast to float32 gives 1e-8 and more."""
 NEAR = 0.02
-"""Relative norm of the difference up to which two weights are one but for rounding: bfloat16 gives 0.0017 of normal
+"""Relative norm of the difference up to which two weights may be one but for rounding: bfloat16 gives 0.0017 of normal
 numbers, q8_0 0.005."""
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
@@ -32,131 +32,215 @@ Stages = Mapping[str, np.ndarray]
 
 
 @dataclass(frozen=True)
-class Divergence:
-    """The first stage at which two models differ, and by how much relative to its largest value."""
-
-    index: int
-    """Among all stages; their number if none differs."""
-    stage: str | None
-    error: float
-    """Of that stage; of all if none differs."""
-
-    def __str__(self) -> str:
-        return f"{self.stage or 'all stages agree'} ({self.error:.1e})"
-
-
-@dataclass(frozen=True)
 class Finding:
     """A fault that explains a difference."""
 
     fault: str
-    """A name of FAULTS; or `rounding` of weights, `cast` of what is computed, `gradient`, `unknown`."""
+    """A name of FAULTS; or `rounding` of weights, `cast` of what is computed, `loss`, `gradient`, `unknown`."""
     subject: str
-    """Which model has it: A or B. Files tell only that they differ: then B is said to have it."""
+    """Which model has it, A or B. Files tell only that they differ: then it is B, measured by A."""
     place: str
     """`weights`, `configuration` or `code`."""
     says: str
     evidence: str
 
 
-def diagnose(a: Subject, b: Subject, ours: Trace, theirs: Trace, tokens_BT: np.ndarray) -> list[Finding]:
-    """What is wrong, as far as it is known, in the order in which it was found; both traces in float64."""
-    findings = []
-    for name, subject, trace in (("A", a, ours), ("B", b, theirs)):
-        own = Reference(subject.config, subject.weights)
-        findings += _search(own, subject.config, trace.stages, tokens_BT, name, "code")
-    findings += _explain_weights(a, b)
-    config = replace(a.config, context_length=b.config.context_length, tie_embeddings=b.config.tie_embeddings)
-    if config != b.config:
-        target = dict(Reference(b.config, b.weights).stages(tokens_BT))
-        model = Reference(config, b.weights)
-        findings += _search(model, b.config, target, tokens_BT, "B", "configuration")
-    return findings or _explain_gradients(a, ours, theirs, tokens_BT)
-
-
-def divergence(model: Reference, tokens_BT: np.ndarray, stages: Stages) -> Divergence:
-    """The first of the given stages that is not the reference's; nothing after it is computed."""
-    largest = 0.0
-    with np.errstate(all="ignore"):  # of a wrong model anything may come
-        for index, (name, expected) in enumerate(model.stages(tokens_BT)):
-            found = stages[name]
-            apart = np.where(np.isnan(found) & np.isnan(expected), 0, np.abs(found - expected))  # both may be broken
-            error = float(apart.max() / max(1.0, np.nanmax(np.abs(expected), initial=0)))
-            if not error <= BOUND:
-                return Divergence(index, name, error)
-            largest = max(largest, error)
-    return Divergence(len(stages), None, largest)
-
-
-def _search(
-    model: Reference, hints: ModelConfig, stages: Stages, tokens_BT: np.ndarray, subject: str, place: str
+def diagnose(
+    a: Subject, b: Subject, ours: Trace, theirs: Trace, tokens_BT: np.ndarray, findings: list[Finding]
 ) -> list[Finding]:
-    """The faults which, planted in `model` one after the other, give these stages."""
-    findings: list[Finding] = []
-    first = divergence(model, tokens_BT, stages)
-    while first.stage is not None and len(findings) < MAX_FAULTS:
-        best, latest = None, first
-        for fault in FAULTS:
-            for says, variant in fault.variants(model, hints):
-                after = divergence(variant, tokens_BT, stages)
-                if after.index > latest.index:
-                    best, latest = (fault.name, says, variant), after
-            if latest.stage is None:
+    """What is wrong, as far as it is known; both traces in float64.
+
+    Args:
+        findings: of `check_code`, for both.
+    """
+    findings = [*findings, *_explain_weights(a, b), *_explain_head(a, b), *_explain_configuration(a, b, tokens_BT)]
+    return findings or _explain_gradients(a, b, ours, theirs, tokens_BT)
+
+
+def check_code(name: str, subject: Subject, trace: Trace, tokens_BT: np.ndarray) -> list[Finding]:
+    """Whether a model computes, in float64, what its own files say; the faults that explain where it does not.
+
+    Every stage is computed again of the model's own values before it, so a fault shows where it is, and there alone.
+    """
+    model, stages = Reference(subject.config, subject.weights), trace.stages
+    right = {stage: _stage(model, stage, stages, tokens_BT) for stage in stages}
+    errors = {stage: _error(stages[stage], right[stage]) for stage in stages}
+    wrong = [stage for stage, error in errors.items() if not error <= BOUND]
+    findings = []
+    variants = [(fault.name, *form) for fault in FAULTS for form in fault.variants(model, subject.config)]
+    while wrong:
+        explained: list[str] = []
+        for fault, says, variant in _explaining(variants, wrong[0], right[wrong[0]], stages, tokens_BT, subject.config):
+            same = [wrong[0], *(stage for stage in wrong[1:] if _agrees(variant, stage, stages, tokens_BT))]
+            if len(same) > len(explained):
+                explained, found = same, (fault, says)
+            if explained == wrong:
                 break
-        if best is None:
-            return [*findings, _cast(stages, first, subject, place)]
-        name, says, model = best
-        findings.append(Finding(name, subject, place, says, f"without it {first} differs first; with it {latest}"))
-        first = latest
+        if not explained:
+            findings.append(_cast(name, wrong[0], stages[wrong[0]], right[wrong[0]]))
+            explained = [stage for stage in wrong if _kind(stage) == _kind(wrong[0])]
+        else:
+            worst = max(errors[stage] for stage in explained)
+            evidence = f"so planted, {_names(explained)} agrees; without it, it is {worst:.1e} off"
+            findings.append(Finding(found[0], name, "code", found[1], evidence))
+        wrong = [stage for stage in wrong if stage not in explained]
+    logits_BTV = stages["logits"][:, :-1]
+    losses_BT = (
+        np.logaddexp.reduce(logits_BTV, axis=-1) - np.take_along_axis(logits_BTV, tokens_BT[:, 1:, None], -1)[..., 0]
+    )
+    if not (error := _error(trace.losses_BT, losses_BT)) <= BOUND:
+        findings.append(Finding("loss", name, "code", "the losses are not those of its logits", f"{error:.1e} off"))
     return findings
 
 
-def _cast(stages: Stages, first: Divergence, subject: str, place: str) -> Finding:
-    """No known fault: perhaps a cast, which leaves numbers of few bits, or an error of the size of its rounding."""
-    value = stages[str(first.stage)]
-    for name, dtype in (("bfloat16", ml_dtypes.bfloat16), ("float16", np.float16), ("float32", np.float32)):
-        if np.array_equal(value.astype(dtype).astype(np.float64), value):
-            evidence = f"each of its numbers is one of {name}; first difference {first}"
-            return Finding("cast", subject, place, f"{first.stage} is computed in {name}", evidence)
-    for name, unit in (("float32", 2.0**-24), ("bfloat16", 2.0**-9)):
-        if unit / 64 <= first.error <= unit * 64:
-            evidence = f"an error of the size of {name}'s rounding, {first}, and no other fault explains it"
-            return Finding("cast", subject, place, f"{first.stage} passes through {name}", evidence)
-    return Finding("unknown", subject, place, "no known fault explains the difference", f"the first is {first}")
+Variants = list[tuple[str, str, Reference]]
+
+
+def _explaining(
+    variants: Variants, stage: str, right: np.ndarray, stages: Stages, tokens_BT: np.ndarray, config: ModelConfig
+) -> Iterator[tuple[str, str, Reference]]:
+    """The variants that give a wrong stage its numbers; if there is none, two of those that change it, together."""
+    changing: Variants = []
+    n_found = 0
+    for fault, says, variant in variants:
+        value = _stage(variant, stage, stages, tokens_BT)
+        if _error(stages[stage], value) <= BOUND:
+            n_found += 1
+            yield fault, says, variant
+        elif value.shape == right.shape and not np.array_equal(value, right):
+            changing.append((fault, says, variant))
+    if n_found:
+        return
+    names = {fault for fault, _, _ in changing}
+    for fault, says, variant in changing:
+        for second in FAULTS:
+            if second.name != fault and second.name in names:
+                for more, both in second.variants(variant, config):
+                    if _agrees(both, stage, stages, tokens_BT):
+                        yield f"{fault}, {second.name}", f"{says}; {more}", both
+
+
+def _stage(model: Reference, stage: str, stages: Stages, tokens_BT: np.ndarray) -> np.ndarray:
+    with np.errstate(all="ignore"):  # of a wrong model anything may come
+        return model.stage(stage, stages, tokens_BT)
+
+
+def _agrees(model: Reference, stage: str, stages: Stages, tokens_BT: np.ndarray) -> bool:
+    return _error(stages[stage], _stage(model, stage, stages, tokens_BT)) <= BOUND
+
+
+def _error(found: np.ndarray, expected: np.ndarray) -> float:
+    """Largest error over the largest value; broken numbers where they are expected are none."""
+    with np.errstate(all="ignore"):
+        apart = np.where(np.isnan(found) & np.isnan(expected), 0, np.abs(found - expected)).max()
+        largest = np.nanmax(np.abs(expected), initial=0)
+        return float(apart / largest if largest else apart)
+
+
+def _kind(stage: str) -> str:
+    return re.sub(r"\d+", "", stage)
+
+
+def _cast(subject: str, stage: str, found: np.ndarray, right: np.ndarray) -> Finding:
+    """No known fault: perhaps a cast, which leaves numbers of few bits next to the right ones, or an error of the size
+    of its rounding."""
+    error = _error(found, right)
+    types = {
+        "bfloat16": (ml_dtypes.bfloat16, 2.0**-9),
+        "float16": (np.float16, 2.0**-12),
+        "float32": (np.float32, 2.0**-25),
+    }
+    for name, (dtype, unit) in types.items():
+        rounded = np.array_equal(found.astype(dtype).astype(np.float64), found)
+        if rounded and np.all(np.abs(found - right) <= 4 * unit * np.abs(right)):
+            evidence = f"each of its numbers is one of {name}, next to the right one"
+            return Finding("cast", subject, "code", f"{stage} is rounded to {name}", evidence)
+    for name, (_, unit) in types.items():
+        if unit / 4 <= error <= 16 * unit:
+            evidence = f"an error of the size of {name}'s rounding, {error:.1e}, and no other fault explains it"
+            return Finding("cast", subject, "code", f"{stage} passes through {name}, it seems", evidence)
+    return Finding("unknown", subject, "code", f"{stage} is wrong, and no known fault explains it", f"{error:.1e} off")
+
+
+def _explain_configuration(a: Subject, b: Subject, tokens_BT: np.ndarray) -> list[Finding]:
+    """Every field that differs and matters, and where B would differ from itself with A's value."""
+    x, y = a.config, b.config
+    heads = {"n_heads": x.n_heads, "n_kv_heads": x.n_kv_heads, "head_dim": x.resolved_head_dim}
+    says = f"head_dim is {y.resolved_head_dim} ({y.n_heads} and {y.n_kv_heads} heads), not {x.resolved_head_dim}"
+    scaling = "missing" if y.rope_scaling is None else f"{y.rope_scaling}, not {x.rope_scaling}"
+    fields: list[tuple[str, str, dict[str, Any]]] = [
+        ("norm-eps", f"norm_eps is {y.norm_eps:g}, not {x.norm_eps:g}", {"norm_eps": x.norm_eps}),
+        ("rope-theta", f"rope_theta is {y.rope_theta:g}, not {x.rope_theta:g}", {"rope_theta": x.rope_theta}),
+        ("rope-scaling", f"rope_scaling is {scaling}", {"rope_scaling": x.rope_scaling}),
+        ("head-shape", says, heads),
+    ]
+    findings = []
+    for fault, says, change in fields:
+        config = replace(y, **change)
+        if config != replace(y, head_dim=y.resolved_head_dim if fault == "head-shape" else y.head_dim):
+            pairs = zip(
+                Reference(y, b.weights).stages(tokens_BT), Reference(config, b.weights).stages(tokens_BT), strict=True
+            )
+            changed = ((name, error) for (name, value), (_, other) in pairs if (error := _error(value, other)) > BOUND)
+            if first := next(changed, None):
+                evidence = f"with A's value in its place {first[0]} is the first to change, by {first[1]:.1e}"
+                findings.append(Finding(fault, "B", "configuration", says, evidence))
+    return findings
 
 
 def _explain_weights(a: Subject, b: Subject) -> list[Finding]:
     """For every weight that differs the fault that makes A's into B's, up to rounding."""
     model = Reference(a.config, a.weights)
-    variants = [("", "", model)]
-    variants += [(fault.name, says, made) for fault in FAULTS for says, made in fault.variants(model, b.config)]
+    variants = [(fault.name, says, made) for fault in FAULTS for says, made in fault.variants(model, b.config)]
     explained: dict[tuple[str, str], list[str]] = {}
     unknown: dict[str, float] = {}
     for name in param_table(a.config):
-        if name not in b.weights or np.array_equal(a.weights[name], b.weights[name]):
+        if name not in b.weights or np.array_equal(a.weights[name], b.weights[name], equal_nan=True):
             continue
         theirs = b.weights[name].astype(np.float64)
-        forms = [(fault, says, made.weights[name].astype(np.float64)) for fault, says, made in variants]
-        forms += _heads_moved(a, name, theirs)
-        fault, says, ours = min(forms, key=lambda form: _distance(form[2], theirs))
-        if not _distance(ours, theirs) <= NEAR:  # NaN is near to nothing
-            unknown[name] = _distance(forms[0][2], theirs)
+        fault, says, ours = min(_forms(a, name, variants, theirs), key=lambda form: _distance(form[2], theirs))
+        form = _rounding(ours, theirs, b.weights[name].dtype)
+        if not _distance(ours, theirs) <= NEAR or form is None:  # NaN is near to nothing
+            unknown[name] = _distance(a.weights[name].astype(np.float64), theirs)
             continue
-        if fault:
-            explained.setdefault((fault, says), []).append(name)
-        if not np.array_equal(ours.astype(b.weights[name].dtype), theirs):
-            formats = (form for form, value in _rounded(ours).items() if np.array_equal(value, theirs))
-            says = f"the weights are rounded to {next(formats, 'fewer bits')}"
-            explained.setdefault(("rounding", says), []).append(name)
+        for key in ((fault, says), ("rounding", form)):
+            if key[1]:
+                explained.setdefault(key, []).append(name)
     findings = [
-        Finding(fault, "B", "weights", says, f"so planted in A, {_names(names)} gives B's")
+        Finding(fault, "B", "weights", says, f"so planted in A, {_names(names)} is B's")
         for (fault, says), names in explained.items()
     ]
     if unknown:
         worst = max(unknown, key=lambda name: unknown[name])
         evidence = f"{_names(list(unknown))}; most in {worst}, by {unknown[worst]:.1e} of its norm"
-        findings.append(Finding("unknown", "B", "weights", "weights differ, and no known fault explains it", evidence))
-    return findings + _explain_head(a, b)
+        says = "weights differ, and no known fault explains it: other weights, or other training steps"
+        findings.append(Finding("unknown", "B", "weights", says, evidence))
+    return findings
+
+
+def _forms(a: Subject, name: str, variants: Variants, theirs: np.ndarray) -> Iterator[tuple[str, str, np.ndarray]]:
+    """A weight of A as it is, and as every known fault would change it."""
+    right = a.weights[name]
+    yield "", "", right.astype(np.float64)
+    for fault, says, made in variants:
+        if made.weights is not a.weights and (changed := made.weights[name]) is not right:
+            yield fault, says, changed.astype(np.float64)
+    yield from _heads_moved(a, name, theirs)
+    for layer in range(a.config.n_layers):
+        other = re.sub(r"(?<=^model\.layers\.)\d+", str(layer), name)
+        if other != name:
+            yield "layer-order", "the layers are in another order", a.weights[other].astype(np.float64)
+
+
+def _rounding(ours: np.ndarray, theirs: np.ndarray, dtype: np.dtype) -> str | None:
+    """How two weights that are near to each other are one: as they are (no words), or one of them rounded."""
+    if ours.shape == theirs.shape and np.allclose(ours.astype(dtype), theirs, rtol=2.0**-22, atol=2.0**-24):
+        return ""
+    for whose, (one, other) in {"B's": (ours, theirs), "A's": (theirs, ours)}.items():
+        for form, value in _rounded(one).items():
+            if np.array_equal(value, other):
+                return f"{whose} weights are rounded to {form}"
+    return None
 
 
 def _explain_head(a: Subject, b: Subject) -> list[Finding]:
@@ -180,34 +264,57 @@ def _heads_moved(a: Subject, name: str, theirs: np.ndarray) -> list[tuple[str, s
     one, other = (ours.T, theirs.T) if kind == "o_proj" else (ours, theirs)
     one_NHI, other_NHI = (x.reshape(-1, a.config.resolved_head_dim, x.shape[1]) for x in (one, other))
     order = [min(range(len(one_NHI)), key=lambda n: np.linalg.norm(one_NHI[n] - head_HI)) for head_HI in other_NHI]
-    if order == sorted(order):
+    if order == list(range(len(order))):
         return []
     moved = one_NHI[order].reshape(one.shape)
     return [("head-order", f"the heads of {kind} are in the order {order}", moved.T if kind == "o_proj" else moved)]
 
 
-def _explain_gradients(a: Subject, ours: Trace, theirs: Trace, tokens_BT: np.ndarray) -> list[Finding]:
-    """The forward passes are one; perhaps the gradients are not."""
-    ratios = [
-        np.linalg.norm(theirs.gradients[name]) / np.linalg.norm(ours.gradients[name])
-        for name in ours.gradients
-        if name in theirs.gradients and np.any(ours.gradients[name])
-    ]
-    wrong = [name for name in theirs.gradients if _distance(ours.gradients[name], theirs.gradients[name]) > BOUND]
+def _explain_gradients(a: Subject, b: Subject, ours: Trace, theirs: Trace, tokens_BT: np.ndarray) -> list[Finding]:
+    """The forward passes are one; perhaps the gradients are not. Which of them are right, the loss itself tells."""
+    pairs = {
+        name: (ours.gradients[name], theirs.gradients[name]) for name in ours.gradients if name in theirs.gradients
+    }
+    wrong = [name for name, (x, y) in pairs.items() if _distance(x, y) > BOUND]
     if not wrong:
-        says = "nothing but rounding, which in float64 stays below a hundred times the tolerance"
-        return [Finding("rounding", "B", "code", says, "every stage and every gradient agrees so far")]
-    if max(ratios) - min(ratios) <= BOUND * max(ratios):
-        says = f"every gradient is {np.mean(ratios):.6g} times what it should be"
-        return [Finding("gradient", "B", "code", says, f"the ratios of norms agree to {max(ratios) - min(ratios):.0e}")]
-    if a.config.tie_embeddings and wrong == [EMBEDDING]:
-        untied, copy = replace(a.config, tie_embeddings=False), {HEAD: a.weights[EMBEDDING]}
-        parts = a.run(untied, a.weights | copy, tokens_BT, "float64").gradients
+        return []
+    direction = {name: (pairs[name][1] - pairs[name][0]).astype(np.float64) for name in wrong}
+    step = 1e-4 / max(np.abs(x).max() for x in direction.values())
+
+    def loss(sign: int) -> float:
+        weights = {name: a.weights[name] + sign * step * direction.get(name, 0) for name in a.weights}
+        *_, (_, logits_BTV) = Reference(a.config, weights).stages(tokens_BT)
+        targets_BT1, logits_BTV = tokens_BT[:, 1:, None], logits_BTV[:, :-1]
+        chosen_BT = np.take_along_axis(logits_BTV, targets_BT1, -1)[..., 0]
+        return float(np.mean(np.logaddexp.reduce(logits_BTV, axis=-1) - chosen_BT))
+
+    slope = (loss(1) - loss(-1)) / (2 * step)
+    slopes = [sum(float(np.vdot(pairs[name][i], direction[name])) for name in wrong) for i in range(2)]
+    blamed = "B" if abs(slopes[0] - slope) < abs(slopes[1] - slope) else "A"
+    right, false = (ours, theirs) if blamed == "B" else (theirs, ours)
+    measured = (
+        f"along the difference the loss changes by {slope:.6g}, the gradients say {slopes[0]:.6g} and {slopes[1]:.6g}"
+    )
+
+    def finding(says: str) -> list[Finding]:
+        return [Finding("gradient", blamed, "code", says, measured)]
+
+    ratios = [
+        float(np.vdot(x, y) / np.vdot(x, x)) for x, y in ((right.gradients[n], false.gradients[n]) for n in wrong)
+    ]
+    straight = all(
+        _distance(r * right.gradients[n], false.gradients[n]) <= BOUND for r, n in zip(ratios, wrong, strict=True)
+    )
+    if straight and max(ratios) - min(ratios) <= BOUND * max(map(abs, ratios)):
+        return finding(f"the gradients of {_names(wrong)} are {np.mean(ratios):.6g} times what they should be")
+    subject = a if blamed == "B" else b
+    if subject.config.tie_embeddings and wrong == [EMBEDDING]:
+        untied, copy = replace(subject.config, tie_embeddings=False), {HEAD: subject.weights[EMBEDDING]}
+        parts = subject.run(untied, subject.weights | copy, tokens_BT, "float64").gradients
         for name, missing in ((EMBEDDING, "the output head's"), (HEAD, "the look-up's")):
-            if name in parts and _distance(parts[name], theirs.gradients[EMBEDDING]) <= BOUND:
-                says = f"{missing} part of the embedding's gradient is missing"
-                return [Finding("gradient", "B", "code", says, "without it A's gradient is B's")]
-    return [Finding("gradient", "B", "code", "the forward passes agree, gradients do not", _names(wrong))]
+            if name in parts and _distance(parts[name], false.gradients[EMBEDDING]) <= BOUND:
+                return finding(f"{missing} part of the embedding's gradient is missing")
+    return finding(f"the forward passes agree, the gradients of {_names(wrong)} do not")
 
 
 def _rounded(array: np.ndarray) -> dict[str, np.ndarray]:

@@ -5,9 +5,10 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from minillm_core.backend import Trace
+from minillm_core.checkpoints import Tensors
 from minillm_core.cli import say
 from minillm_core.config import ModelConfig, to_dict
-from minillm_core.diagnosis import Divergence, Finding, diagnose
+from minillm_core.diagnosis import EMBEDDING, HEAD, Finding, check_code, diagnose
 from minillm_core.errors import InputError
 from minillm_core.params import param_table
 from minillm_core.reference import stage_names
@@ -15,6 +16,7 @@ from minillm_core.subjects import Subject
 from minillm_core.tolerance import (
     BFLOAT16_GRADIENT_COSINE,
     BFLOAT16_MEAN_KL,
+    BFLOAT16_MODULE,
     BFLOAT16_STAGE,
     BFLOAT16_TOP1_AGREEMENT,
     TOLERANCES,
@@ -35,6 +37,18 @@ class Difference:
     """Norm of the difference over the norm."""
     cosine: float
     agrees: bool = False
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """The first stage at which two models differ, and by how much relative to its largest value."""
+
+    index: int
+    stage: str
+    error: float
+
+    def __str__(self) -> str:
+        return f"{self.stage} ({self.error:.1e})"
 
 
 @dataclass(frozen=True)
@@ -82,26 +96,26 @@ def examine(a: Subject, b: Subject, tokens_BT: np.ndarray, dtype: str, *, rows_o
     ours, theirs = _run_both(a, b, tokens_BT, dtype)
     stages = [_judged(_difference(n, ours.stages[n], theirs.stages[n]), dtype) for n in stage_names(a.config)]
     losses = _judged(_difference("losses", ours.losses_BT, theirs.losses_BT), dtype)
-    gradients = [
-        _judged_gradient(_difference(name, ours.gradients[name], theirs.gradients[name]), dtype)
-        for name in param_table(a.config)
-        if name in theirs.gradients
-    ]
+    alike_tied = a.config.tie_embeddings == b.config.tie_embeddings
+    grads_a, grads_b = (x.gradients if alike_tied else _tied(x.gradients) for x in (ours, theirs))
+    gradients = [_judged_gradient(_difference(n, grads_a[n], grads_b[n]), dtype) for n in grads_a]
+    common = [name for name in param_table(a.config) if name in b.weights]
+    weights = [_judged_weight(_difference(name, a.weights[name], b.weights[name]), dtype) for name in common]
     mean_kl, top_k = compare_distributions(ours.stages["logits"], theirs.stages["logits"])
+    equal = losses.agrees and all(difference.agrees for difference in (*gradients, *weights))
     if dtype == "bfloat16":
-        alike = mean_kl <= BFLOAT16_MEAN_KL and top_k[1] >= BFLOAT16_TOP1_AGREEMENT
+        equal = equal and mean_kl <= BFLOAT16_MEAN_KL and top_k[1] >= BFLOAT16_TOP1_AGREEMENT
     else:
-        alike = all(difference.agrees for difference in (*stages, losses))
-    equal = alike and all(gradient.agrees for gradient in gradients)
+        equal = equal and all(stage.agrees for stage in stages)
     first = next((Divergence(i, d.name, d.relative) for i, d in enumerate(stages) if not d.agrees), None)
     findings = []
-    if not equal:
+    if dtype == "float64" or not equal:
+        say("holding both against the reference of their files, in float64")
         exact = (ours, theirs) if dtype == "float64" else _run_both(a, b, tokens_BT, "float64")
-        say("looking for the fault, in float64, where rounding hides nothing")
-        findings = diagnose(a, b, *exact, tokens_BT)
-    differences = [
-        _difference(name, a.weights[name], b.weights[name]) for name in param_table(a.config) if name in b.weights
-    ]
+        for name, subject, trace in (("A", a, exact[0]), ("B", b, exact[1])):
+            findings += check_code(name, subject, trace, tokens_BT)
+        if not equal:
+            findings = diagnose(a, b, *exact, tokens_BT, findings)
     sample = np.random.default_rng(0).integers(ours.stages["logits"].size, size=4000)
     return Report(
         a=a.label,
@@ -118,7 +132,7 @@ def examine(a: Subject, b: Subject, tokens_BT: np.ndarray, dtype: str, *, rows_o
         mean_kl=mean_kl,
         top_k=top_k,
         gradients=gradients,
-        weights=[difference for difference in differences if difference.max_error],
+        weights=[weight for weight in weights if not weight.max_error == 0],  # noqa: SIM201 (NaN)
         configuration=_config_differences(a.config, b.config),
         logits=(ours.stages["logits"].flat[sample], theirs.stages["logits"].flat[sample]),
     )
@@ -146,8 +160,23 @@ def _judged(d: Difference, dtype: str) -> Difference:
 
 
 def _judged_gradient(d: Difference, dtype: str) -> Difference:
-    agrees = d.cosine >= BFLOAT16_GRADIENT_COSINE if dtype == "bfloat16" else d.norm <= TOLERANCES[dtype].gradient
-    return replace(d, agrees=agrees)
+    if dtype == "bfloat16":
+        return replace(d, agrees=d.cosine >= BFLOAT16_GRADIENT_COSINE and d.norm <= BFLOAT16_STAGE)
+    return replace(d, agrees=d.norm <= TOLERANCES[dtype].gradient)
+
+
+def _judged_weight(d: Difference, dtype: str) -> Difference:
+    """Tokens that do not occur leave rows of the embedding unseen by everything else."""
+    bound = BFLOAT16_MODULE if dtype == "bfloat16" else TOLERANCES[dtype].logits
+    return replace(d, agrees=d.relative <= bound)
+
+
+def _tied(gradients: Tensors) -> Tensors:
+    """The gradients as if the head were the embedding."""
+    if HEAD not in gradients:
+        return gradients
+    tied = {name: gradient for name, gradient in gradients.items() if name != HEAD}
+    return tied | {EMBEDDING: gradients[EMBEDDING] + gradients[HEAD]}
 
 
 def compare_distributions(ours_BTV: np.ndarray, theirs_BTV: np.ndarray) -> tuple[float, dict[int, float]]:

@@ -64,54 +64,72 @@ class Reference:
 
     def stages(self, tokens_BT: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
         """Name and value of every stage in `stage_names`, as in a Trace, each computed when it is asked for."""
-        config, w = self.config, self.weights
-        B, T = tokens_BT.shape
-        K, H = config.n_kv_heads, config.resolved_head_dim
-        frequencies = inverse_frequencies(config) if self.frequencies is None else self.frequencies
-        angles_T1H = np.arange(T, dtype=np.float64)[:, None, None] * frequencies
-        turn = np.cos(angles_T1H), np.sin(angles_T1H)
+        computed: dict[str, np.ndarray] = {}
+        for name in stage_names(self.config):
+            computed[name] = self.stage(name, computed, tokens_BT)
+            yield name, computed[name]
+
+    def stage(self, name: str, before: Mapping[str, np.ndarray], tokens_BT: np.ndarray) -> np.ndarray:
+        """One stage, float64 (B, T, its width), computed of those before it, which may be another model's."""
+        if name == "model.embed_tokens":
+            return self._weight(name)[tokens_BT] * self.embedding_scale
+        last = f"model.layers.{self.config.n_layers - 1}"
+        if name == "model.norm":
+            return self._norm(before[last], name) if self.final_norm else before[last]
+        if name == "logits":
+            return self._linear(before["model.norm"], "model.embed_tokens" if self.config.tie_embeddings else "lm_head")
+        _, _, number, *rest = name.split(".")
+        block, part = f"model.layers.{number}", ".".join(rest)
+        x_BTD = before[f"model.layers.{int(number) - 1}" if int(number) else "model.embed_tokens"]
+        if part == "input_layernorm":
+            return self._norm(x_BTD, name)
+        if part in ("self_attn.q", "self_attn.k", "self_attn.v"):
+            return self._projected(before[f"{block}.input_layernorm"], name)
+        if part == "self_attn":
+            return self._linear(self._attended(*(before[f"{name}.{letter}"] for letter in "qkv")), f"{name}.o_proj")
+        x_BTD = x_BTD + before[f"{block}.self_attn"]
+        if part == "post_attention_layernorm":
+            return self._norm(x_BTD, name)
+        if part == "mlp":
+            h_BTD = before[f"{block}.post_attention_layernorm"]
+            gate_BTF, up_BTF = (self._linear(h_BTD, f"{name}.{proj}_proj") for proj in ("gate", "up"))
+            return self._linear(self.activation(gate_BTF) * up_BTF, f"{name}.down_proj")
+        return x_BTD + before[f"{block}.mlp"]
+
+    def _weight(self, name: str) -> np.ndarray:
+        return self.weights[f"{name}.weight"].astype(np.float64)
+
+    def _norm(self, x_BTD: np.ndarray, name: str) -> np.ndarray:
+        mean_square = np.mean(x_BTD * x_BTD, axis=-1, keepdims=True)
+        return x_BTD / np.sqrt(mean_square + self.config.norm_eps) * self._weight(name)
+
+    def _linear(self, x_BTD: np.ndarray, name: str) -> np.ndarray:
+        return x_BTD @ self._weight(name).T
+
+    def _projected(self, x_BTD: np.ndarray, name: str) -> np.ndarray:
+        """Queries, keys or values; the first two turned by their positions."""
+        B, T, _ = x_BTD.shape
+        heads_BTxH = self._linear(x_BTD, f"{name}_proj").reshape(B, T, -1, self.config.resolved_head_dim)
+        if not name.endswith(".v"):
+            frequencies = inverse_frequencies(self.config) if self.frequencies is None else self.frequencies
+            angles_T1H = np.arange(T, dtype=np.float64)[:, None, None] * frequencies
+            heads_BTxH = self.rotation(heads_BTxH, np.cos(angles_T1H), np.sin(angles_T1H))
+        return heads_BTxH.reshape(B, T, -1)
+
+    def _attended(self, q_BTx: np.ndarray, k_BTx: np.ndarray, v_BTx: np.ndarray) -> np.ndarray:
+        """What the heads read, one after the other (B, T, N x H)."""
+        B, T, _ = q_BTx.shape
+        K, H = self.config.n_kv_heads, self.config.resolved_head_dim
+        if self.tiled_groups:
+            q_BKGTH = q_BTx.reshape(B, T, -1, K, H).transpose(0, 3, 2, 1, 4)
+        else:
+            q_BKGTH = q_BTx.reshape(B, T, K, -1, H).transpose(0, 2, 3, 1, 4)
+        k_BK1HS = k_BTx.reshape(B, T, K, H).transpose(0, 2, 3, 1)[:, :, None]
+        v_BK1SH = v_BTx.reshape(B, T, K, H).transpose(0, 2, 1, 3)[:, :, None]
         scale = H**-0.5 if self.attention_scale is None else self.attention_scale
         visible_TS = np.tri(T, dtype=bool) | self.sees_future
-
-        def norm(x_BTD: np.ndarray, name: str) -> np.ndarray:
-            mean_square = np.mean(x_BTD * x_BTD, axis=-1, keepdims=True)
-            return x_BTD / np.sqrt(mean_square + config.norm_eps) * w[f"{name}.weight"].astype(np.float64)
-
-        def linear(x_BTD: np.ndarray, name: str) -> np.ndarray:
-            return x_BTD @ w[f"{name}.weight"].astype(np.float64).T
-
-        x_BTD = w["model.embed_tokens.weight"][tokens_BT].astype(np.float64) * self.embedding_scale
-        yield "model.embed_tokens", x_BTD
-        for i in range(config.n_layers):
-            block = f"model.layers.{i}"
-            h_BTD = norm(x_BTD, f"{block}.input_layernorm")
-            yield f"{block}.input_layernorm", h_BTD
-            q_BTNH, k_BTKH, v_BTKH = (
-                linear(h_BTD, f"{block}.self_attn.{part}_proj").reshape(B, T, -1, H) for part in "qkv"
-            )
-            q_BTNH, k_BTKH = self.rotation(q_BTNH, *turn), self.rotation(k_BTKH, *turn)
-            for part, x_BTxH in zip("qkv", (q_BTNH, k_BTKH, v_BTKH), strict=True):
-                yield f"{block}.self_attn.{part}", x_BTxH.reshape(B, T, -1)
-            if self.tiled_groups:
-                q_BKGTH = q_BTNH.reshape(B, T, -1, K, H).transpose(0, 3, 2, 1, 4)
-            else:
-                q_BKGTH = q_BTNH.reshape(B, T, K, -1, H).transpose(0, 2, 3, 1, 4)
-            k_BK1HS, v_BK1SH = k_BTKH.transpose(0, 2, 3, 1)[:, :, None], v_BTKH.transpose(0, 2, 1, 3)[:, :, None]
-            scores_BKGTS = np.where(visible_TS, q_BKGTH @ k_BK1HS * scale, -np.inf)
-            weights_BKGTS = np.exp(scores_BKGTS - scores_BKGTS.max(axis=-1, keepdims=True))
-            weights_BKGTS /= weights_BKGTS.sum(axis=-1, keepdims=True)
-            heads = (0, 3, 2, 1, 4) if self.tiled_groups else (0, 3, 1, 2, 4)
-            out_BTD = (weights_BKGTS @ v_BK1SH).transpose(heads).reshape(B, T, -1)
-            attended_BTD = linear(out_BTD, f"{block}.self_attn.o_proj")
-            yield f"{block}.self_attn", attended_BTD
-            x_BTD = x_BTD + attended_BTD
-            h_BTD = norm(x_BTD, f"{block}.post_attention_layernorm")
-            yield f"{block}.post_attention_layernorm", h_BTD
-            gate_BTF, up_BTF = (linear(h_BTD, f"{block}.mlp.{part}_proj") for part in ("gate", "up"))
-            out_BTD = linear(self.activation(gate_BTF) * up_BTF, f"{block}.mlp.down_proj")
-            yield f"{block}.mlp", out_BTD
-            x_BTD = x_BTD + out_BTD
-            yield block, x_BTD
-        x_BTD = norm(x_BTD, "model.norm") if self.final_norm else x_BTD
-        yield "model.norm", x_BTD
-        yield "logits", linear(x_BTD, "model.embed_tokens" if config.tie_embeddings else "lm_head")
+        scores_BKGTS = np.where(visible_TS, q_BKGTH @ k_BK1HS * scale, -np.inf)
+        weights_BKGTS = np.exp(scores_BKGTS - scores_BKGTS.max(axis=-1, keepdims=True))
+        weights_BKGTS /= weights_BKGTS.sum(axis=-1, keepdims=True)
+        order = (0, 3, 2, 1, 4) if self.tiled_groups else (0, 3, 1, 2, 4)
+        return (weights_BKGTS @ v_BK1SH).transpose(order).reshape(B, T, -1)

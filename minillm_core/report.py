@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from minillm_core.diagnosis import Finding
 from minillm_core.doctor import Difference, Report
 from minillm_core.reference import BLOCK_STAGES
 from minillm_core.tolerance import TOLERANCES
@@ -55,7 +56,7 @@ def text_report(report: Report, *, color: bool) -> str:
     lines += _own_code(report)
     for i, finding in enumerate(report.findings, 1):
         lines += [
-            f"{i}. {finding.subject}'s {finding.place}: {finding.says} [{finding.fault}]",
+            f"{i}. {_place(finding)}: {finding.says} [{finding.fault}]",
             f"   {finding.evidence}",
         ]
     return "\n".join([*lines, verdict(report)])
@@ -108,11 +109,16 @@ def _numbers(report: Report) -> list[str]:
     return lines
 
 
+def _place(finding: Finding) -> str:
+    """Files tell that they differ, not which is right."""
+    return f"{finding.subject}'s code" if finding.place == "code" else f"{finding.place}, B against A"
+
+
 def _own_code(report: Report) -> list[str]:
     """Whether what runs each model computes what its files say."""
-    if report.equal:
+    if report.equal and not report.findings:
         return []
-    wrong = {finding.subject for finding in report.findings if finding.place == "code" and finding.fault != "rounding"}
+    wrong = {finding.subject for finding in report.findings if finding.place == "code"}
     return [f"{x}'s code computes {'something else than' if x in wrong else 'what'} its files say" for x in "AB"]
 
 
@@ -140,7 +146,7 @@ def html_report(report: Report) -> str:
         body.append(f"<p>First divergence: <code>{e(str(report.first_divergence))}</code></p>")
     if report.findings:
         items = (
-            f"<li>{f.subject}'s {e(f.place)}: <b>{e(f.says)}</b> <code>{e(f.fault)}</code>"
+            f"<li>{e(_place(f))}: <b>{e(f.says)}</b> <code>{e(f.fault)}</code>"
             f'<div class="evidence">{e(f.evidence)}</div></li>'
             for f in report.findings
         )

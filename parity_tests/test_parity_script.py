@@ -75,7 +75,7 @@ def test_a_quantised_file_is_named(
     export_gguf(checkpoint, tmp_path / "q8.gguf", BACKENDS["torch"], "q8_0")
     assert exit_code(checkpoint, tmp_path / "q8.gguf") == 1
     out = capsys.readouterr().out
-    assert "the weights are rounded to q8_0 [rounding]" in out
+    assert "B's weights are rounded to q8_0 [rounding]" in out
     assert "unknown" not in out
 
 
@@ -85,7 +85,7 @@ def test_a_faulty_port(home: Path, float64: Tier, capsys: pytest.CaptureFixture[
         page = tmp_path / "new" / f"{dtype}.html"
         assert exit_code(home / "jax", home / "faulty", dtype=dtype, html=page) == 1
         out = capsys.readouterr().out
-        assert "1. B's weights: q and k are stored for interleaved RoPE" in out
+        assert "1. weights, B against A: q and k are stored for interleaved RoPE" in out
         assert "NOT EQUAL" in out
         assert page.read_text().count("<svg") == 2
         assert "interleaved RoPE" in page.read_text()

@@ -98,7 +98,9 @@ def without_casts(config: ModelConfig) -> Iterator[None]:
     frequencies = torch.from_numpy(inverse_frequencies(config))
 
     def rotary(self: Any, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        angles = position_ids[..., None].double() * frequencies
+        own = self.inv_freq.double().to(frequencies.device)  # rounded to float32; where it is another, it counts
+        exact = frequencies if torch.allclose(own, frequencies, rtol=1e-6, atol=0) else own
+        angles = position_ids[..., None].double() * exact
         angles = torch.cat([angles, angles], dim=-1)
         return angles.cos(), angles.sin()
 
