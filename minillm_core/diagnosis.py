@@ -84,11 +84,7 @@ def check_code(name: str, subject: Subject, trace: Trace, tokens_BT: np.ndarray)
             evidence = f"so planted, {_names(explained)} agrees; without it, it is {worst:.1e} off"
             findings.append(Finding(found[0], name, "code", found[1], evidence))
         wrong = [stage for stage in wrong if stage not in explained]
-    logits_BTV = stages["logits"][:, :-1]
-    losses_BT = (
-        np.logaddexp.reduce(logits_BTV, axis=-1) - np.take_along_axis(logits_BTV, tokens_BT[:, 1:, None], -1)[..., 0]
-    )
-    if not (error := _error(trace.losses_BT, losses_BT)) <= BOUND:
+    if not (error := _error(trace.losses_BT, _losses(stages["logits"], tokens_BT))) <= BOUND:
         findings.append(Finding("loss", name, "code", "the losses are not those of its logits", f"{error:.1e} off"))
     return findings
 
@@ -135,6 +131,13 @@ def _error(found: np.ndarray, expected: np.ndarray) -> float:
         apart = np.where(np.isnan(found) & np.isnan(expected), 0, np.abs(found - expected)).max()
         largest = np.nanmax(np.abs(expected), initial=0)
         return float(apart / largest if largest else apart)
+
+
+def _losses(logits_BTV: np.ndarray, tokens_BT: np.ndarray) -> np.ndarray:
+    """Of every token but the first, in nats (B, T - 1)."""
+    logits_BTV = logits_BTV[:, :-1]
+    chosen_BT = np.take_along_axis(logits_BTV, tokens_BT[:, 1:, None], axis=-1)[..., 0]
+    return np.logaddexp.reduce(logits_BTV, axis=-1) - chosen_BT
 
 
 def _kind(stage: str) -> str:
@@ -284,9 +287,7 @@ def _explain_gradients(a: Subject, b: Subject, ours: Trace, theirs: Trace, token
     def loss(sign: int) -> float:
         weights = {name: a.weights[name] + sign * step * direction.get(name, 0) for name in a.weights}
         *_, (_, logits_BTV) = Reference(a.config, weights).stages(tokens_BT)
-        targets_BT1, logits_BTV = tokens_BT[:, 1:, None], logits_BTV[:, :-1]
-        chosen_BT = np.take_along_axis(logits_BTV, targets_BT1, -1)[..., 0]
-        return float(np.mean(np.logaddexp.reduce(logits_BTV, axis=-1) - chosen_BT))
+        return float(np.mean(_losses(logits_BTV, tokens_BT)))
 
     slope = (loss(1) - loss(-1)) / (2 * step)
     slopes = [sum(float(np.vdot(pairs[name][i], direction[name])) for name in wrong) for i in range(2)]
