@@ -14,6 +14,7 @@ from minillm_core.backend import Backend
 from minillm_core.checkpoints import (
     CheckpointInfo,
     CheckpointWriter,
+    LazyTensors,
     TrainingState,
     checkpoint_steps,
     read_info,
@@ -86,6 +87,15 @@ def _run_config(model: ModelConfig, run_dir: Path) -> RunConfig:
     return replace(preset, model=model, train=train)
 
 
+def _open_export(checkpoint: Path, destination: Path, backend: Backend) -> tuple[CheckpointInfo, LazyTensors]:
+    """A checkpoint that is whole, for a destination that does not exist yet."""
+    if destination.exists():
+        raise InputError("the destination exists", where=destination, do="give another name, or remove it")
+    verify_checkpoint(checkpoint)
+    info = read_info(checkpoint)
+    return info, backend.open_weights(checkpoint, info.config)
+
+
 def export_hf(checkpoint: Path, folder: Path, backend: Backend, dtype: str) -> Path:
     """Writes a checkpoint as a Hugging Face folder: config.json, weights, tokenizer, model card, loss curve.
 
@@ -95,12 +105,8 @@ def export_hf(checkpoint: Path, folder: Path, backend: Backend, dtype: str) -> P
     Raises:
         InputError: the folder exists, or the checkpoint is damaged.
     """
-    if folder.exists():
-        raise InputError("the destination exists", where=folder, do="give another folder, or remove it")
-    verify_checkpoint(checkpoint)
-    info = read_info(checkpoint)
+    info, weights = _open_export(checkpoint, folder, backend)
     model = info.config.model
-    weights = backend.open_weights(checkpoint, info.config)
     beside = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(beside, ignore_errors=True)
     make_folder(beside)
@@ -134,12 +140,8 @@ def export_gguf(checkpoint: Path, file: Path, backend: Backend, dtype: str) -> P
     Raises:
         InputError: the file exists, or the checkpoint is damaged.
     """
-    if file.exists():
-        raise InputError("the destination exists", where=file, do="give another file name, or remove it")
-    verify_checkpoint(checkpoint)
-    info = read_info(checkpoint)
+    info, weights = _open_export(checkpoint, file, backend)
     model = info.config.model
-    weights = backend.open_weights(checkpoint, info.config)
     fields: dict[str, Any] = {"general.name": Path(info.config.train.out_dir).name, **NO_TOKENIZER}
     try:
         fields |= tokenizer_fields(load_tokenizer(checkpoint, model.vocab_size), model.vocab_size)
