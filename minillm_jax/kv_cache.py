@@ -46,16 +46,24 @@ def init_cache(config: ModelConfig, batch_size: int, capacity: int, dtype: DType
     return KVCache(layers, jnp.zeros(batch_size, jnp.int32))
 
 
-def append(cache: LayerCache, k_BTKH: jax.Array, v_BTKH: jax.Array, position_BT: jax.Array) -> LayerCache:
-    """Writes keys and values at their positions, each row at its own.
+Slots = tuple[jax.Array, jax.Array, jax.Array]
+"""Rows, heads and positions, which broadcast to (B, T, K)."""
+
+
+def slots(cache: KVCache, position_BT: jax.Array) -> Slots:
+    """Where keys and values (B, T, K, H) of these positions belong in every layer.
 
     Every head is an index of its own: XLA:CPU turns a single index into an update that it makes on a copy of the cache.
     """
-    B, _, K, _ = k_BTKH.shape
-    at = (jnp.arange(B)[:, None, None], jnp.arange(K)[None, None], position_BT[:, :, None])
+    B, K, _, _ = cache.layers[0].k_BKSH.shape
+    return jnp.arange(B)[:, None, None], jnp.arange(K)[None, None], position_BT[:, :, None]
+
+
+def append(cache: LayerCache, k_BTKH: jax.Array, v_BTKH: jax.Array, slots: Slots) -> LayerCache:
+    """Writes keys and values into their slots, each row's at its own positions."""
     return LayerCache(
-        cache.k_BKSH.at[at].set(k_BTKH.astype(cache.k_BKSH.dtype), mode="drop"),
-        cache.v_BKSH.at[at].set(v_BTKH.astype(cache.v_BKSH.dtype), mode="drop"),
+        cache.k_BKSH.at[slots].set(k_BTKH.astype(cache.k_BKSH.dtype), mode="drop"),
+        cache.v_BKSH.at[slots].set(v_BTKH.astype(cache.v_BKSH.dtype), mode="drop"),
     )
 
 

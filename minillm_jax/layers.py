@@ -5,13 +5,27 @@ V vocabulary. Parameters keep their own dtype; matrix products run in `compute_d
 loss run in at least float32.
 """
 
+from dataclasses import dataclass
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
 from minillm_core.config import ModelConfig
-from minillm_jax.kv_cache import LayerCache, append
+from minillm_jax.kv_cache import LayerCache, Slots, append
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Places:
+    """Where the tokens of a call are, the same for every layer."""
+
+    cos_BT1H: jax.Array
+    sin_BT1H: jax.Array
+    mask_BTS: jax.Array
+    slots: Slots | None
+    """Where the cache keeps them."""
 
 
 def at_least_float32(dtype: DTypeLike) -> jnp.dtype:
@@ -76,16 +90,28 @@ class RMSNorm(nnx.Module):
         return (x * self.scale[...].astype(high)).astype(x_BTD.dtype)
 
 
-def apply_rope(x_BTNH: jax.Array, cos_BTH: jax.Array, sin_BTH: jax.Array) -> jax.Array:
-    """Turns channel i together with channel i + H/2 by the angle of the position; cos and sin have H/2 channels."""
-    cos, sin = cos_BTH[:, :, None], sin_BTH[:, :, None]
-    first, second = jnp.split(x_BTNH.astype(cos.dtype), 2, axis=-1)
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return turned.astype(x_BTNH.dtype)
+def rotation(cos_BTh: jax.Array, sin_BTh: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """What `apply_rope` takes, of the cosines and sines of the H/2 angles at each position: (B, T, 1, H)."""
+    return jnp.concatenate([cos_BTh, cos_BTh], axis=-1)[:, :, None], jnp.concatenate([-sin_BTh, sin_BTh], axis=-1)[
+        :, :, None
+    ]
 
 
-def attend(q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, position_BT: jax.Array) -> jax.Array:
-    """Grouped-query attention: the query at position p sees the keys at positions 0 to p; (B, T, N, H)."""
+def apply_rope(x_BTNH: jax.Array, cos_BT1H: jax.Array, sin_BT1H: jax.Array) -> jax.Array:
+    """Turns channel i together with channel i + H/2 by the angle of the position; cos and sin are of `rotation`."""
+    x = x_BTNH.astype(cos_BT1H.dtype)
+    first, second = jnp.split(x, 2, axis=-1)
+    return (x * cos_BT1H + jnp.concatenate([second, first], axis=-1) * sin_BT1H).astype(x_BTNH.dtype)
+
+
+def causal_mask(position_BT: jax.Array, n_keys: int, dtype: DTypeLike) -> jax.Array:
+    """What is added to the scores (B, T, S): -inf, but 0 where the query at position p sees the keys at 0 to p."""
+    later_BTS = jnp.arange(n_keys) > position_BT[:, :, None]
+    return jnp.where(later_BTS, -jnp.inf, 0).astype(dtype)
+
+
+def attend(q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, mask_BTS: jax.Array) -> jax.Array:
+    """Grouped-query attention: softmax(q k^T / sqrt(H) + mask) v; (B, T, N, H)."""
     B, T, N, H = q_BTNH.shape
     K, S = k_BKSH.shape[1:3]
     high = at_least_float32(q_BTNH.dtype)
@@ -94,8 +120,7 @@ def attend(q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, position_BT:
     scores_BKxS = (
         jnp.einsum("BKxH,BKSH->BKxS", q_BKxH, k_BKSH, precision=precision, preferred_element_type=high) * H**-0.5
     )
-    visible_BTS = jnp.arange(S) <= position_BT[:, :, None]
-    scores_BKGTS = jnp.where(visible_BTS[:, None, None], scores_BKxS.reshape(B, K, G, T, S), -jnp.inf)
+    scores_BKGTS = scores_BKxS.reshape(B, K, G, T, S) + mask_BTS[:, None, None]
     weights_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1).astype(v_BKSH.dtype)
     out_BKxH = jnp.matmul(weights_BKGTS.reshape(B, K, G * T, S), v_BKSH, precision=precision)
     return out_BKxH.reshape(B, K, G, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
@@ -126,34 +151,31 @@ class Attention(nnx.Module):
         self.v_proj = Linear(D, KV, **dtypes)
         self.o_proj = Linear(Q, D, **dtypes)
 
-    def qkv(self, x_BTD: jax.Array, cos_BTH: jax.Array, sin_BTH: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def qkv(self, x_BTD: jax.Array, places: Places) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Queries and keys, turned by their positions, and values: (B, T, N or K, H)."""
         B, T, _ = x_BTD.shape
         q_BTNH, k_BTKH, v_BTKH = (
             proj(x_BTD).reshape(B, T, -1, self.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
-        qk_BTxH = apply_rope(jnp.concatenate([q_BTNH, k_BTKH], axis=2), cos_BTH, sin_BTH)  # x: all heads that turn
+        qk_BTxH = jnp.concatenate([q_BTNH, k_BTKH], axis=2)  # x: all heads that turn
+        qk_BTxH = apply_rope(qk_BTxH, places.cos_BT1H, places.sin_BT1H)
         q_BTNH, k_BTKH = jnp.split(qk_BTxH, [q_BTNH.shape[2]], axis=2)
         return q_BTNH, k_BTKH, v_BTKH
 
     def __call__(
-        self,
-        x_BTD: jax.Array,
-        cos_BTH: jax.Array,
-        sin_BTH: jax.Array,
-        position_BT: jax.Array,
-        cache: LayerCache | None,
+        self, x_BTD: jax.Array, places: Places, cache: LayerCache | None
     ) -> tuple[jax.Array, LayerCache | None]:
         B, T, _ = x_BTD.shape
-        q_BTNH, k_BTKH, v_BTKH = self.qkv(x_BTD, cos_BTH, sin_BTH)
+        q_BTNH, k_BTKH, v_BTKH = self.qkv(x_BTD, places)
         if cache is not None:
-            cache = append(cache, k_BTKH, v_BTKH, position_BT)
-            out_BTNH = attend(q_BTNH, cache.k_BKSH, cache.v_BKSH, position_BT)
+            assert places.slots is not None  # made where there is a cache
+            cache = append(cache, k_BTKH, v_BTKH, places.slots)
+            out_BTNH = attend(q_BTNH, cache.k_BKSH, cache.v_BKSH, places.mask_BTS)
         elif can_fuse(q_BTNH):
             out_BTNH = attend_fused(q_BTNH, k_BTKH, v_BTKH)
         else:
             k_BKTH, v_BKTH = k_BTKH.transpose(0, 2, 1, 3), v_BTKH.transpose(0, 2, 1, 3)
-            out_BTNH = attend(q_BTNH, k_BKTH, v_BKTH, position_BT)
+            out_BTNH = attend(q_BTNH, k_BKTH, v_BKTH, places.mask_BTS)
         return self.o_proj(out_BTNH.reshape(B, T, -1)), cache
 
 
@@ -181,13 +203,8 @@ class Block(nnx.Module):
         self.mlp = MLP(config, **dtypes)
 
     def __call__(
-        self,
-        x_BTD: jax.Array,
-        cos_BTH: jax.Array,
-        sin_BTH: jax.Array,
-        position_BT: jax.Array,
-        cache: LayerCache | None,
+        self, x_BTD: jax.Array, places: Places, cache: LayerCache | None
     ) -> tuple[jax.Array, LayerCache | None]:
-        attended_BTD, cache = self.self_attn(self.input_layernorm(x_BTD), cos_BTH, sin_BTH, position_BT, cache)
+        attended_BTD, cache = self.self_attn(self.input_layernorm(x_BTD), places, cache)
         x_BTD = x_BTD + attended_BTD
         return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD)), cache

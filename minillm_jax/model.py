@@ -11,8 +11,8 @@ from jax.typing import DTypeLike
 
 from minillm_core.config import ModelConfig
 from minillm_core.errors import InputError
-from minillm_jax.kv_cache import KVCache, LayerCache, check_room
-from minillm_jax.layers import Block, Embedding, Linear, RMSNorm, at_least_float32
+from minillm_jax.kv_cache import KVCache, LayerCache, check_room, slots
+from minillm_jax.layers import Block, Embedding, Linear, Places, RMSNorm, at_least_float32, causal_mask, rotation
 
 
 class RopeTable(nnx.Variable):
@@ -36,12 +36,16 @@ class Decoder(nnx.Module):
     ) -> tuple[jax.Array, KVCache | None]:
         _, T = tokens_BT.shape
         position_BT = jnp.arange(T)[None] + (0 if cache is None else cache.length_B[:, None])
-        cos_BTH, sin_BTH = self.cos_SH[...][position_BT], self.sin_SH[...][position_BT]
         x_BTD = self.embed_tokens(tokens_BT)
+        places = Places(
+            *rotation(self.cos_SH[...][position_BT], self.sin_SH[...][position_BT]),
+            causal_mask(position_BT, T if cache is None else cache.capacity, x_BTD.dtype),
+            None if cache is None else slots(cache, position_BT),
+        )
         layer_caches: list[LayerCache] = []
         for i, block in enumerate(self.layers):
             layer_cache = None if cache is None else cache.layers[i]
-            x_BTD, layer_cache = block(x_BTD, cos_BTH, sin_BTH, position_BT, layer_cache)
+            x_BTD, layer_cache = block(x_BTD, places, layer_cache)
             if layer_cache is not None:
                 layer_caches.append(layer_cache)
         if cache is not None:

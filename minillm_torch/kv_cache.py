@@ -53,13 +53,22 @@ def init_cache(
     return KVCache(layers, length_B, length_B.clone())
 
 
-def append(cache: LayerCache, k_BTKH: Tensor, v_BTKH: Tensor, position_BT: Tensor) -> LayerCache:
-    """Writes keys and values at their positions, each row at its own."""
-    B, _, K, _ = k_BTKH.shape
+Slots = Tensor
+"""Indices of (B, T, K), flat, into a layer's B * K * S."""
+
+
+def slots(cache: KVCache, position_BT: Tensor) -> Slots:
+    """Where keys and values (B, T, K, H) of these positions belong in every layer."""
+    B, K, S, _ = cache.layers[0].k_BKSH.shape
     row_B, head_K = (torch.arange(n, device=position_BT.device) for n in (B, K))
-    at = (row_B[:, None, None], head_K[None, None], position_BT[:, :, None])
-    cache.k_BKSH[at] = k_BTKH.to(cache.k_BKSH.dtype)
-    cache.v_BKSH[at] = v_BTKH.to(cache.v_BKSH.dtype)
+    return ((row_B[:, None, None] * K + head_K) * S + position_BT[:, :, None]).flatten()
+
+
+def append(cache: LayerCache, k_BTKH: Tensor, v_BTKH: Tensor, slots: Slots) -> LayerCache:
+    """Writes keys and values into their slots, each row's at its own positions."""
+    for old_BKSH, new_BTKH in ((cache.k_BKSH, k_BTKH), (cache.v_BKSH, v_BTKH)):
+        H = new_BTKH.shape[-1]
+        old_BKSH.view(-1, H).index_copy_(0, slots, new_BTKH.reshape(-1, H).to(old_BKSH.dtype))
     return cache
 
 

@@ -5,12 +5,25 @@ V vocabulary. Parameters keep their own dtype; matrix products run in `compute_d
 loss run in at least float32.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from minillm_core.config import ModelConfig
-from minillm_torch.kv_cache import LayerCache, append
+from minillm_torch.kv_cache import LayerCache, Slots, append
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where the tokens of a call are, the same for every layer."""
+
+    cos_BT1H: Tensor
+    sin_BT1H: Tensor
+    mask_BTS: Tensor
+    slots: Slots | None
+    """Where the cache keeps them."""
 
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
@@ -32,7 +45,7 @@ def matmul(x: Tensor, w: Tensor) -> Tensor:
     On a CPU, few rows go through a batch of products with slices of the weight: MKL runs a single one on one core (on
     two cores of an AMD EPYC, float32, one row: 9 GB/s of weights read, 21 in 8 slices; 16 rows take 0.75 of the time).
     """
-    x_1RI = x.reshape(1, -1, x.shape[-1])
+    x_1RI = x if x.ndim == 3 and len(x) == 1 else x.reshape(1, -1, x.shape[-1])
     if x.is_cuda or x.dtype.itemsize == 2 or x_1RI.shape[1] > FEW_ROWS or len(w) % SLICES:
         return F.linear(x, w)
     out_SxR = torch.bmm(w.view(SLICES, -1, w.shape[1]), x_1RI.mT.expand(SLICES, -1, -1))  # x: outputs of a slice
@@ -83,20 +96,29 @@ class RMSNorm(nn.Module):
         return cast(x, x_BTD.dtype)
 
 
-def apply_rope(x_BTNH: Tensor, cos_BTH: Tensor, sin_BTH: Tensor) -> Tensor:
-    """Turns channel i together with channel i + H/2 by the angle of the position; cos and sin have H/2 channels."""
-    cos, sin = cos_BTH[:, :, None], sin_BTH[:, :, None]
-    first, second = cast(x_BTNH, cos.dtype).chunk(2, dim=-1)
-    turned = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
-    return cast(turned, x_BTNH.dtype)
+def rotation(cos_BTh: Tensor, sin_BTh: Tensor) -> tuple[Tensor, Tensor]:
+    """What `apply_rope` takes, of the cosines and sines of the H/2 angles at each position: (B, T, 1, H)."""
+    return torch.cat([cos_BTh, cos_BTh], dim=-1)[:, :, None], torch.cat([-sin_BTh, sin_BTh], dim=-1)[:, :, None]
 
 
-def attend(q_BTNH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, position_BT: Tensor) -> Tensor:
-    """Grouped-query attention: the query at position p sees the keys at positions 0 to p; (B, T, N, H)."""
-    N, K, S = q_BTNH.shape[2], *k_BKSH.shape[1:3]
-    visible_BTS = torch.arange(S, device=q_BTNH.device) <= position_BT[:, :, None]
+def apply_rope(x_BTNH: Tensor, cos_BT1H: Tensor, sin_BT1H: Tensor) -> Tensor:
+    """Turns channel i together with channel i + H/2 by the angle of the position; cos and sin are of `rotation`."""
+    x = cast(x_BTNH, cos_BT1H.dtype)
+    first, second = x.chunk(2, dim=-1)
+    return cast(x * cos_BT1H + torch.cat([second, first], dim=-1) * sin_BT1H, x_BTNH.dtype)
+
+
+def causal_mask(position_BT: Tensor, n_keys: int, dtype: torch.dtype) -> Tensor:
+    """What is added to the scores (B, T, S): -inf, but 0 where the query at position p sees the keys at 0 to p."""
+    later_BTS = torch.arange(n_keys, device=position_BT.device) > position_BT[:, :, None]
+    return torch.zeros(later_BTS.shape, dtype=dtype, device=position_BT.device).masked_fill(later_BTS, -torch.inf)
+
+
+def attend(q_BTNH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, mask_BTS: Tensor) -> Tensor:
+    """Grouped-query attention: softmax(q k^T / sqrt(H) + mask) v; (B, T, N, H)."""
+    enable_gqa = q_BTNH.shape[2] != k_BKSH.shape[1]
     out_BNTH = F.scaled_dot_product_attention(
-        q_BTNH.transpose(1, 2), k_BKSH, v_BKSH, attn_mask=visible_BTS[:, None], enable_gqa=N != K
+        q_BTNH.transpose(1, 2), k_BKSH, v_BKSH, attn_mask=mask_BTS[:, None], enable_gqa=enable_gqa
     )
     return out_BNTH.transpose(1, 2)
 
@@ -128,33 +150,28 @@ class Attention(nn.Module):
         self.v_proj = Linear(D, KV, **dtypes)
         self.o_proj = Linear(Q, D, **dtypes)
 
-    def qkv(self, x_BTD: Tensor, cos_BTH: Tensor, sin_BTH: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def qkv(self, x_BTD: Tensor, places: Places) -> tuple[Tensor, Tensor, Tensor]:
         """Queries and keys, turned by their positions, and values: (B, T, N or K, H)."""
         B, T, _ = x_BTD.shape
         q_BTNH, k_BTKH, v_BTKH = (
             proj(x_BTD).reshape(B, T, -1, self.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
-        qk_BTxH = apply_rope(torch.cat([q_BTNH, k_BTKH], dim=2), cos_BTH, sin_BTH)  # x: all heads that turn
+        qk_BTxH = torch.cat([q_BTNH, k_BTKH], dim=2)  # x: all heads that turn
+        qk_BTxH = apply_rope(qk_BTxH, places.cos_BT1H, places.sin_BT1H)
         q_BTNH, k_BTKH = qk_BTxH.split([q_BTNH.shape[2], k_BTKH.shape[2]], dim=2)
         return q_BTNH, k_BTKH, v_BTKH
 
-    def forward(
-        self,
-        x_BTD: Tensor,
-        cos_BTH: Tensor,
-        sin_BTH: Tensor,
-        position_BT: Tensor,
-        cache: LayerCache | None,
-    ) -> tuple[Tensor, LayerCache | None]:
+    def forward(self, x_BTD: Tensor, places: Places, cache: LayerCache | None) -> tuple[Tensor, LayerCache | None]:
         B, T, _ = x_BTD.shape
-        q_BTNH, k_BTKH, v_BTKH = self.qkv(x_BTD, cos_BTH, sin_BTH)
+        q_BTNH, k_BTKH, v_BTKH = self.qkv(x_BTD, places)
         if cache is not None:
-            cache = append(cache, k_BTKH, v_BTKH, position_BT)
-            out_BTNH = attend(q_BTNH, cache.k_BKSH, cache.v_BKSH, position_BT)
+            assert places.slots is not None  # made where there is a cache
+            cache = append(cache, k_BTKH, v_BTKH, places.slots)
+            out_BTNH = attend(q_BTNH, cache.k_BKSH, cache.v_BKSH, places.mask_BTS)
         elif can_fuse(q_BTNH):
             out_BTNH = attend_fused(q_BTNH, k_BTKH, v_BTKH)
         else:
-            out_BTNH = attend(q_BTNH, k_BTKH.transpose(1, 2), v_BTKH.transpose(1, 2), position_BT)
+            out_BTNH = attend(q_BTNH, k_BTKH.transpose(1, 2), v_BTKH.transpose(1, 2), places.mask_BTS)
         return self.o_proj(out_BTNH.reshape(B, T, -1)), cache
 
 
@@ -183,14 +200,7 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.width, eps=config.norm_eps, param_dtype=param_dtype)
         self.mlp = MLP(config, **dtypes)
 
-    def forward(
-        self,
-        x_BTD: Tensor,
-        cos_BTH: Tensor,
-        sin_BTH: Tensor,
-        position_BT: Tensor,
-        cache: LayerCache | None,
-    ) -> tuple[Tensor, LayerCache | None]:
-        attended_BTD, cache = self.self_attn(self.input_layernorm(x_BTD), cos_BTH, sin_BTH, position_BT, cache)
+    def forward(self, x_BTD: Tensor, places: Places, cache: LayerCache | None) -> tuple[Tensor, LayerCache | None]:
+        attended_BTD, cache = self.self_attn(self.input_layernorm(x_BTD), places, cache)
         x_BTD = x_BTD + attended_BTD
         return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD)), cache

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from minillm_core.config import ModelConfig
 from minillm_core.errors import InputError
-from minillm_torch.kv_cache import KVCache, LayerCache, check_room, writable
-from minillm_torch.layers import Block, Embedding, Linear, RMSNorm, at_least_float32
+from minillm_torch.kv_cache import KVCache, LayerCache, check_room, slots, writable
+from minillm_torch.layers import Block, Embedding, Linear, Places, RMSNorm, at_least_float32, causal_mask, rotation
 
 
 class RopeTable(nn.Buffer):
@@ -36,12 +36,16 @@ class Decoder(nn.Module):
         position_BT = torch.arange(T, device=tokens_BT.device)[None]
         if cache is not None:
             position_BT = position_BT + cache.length_B[:, None].to(tokens_BT.device, non_blocking=True)
-        cos_BTH, sin_BTH = self.cos_SH[position_BT], self.sin_SH[position_BT]
         x_BTD = self.embed_tokens(tokens_BT)
+        places = Places(
+            *rotation(self.cos_SH[position_BT], self.sin_SH[position_BT]),
+            causal_mask(position_BT, T if cache is None else cache.capacity, x_BTD.dtype),
+            None if cache is None else slots(cache, position_BT),
+        )
         layer_caches: list[LayerCache] = []
         for i, block in enumerate(self.layers):
             layer_cache = None if cache is None else cache.layers[i]
-            x_BTD, layer_cache = block(x_BTD, cos_BTH, sin_BTH, position_BT, layer_cache)
+            x_BTD, layer_cache = block(x_BTD, places, layer_cache)
             if layer_cache is not None:
                 layer_caches.append(layer_cache)
         if cache is not None:

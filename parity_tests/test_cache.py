@@ -184,21 +184,21 @@ def test_overflow_raises(framework: str) -> None:
     check_overflow(make_pair(MODELS["gqa"], TIERS["float32"]), framework)
 
 
-def top_left(attend: Callable[..., Any], framework: str) -> Callable[..., Any]:
+def top_left(causal_mask: Callable[..., Any], framework: str) -> Callable[..., Any]:
     """A causal mask aligned with the first key: the query sees as many keys as the call has queries before it."""
 
-    def faulty(q: Any, k: Any, v: Any, position: Any) -> Any:
-        return attend(q, k, v, position - position[:, :1])
+    def faulty(position: Any, n_keys: int, dtype: Any) -> Any:
+        return causal_mask(position - position[:, :1], n_keys, dtype)
 
     return faulty
 
 
-def pad_attended(attend: Callable[..., Any], framework: str) -> Callable[..., Any]:
+def pad_attended(causal_mask: Callable[..., Any], framework: str) -> Callable[..., Any]:
     """Every row sees as many keys as the longest row of the batch."""
 
-    def faulty(q: Any, k: Any, v: Any, position: Any) -> Any:
+    def faulty(position: Any, n_keys: int, dtype: Any) -> Any:
         longest = position.max(axis=0) if framework == "jax" else position.amax(dim=0)
-        return attend(q, k, v, longest[None] + 0 * position)
+        return causal_mask(longest[None] + 0 * position, n_keys, dtype)
 
     return faulty
 
@@ -212,21 +212,21 @@ def padded_width(cache_class: type, framework: str) -> Callable[..., Any]:
     return faulty
 
 
-def clamped_write(append: Callable[..., Any], framework: str) -> Callable[..., Any]:
+def clamped_write(slots: Callable[..., Any], framework: str) -> Callable[..., Any]:
     """A write past the end goes to the end instead, over what is there."""
 
-    def faulty(cache: Any, k: Any, v: Any, position: Any) -> Any:
-        over = position[:, -1:] + 1 - cache.k_BKSH.shape[2]
-        return append(cache, k, v, position - (jnp.maximum(over, 0) if framework == "jax" else over.clamp(min=0)))
+    def faulty(cache: Any, position: Any) -> Any:
+        over = position[:, -1:] + 1 - cache.capacity
+        return slots(cache, position - (jnp.maximum(over, 0) if framework == "jax" else over.clamp(min=0)))
 
     return faulty
 
 
 FAULTS = {
-    "top-left causal mask": ("layers", "attend", top_left, lambda pair, f: check_chunks(pair, f, [5, 1, 3], 16)),
+    "top-left causal mask": ("model", "causal_mask", top_left, lambda pair, f: check_chunks(pair, f, [5, 1, 3], 16)),
     "pad attended to": (
-        "layers",
-        "attend",
+        "model",
+        "causal_mask",
         pad_attended,
         lambda pair, f: check_ragged_rows(pair, f, [(5, 2), (1, 1)], 16),
     ),
@@ -236,7 +236,7 @@ FAULTS = {
         padded_width,
         lambda pair, f: check_ragged_rows(pair, f, [(5, 2), (1, 1)], 16),
     ),
-    "clamped write": ("layers", "append", clamped_write, check_overflow),
+    "clamped write": ("model", "slots", clamped_write, check_overflow),
 }
 
 

@@ -195,7 +195,8 @@ Make = Callable[[Any, Any], Any]
 
 def interleaved_rotation(xp: Any, right: Any) -> Any:
     def apply_rope(x: Any, cos: Any, sin: Any) -> Any:
-        even, odd, cos, sin = x[..., ::2], x[..., 1::2], cos[:, :, None], sin[:, :, None]
+        even, odd, half = x[..., ::2], x[..., 1::2], x.shape[-1] // 2
+        cos, sin = cos[..., half:], sin[..., half:]
         return xp.stack([even * cos - odd * sin, odd * cos + even * sin], -1).reshape(x.shape)
 
     return apply_rope
@@ -212,13 +213,13 @@ def table_of(**fields: Any) -> Make:
 
 
 def attention(change: Callable[..., Any]) -> Make:
-    """`attend` with its queries, keys, values and positions changed."""
-    return lambda xp, right: lambda q, k, v, position: right(*change(xp, q, k, v, position))
+    """`attend` with its queries, keys, values and mask changed."""
+    return lambda xp, right: lambda q, k, v, mask: right(*change(xp, q, k, v, mask))
 
 
-def tiled(xp: Any, q: Any, k: Any, v: Any, position: Any) -> Any:
+def tiled(xp: Any, q: Any, k: Any, v: Any, mask: Any) -> Any:
     groups = q.shape[2] // k.shape[1]
-    return q, xp.concatenate([k] * groups, 1), xp.concatenate([v] * groups, 1), position
+    return q, xp.concatenate([k] * groups, 1), xp.concatenate([v] * groups, 1), mask
 
 
 def mlp(activation: Callable[[Any, Any], Any], gate: str = "gate_proj", up: str = "up_proj") -> Make:
@@ -264,12 +265,12 @@ def no_norm(xp: Any, right: Any) -> Any:
     return NoNorm
 
 
-def sees_all(xp: Any, q: Any, k: Any, v: Any, position: Any) -> Any:
-    return q, k, v, position * 0 + q.shape[1] - 1
+def sees_all(xp: Any, q: Any, k: Any, v: Any, mask: Any) -> Any:
+    return q, k, v, xp.zeros_like(mask)
 
 
 def queries_times(factor: float) -> Make:
-    return attention(lambda xp, q, k, v, position: (q * factor, k, v, position))
+    return attention(lambda xp, q, k, v, mask: (q * factor, k, v, mask))
 
 
 def scaled_embedding(xp: Any, right: Any) -> Any:
