@@ -23,7 +23,7 @@ from minillm_core.checkpoints import (
 from minillm_core.cli import say
 from minillm_core.config import ModelConfig, RunConfig, dump_config, load_config
 from minillm_core.errors import InputError
-from minillm_core.files import commit_folder, flush, hash_file, make_folder
+from minillm_core.files import commit_folder, flush, hash_arrays, hash_file, make_folder
 from minillm_core.gguf import GGUFCheckpoint, open_gguf, write_gguf
 from minillm_core.gguf_tokenizer import NO_TOKENIZER, tokenizer_fields
 from minillm_core.hf import HFCheckpoint, open_hf, to_hf_config, write_hf_weights
@@ -31,7 +31,7 @@ from minillm_core.metrics import losses_by_step, perplexity, read_metrics
 from minillm_core.original import OriginalCheckpoint, open_original
 from minillm_core.params import count_params
 from minillm_core.rundir import open_run
-from minillm_core.tokenizer import Tokenizer, copy_tokenizer
+from minillm_core.tokenizer import GENERATION_CONFIG, Tokenizer, copy_tokenizer, read_generation_config
 from minillm_core.tokenizer_json import load_tokenizer, sentencepiece_to_json
 
 OPENERS: dict[str, Callable[[Path], HFCheckpoint | OriginalCheckpoint | GGUFCheckpoint]] = {
@@ -66,7 +66,7 @@ def import_checkpoint(format: str, source: Path, run_dir: Path, backend: Backend
             load_tokenizer(folder, opened.config.vocab_size)
         except InputError as error:
             say(f"text cannot be generated from it, token ids can: {str(error).replace(beside, str(opened.folder))}")
-        hashes = {path.name: hash_file(path) for path in sorted(folder.iterdir())}
+        hashes = {path.name: hash_file(path) for path in sorted(folder.iterdir())} | {"weights": hash_arrays(weights)}
         with (
             open_run(run_dir, _run_config(opened.config, run_dir), folder, hashes, "float32") as config,
             CheckpointWriter(result.parent) as writer,
@@ -112,13 +112,16 @@ def export_hf(checkpoint: Path, folder: Path, backend: Backend, dtype: str) -> P
     make_folder(beside)
     try:
         write_hf_weights(beside, model, weights, dtype)
-        ids: dict[str, int | None] = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+        copy_tokenizer(checkpoint, beside)
+        ids: dict[str, Any] = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
         try:
-            ids = _write_tokenizer(beside, checkpoint, load_tokenizer(checkpoint, model.vocab_size), model)
+            ids = _write_tokenizer(beside, load_tokenizer(checkpoint, model.vocab_size), model)
         except InputError as error:
-            say(f"the tokenizer is left out: {error}")
+            say(f"its tokenizer does not work here; its files go along as they are: {error}")
+        known = read_generation_config(beside)
+        ids |= {key: known[key] for key in ids if key in known}
+        _write_json(beside / GENERATION_CONFIG, known or ids)
         _write_json(beside / "config.json", to_hf_config(model, dtype) | ids)
-        _write_json(beside / "generation_config.json", ids)
         curve = checkpoint.parent.parent / "loss.png"
         if curve.is_file():
             shutil.copyfile(curve, beside / "loss.png")
@@ -163,10 +166,9 @@ def export_gguf(checkpoint: Path, file: Path, backend: Backend, dtype: str) -> P
     return file
 
 
-def _write_tokenizer(folder: Path, checkpoint: Path, tokenizer: Tokenizer, model: ModelConfig) -> dict[str, int | None]:
-    """The tokenizer's files: an imported one's as they came, our own as tokenizer.json too. Returns its special ids."""
+def _write_tokenizer(folder: Path, tokenizer: Tokenizer, model: ModelConfig) -> dict[str, int | None]:
+    """Adds our own tokenizer as tokenizer.json; an imported one's files stay as they came. Returns its special ids."""
     ids: dict[str, int | None] = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
-    copy_tokenizer(checkpoint, folder)
     if (folder / "tokenizer.json").is_file():
         return ids | {"pad_token_id": None}
     data = sentencepiece_to_json(folder / "tokenizer.model")

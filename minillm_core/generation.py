@@ -262,7 +262,7 @@ class BaseGenerator(ABC):
             tokens = before + tokens
             rows += [_Row(tokens, row_key(tokens, sample)) for sample in range(n)]
         stop_strings = tuple(item for item in stops if isinstance(item, str))
-        ends = frozenset([*stop_ids, self.tokenizer.eos_id])
+        ends = self.tokenizer.end_ids.union(stop_ids)
         return _Request(rows, n, max_new_tokens, stop_strings, ends, prefix, config)
 
     def _encode(self, prompt: Prompt, *, bos: bool, where: str, may_be_empty: bool = False) -> list[int]:

@@ -9,7 +9,7 @@ import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 
 from minillm_core.errors import InputError
-from minillm_core.tokenizer import Tokenizer
+from minillm_core.tokenizer import CHAT_TEMPLATE, GENERATION_CONFIG, Tokenizer
 from minillm_core.tokenizer_json import JsonTokenizer
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
@@ -54,7 +54,23 @@ def tokenizer_fields(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
     if not tokenizer.fits(vocab_size):
         raise InputError("the tokenizer is another model's", expected=vocab_size, found=tokenizer.vocab_size)
     make = _of_json if isinstance(tokenizer, JsonTokenizer) else _of_sentencepiece
-    return {f"tokenizer.ggml.{key}": value for key, value in make(tokenizer, vocab_size).items()}
+    fields = {f"tokenizer.ggml.{key}": value for key, value in make(tokenizer, vocab_size).items()}
+    more_ends = sorted(tokenizer.end_ids - {tokenizer.eos_id})
+    fields |= {f"tokenizer.ggml.{key}_token_id": i for key, i in zip(("eot", "eom"), more_ends, strict=False)}
+    if (template := _chat_template(tokenizer.path.parent)) is not None:
+        fields["tokenizer.chat_template"] = template
+    return fields
+
+
+def _chat_template(folder: Path) -> str | None:
+    """The template beside a tokenizer: a file of its own, or in tokenizer_config.json, alone or as the default."""
+    if (folder / CHAT_TEMPLATE).is_file():
+        return (folder / CHAT_TEMPLATE).read_text()
+    settings = folder / "tokenizer_config.json"
+    found = json.loads(settings.read_text()).get("chat_template") if settings.is_file() else None
+    if isinstance(found, list):
+        found = next((item.get("template") for item in found if item.get("name") == "default"), None)
+    return found if isinstance(found, str) else None
 
 
 def _of_sentencepiece(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
@@ -145,7 +161,7 @@ def tokenizer_files(fields: dict[str, Any], where: Path) -> dict[str, bytes]:
 
     model, tokens = get("model", str, "no_vocab"), get("tokens", list, [])
     types = get("token_type", np.ndarray, np.full(len(tokens), NORMAL)).tolist()
-    special = {name: get(f"{name}_token_id", int, -1) for name in ("bos", "eos", "unknown", "padding")}
+    special = {name: get(f"{name}_token_id", int, -1) for name in ("bos", "eos", "unknown", "padding", "eot", "eom")}
     if model not in ("llama", "gpt2"):
         expected = "llama (SentencePiece BPE) or gpt2 (byte-level BPE)"
         raise InputError("no tokenizer of a kind known here", expected=expected, found=model[:60], where=where)
@@ -154,12 +170,18 @@ def tokenizer_files(fields: dict[str, Any], where: Path) -> dict[str, bytes]:
         raise InputError("damaged tokenizer", expected=expected, where=where)
     if special["eos"] < 0:
         raise InputError("no end-of-document token", expected="tokenizer.ggml.eos_token_id", where=where)
+    files = {}
+    if isinstance(template := fields.get("tokenizer.chat_template"), str):
+        files[CHAT_TEMPLATE] = template.encode()
+    if max(special["eot"], special["eom"]) >= 0:
+        ends = sorted({special[name] for name in ("eos", "eot", "eom") if special[name] >= 0})
+        files[GENERATION_CONFIG] = json.dumps({"eos_token_id": ends}).encode()
     if model == "llama":
         scores = get("scores", np.ndarray, np.empty(0)).tolist()
         if len(scores) != len(tokens):
             raise InputError("damaged tokenizer", expected="as many scores as tokens", where=where)
         prefix, squeeze = get("add_space_prefix", bool, True), get("remove_extra_whitespaces", bool, False)
-        return {"tokenizer.model": _sentencepiece(tokens, scores, types, special, prefix, squeeze)}
+        return files | {"tokenizer.model": _sentencepiece(tokens, scores, types, special, prefix, squeeze)}
     pre = get("pre", str, "missing")
     if ALIASES.get(pre, pre) not in PRE_TOKENIZERS:
         expected = ", ".join(PRE_TOKENIZERS)
@@ -169,7 +191,8 @@ def tokenizer_files(fields: dict[str, Any], where: Path) -> dict[str, bytes]:
         raise InputError("damaged tokenizer", expected="merges of two tokens", where=where)
     add_bos = get("add_bos_token", bool, ALIASES.get(pre, pre) == "llama-bpe") and special["bos"] >= 0
     data, settings = _tokenizer_json(tokens, types, merges, ALIASES.get(pre, pre), special, add_bos)
-    return {"tokenizer.json": json.dumps(data).encode(), "tokenizer_config.json": json.dumps(settings).encode()}
+    files["tokenizer_config.json"] = json.dumps(settings).encode()
+    return files | {"tokenizer.json": json.dumps(data).encode()}
 
 
 def _sentencepiece(

@@ -26,7 +26,7 @@ from minillm_core.interchange import (
 )
 from minillm_core.params import check_shapes, param_table
 from minillm_core.rope import inverse_frequencies
-from minillm_core.tokenizer import BOS_ID, EOS_ID, PAD_ID, copy_tokenizer
+from minillm_core.tokenizer import BOS_ID, EOS_ID, GENERATION_CONFIG, PAD_ID, copy_tokenizer, read_generation_config
 
 SHARD_BYTES = 5_000_000_000
 """Largest file of an export, as in transformers; a single tensor may be larger."""
@@ -185,8 +185,12 @@ class HFCheckpoint:
             yield name, checked_weight(read_tensor(path, name), name, path)
 
     def write_tokenizer(self, folder: Path) -> None:
-        """Copies the tokenizer's files as they are."""
+        """Copies the tokenizer's files; special ids that only config.json has become a generation_config.json."""
         copy_tokenizer(self.folder, folder)
+        config = _read_json(self.folder / "config.json")
+        ids = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in config}
+        if ids and not (folder / GENERATION_CONFIG).is_file():
+            (folder / GENERATION_CONFIG).write_text(json.dumps(ids) + "\n")
 
 
 def open_hf(folder: Path) -> HFCheckpoint:
@@ -199,6 +203,7 @@ def open_hf(folder: Path) -> HFCheckpoint:
         do = "give the folder of a downloaded checkpoint (config.json, *.safetensors)"
         raise InputError("not a Hugging Face checkpoint", expected="config.json", where=folder, do=do)
     config = from_hf_config(_read_json(folder / "config.json"), folder / "config.json")
+    read_generation_config(folder)
     layout: dict[str, tuple[tuple[int, ...], str]] = {}
     files: dict[str, Path] = {}
     for path, expected in _shards(folder).items():

@@ -97,13 +97,14 @@ def require_same_config(config: RunConfig, known: RunConfig, where: Path) -> Non
 def require_same_data(known: dict[str, str], found: dict[str, str], where: Path) -> None:
     """
     Raises:
-        InputError: naming what differs: the tokenizer, the training text, the held-out text.
+        InputError: naming what differs: the tokenizer, the training text, the held-out text; of an imported model its
+            files and weights.
     """
-    names = {"tokenizer": "tokenizer", "train": "training text", "val": "held-out text"}
-    differing = [key for key in names if known.get(key) != found.get(key)]
+    names = {"train": "another training text", "val": "another held-out text", "weights": "other weights"}
+    differing = [key for key in known | found if known.get(key) != found.get(key)]
     if differing:
         raise InputError(
-            f"the run belongs to another {' and another '.join(names[key] for key in differing)}",
+            f"the run belongs to {' and '.join(names.get(key, f'another {key}') for key in differing)}",
             expected=", ".join(f"{key} {known.get(key)}" for key in differing),
             found=", ".join(f"{key} {found.get(key)}" for key in differing),
             where=where,

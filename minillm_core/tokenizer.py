@@ -1,9 +1,11 @@
 """SentencePiece BPE: train, encode, decode. decode(encode(text)) == text for every text without U+2581."""
 
 import io
+import json
 import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import sentencepiece
 
@@ -11,7 +13,15 @@ from minillm_core.errors import InputError
 
 UNK_ID, BOS_ID, EOS_ID, PAD_ID = 0, 1, 2, 3
 
-TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json")
+GENERATION_CONFIG, CHAT_TEMPLATE = "generation_config.json", "chat_template.jinja"
+TOKENIZER_FILES = (
+    "tokenizer.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    GENERATION_CONFIG,
+    CHAT_TEMPLATE,
+)
 """What goes along with a model: the first for our own, any of them for imported ones."""
 
 
@@ -20,6 +30,30 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
+
+
+def read_generation_config(folder: Path) -> dict[str, Any]:
+    """generation_config.json; empty if there is none.
+
+    Raises:
+        InputError: the file is damaged.
+    """
+    path = folder / GENERATION_CONFIG
+    try:
+        data: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+        ids = data.get("eos_token_id")
+        if not all(i is None or type(i) is int for i in (ids if isinstance(ids, list) else [ids])):
+            raise ValueError(f"eos_token_id: {ids!r}")
+    except (ValueError, AttributeError, RecursionError) as error:
+        expected = "a JSON object whose eos_token_id is an id, several, or null"
+        raise InputError("damaged file", expected=expected, found=error, where=path) from error
+    return data
+
+
+def read_end_ids(folder: Path, eos_id: int) -> frozenset[int]:
+    """The tokens that end a text: as in transformers those of generation_config.json, or else `eos_id`."""
+    ids = read_generation_config(folder).get("eos_token_id")
+    return frozenset(ids if isinstance(ids, list) and ids else [eos_id if ids in (None, []) else ids])
 
 
 def train_tokenizer(lines: Iterable[str], vocab_size: int, path: Path) -> None:
@@ -82,6 +116,7 @@ class Tokenizer:
         self.vocab_size: int = self._pieces.get_piece_size()
         self.bos_id: int = self._pieces.bos_id()
         self.eos_id: int = self._pieces.eos_id()
+        self.end_ids = read_end_ids(self.path.parent, self.eos_id)
 
     def fits(self, vocab_size: int) -> bool:
         """Whether a model with that many rows in its embedding can use it."""

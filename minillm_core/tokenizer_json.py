@@ -12,7 +12,7 @@ from typing import Any
 from sentencepiece import sentencepiece_model_pb2
 
 from minillm_core.errors import InputError
-from minillm_core.tokenizer import Tokenizer
+from minillm_core.tokenizer import Tokenizer, read_end_ids
 
 SPACE = "\u2581"
 
@@ -51,6 +51,7 @@ class JsonTokenizer(Tokenizer):
         self._json.encode_special_tokens = True  # text is text; a special token is given as an id
         self.vocab_size = max(self._json.get_vocab().values()) + 1
         self.bos_id, self.eos_id = eos if bos is None else bos, eos
+        self.end_ids = read_end_ids(self.path.parent, eos)
 
     def _named(self, token: Any) -> int | None:
         content = token["content"] if isinstance(token, dict) else token

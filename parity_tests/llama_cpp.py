@@ -47,6 +47,11 @@ class LlamaCpp:
             tokens.append(int(self.logits(tokens)[-1].argmax()))
         return tokens[start:]
 
+    def ends(self, token: int) -> bool:
+        """Whether generation ends with it."""
+        found: bool = self.vocab.is_eog(token)
+        return found
+
     def tokenize(self, text: str, *, bos: bool = False) -> list[int]:
         """What looks like a special token is text."""
         return self.vocab.tokenize(text, bos, False)

@@ -430,7 +430,7 @@ def test_stops_at_the_end_of_the_document(framework: str, tokenizer: Tokenizer) 
     end = whole.tokens[33]
     stopped = complete(generator, [[1, 9]], max_new_tokens=60, temperature=1.0, stop=[end])[0]
     generator.tokenizer = Tokenizer(tokenizer.path)
-    generator.tokenizer.eos_id = end
+    generator.tokenizer.end_ids = frozenset([end])
     ended = complete(generator, [[1, 9]], max_new_tokens=60, temperature=1.0)[0]
     assert stopped == ended
     assert ended.tokens == whole.tokens[: whole.tokens.index(end)]

