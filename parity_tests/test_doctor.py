@@ -23,6 +23,7 @@ from parity_tests.conftest import (
     BACKENDS,
     MODELS,
     TIERS,
+    TINY,
     Tier,
     assert_close,
     make_pair,
@@ -448,3 +449,10 @@ def test_both_wrong_alike_is_noticed(float64: Tier, monkeypatch: pytest.MonkeyPa
     report = report_of(subject("torch", config, weights), subject("jax", config, weights))
     assert report.equal
     assert [(f.fault, f.subject) for f in report.findings] == [("head-groups", "A"), ("head-groups", "B")]
+
+
+def test_nan_equals_nothing(float64: Tier) -> None:
+    weights = random_weights(TINY)
+    broken = weights | {"model.norm.weight": np.full(TINY.width, np.nan)}
+    for b in (weights, broken):
+        assert not report_of(subject("torch", TINY, broken), subject("jax", TINY, b), random_tokens(TINY, 1, 8)).equal

@@ -74,7 +74,9 @@ def test_the_list_is_complete() -> None:
     assert shown == {path.stem for path in (ROOT / "scripts").glob("*.py")} - {"backends", "transformers_engine"}
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize(
+    "command", [pytest.param(c, marks=[pytest.mark.long] if "benchmark" in c else []) for c in COMMANDS]
+)
 def test_commands(command: str, home: Path, corpus: Path) -> None:
     """In the README's order, in one folder."""
     _, path, *arguments = shlex.split(command)
