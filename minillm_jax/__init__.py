@@ -5,7 +5,7 @@ from minillm_jax.cost import count_forward_flops, count_params
 from minillm_jax.generate import Generator
 from minillm_jax.kv_cache import KVCache, check_room, init_cache
 from minillm_jax.model import MiniLLM, abstract_model
-from minillm_jax.trace import trace
+from minillm_jax.tracing import trace
 from minillm_jax.train import (
     auto_dtype,
     describe_device,

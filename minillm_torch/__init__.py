@@ -5,7 +5,7 @@ from minillm_torch.cost import count_forward_flops, count_params
 from minillm_torch.generate import Generator
 from minillm_torch.kv_cache import KVCache, check_room, init_cache
 from minillm_torch.model import MiniLLM, abstract_model
-from minillm_torch.trace import trace
+from minillm_torch.tracing import trace
 from minillm_torch.train import (
     auto_dtype,
     describe_device,
