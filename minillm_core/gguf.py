@@ -17,7 +17,7 @@ from minillm_core.config import ModelConfig, RopeScaling
 from minillm_core.errors import InputError
 from minillm_core.gguf_file import GGUFFile, gguf_package, read_gguf
 from minillm_core.gguf_tokenizer import tokenizer_files
-from minillm_core.interchange import checked_weight, rounded
+from minillm_core.interchange import checked_weight, parts, rounded
 from minillm_core.params import check_shapes, param_table
 from minillm_core.rope import half_split, interleaved, inverse_frequencies
 
@@ -72,9 +72,6 @@ OFF: dict[str, tuple[Any, ...]] = {
 
 FILE_TYPES = {"float32": 0, "float16": 1, "q8_0": 7, "bfloat16": 32}
 """By what the weights are stored in, llama.cpp's number of it."""
-
-PART_BYTES = 1 << 24
-"""Of a weight that is rounded and written at a time."""
 
 
 def gguf_name(name: str) -> str:
@@ -315,8 +312,7 @@ def write_gguf(
             array = weights[name]
             if name.endswith(("q_proj.weight", "k_proj.weight")):
                 array = interleaved(array, config.resolved_head_dim)
-            parts = np.array_split(array, -(-array.nbytes // PART_BYTES))
-            write(_stored(gguf, gguf_name(name), part, kind) for part in parts)
+            write(_stored(gguf, gguf_name(name), part, kind) for part in parts(array))
         file.write(bytes(-file.tell() % 32))
     return [name for name, kind in dtypes.items() if dtype == "q8_0" and kind == "float16"]
 

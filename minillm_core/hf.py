@@ -20,7 +20,6 @@ from minillm_core.interchange import (
     checked_weight,
     numpy_dtype,
     read_tensor,
-    rounded,
     safetensors_layout,
     stream_safetensors,
 )
@@ -301,7 +300,7 @@ def write_hf_weights(
     names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
     names = ["model.safetensors"] if len(shards) == 1 else names
     for file, layout in zip(names, shards, strict=True):
-        stream_safetensors(folder / file, layout, ((name, rounded(name, weights[name], dtype)) for name in layout))
+        stream_safetensors(folder / file, layout, ((name, weights[name]) for name in layout))
     if len(shards) > 1:
         total = sum(math.prod(spec.shape) for spec in param_table(config).values()) * itemsize
         weight_map = {name: file for file, layout in zip(names, shards, strict=True) for name in layout}

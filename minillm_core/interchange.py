@@ -11,6 +11,9 @@ import safetensors
 
 from minillm_core.errors import InputError
 
+PART_BYTES = 1 << 24
+"""Of a tensor that is read, rounded or written at a time."""
+
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 """What the format calls the dtypes of weights."""
 
@@ -31,7 +34,11 @@ def write_safetensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
 def stream_safetensors(
     path: Path, layout: Mapping[str, tuple[tuple[int, ...], str]], tensors: Iterable[tuple[str, np.ndarray]]
 ) -> None:
-    """Writes tensors that come one at a time, in the order of `layout`: name -> shape, dtype."""
+    """Writes tensors that come one at a time, in the order of `layout`: name -> shape, and dtype to round it to.
+
+    Raises:
+        InputError: a dtype cannot hold a tensor's numbers.
+    """
     names = {dtype: name for name, dtype in DTYPES.items()}
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}  # transformers asks for it
     end = 0
@@ -44,8 +51,13 @@ def stream_safetensors(
         file.write(len(text).to_bytes(8, "little") + text)
         for (name, array), (expected, (shape, dtype)) in zip(tensors, layout.items(), strict=True):
             assert (name, array.shape) == (expected, shape), f"{name} {array.shape} where {expected} {shape} should be"
-            array = np.ascontiguousarray(array.astype(numpy_dtype(dtype), copy=False))
-            file.write(array.view(np.uint8).data if array.ndim else array.tobytes())
+            for part in parts(array):
+                file.write(np.ascontiguousarray(rounded(name, part, dtype)).view(np.uint8).data)
+
+
+def parts(array: np.ndarray) -> list[np.ndarray]:
+    """An array's rows, some at a time."""
+    return np.array_split(np.atleast_1d(array), max(1, -(-array.nbytes // PART_BYTES)))
 
 
 def read_safetensors(path: Path) -> Iterator[tuple[str, np.ndarray]]:
@@ -59,15 +71,22 @@ def read_safetensors(path: Path) -> Iterator[tuple[str, np.ndarray]]:
 
 
 def read_tensor(path: Path, name: str) -> np.ndarray:
-    """One tensor of a file, which is mapped into memory no longer than that.
+    """One tensor of a file, mapped into memory a part at a time: what is mapped counts as taken.
 
     Raises:
         InputError: the file is missing or damaged.
     """
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
-            array: np.ndarray = file.get_tensor(name)
-            return array
+            shape, dtype = file.get_slice(name).get_shape(), file.get_slice(name).get_dtype()
+            if not shape or dtype not in DTYPES:
+                return file.get_tensor(name)
+        array, start = np.empty(shape, numpy_dtype(DTYPES[dtype])), 0
+        for rows in parts(array):
+            with safetensors.safe_open(path, framework="numpy") as file:
+                rows[:] = file.get_slice(name)[start : start + len(rows)]
+            start += len(rows)
+        return array
     except (OSError, safetensors.SafetensorError) as error:
         raise InputError("missing or damaged safetensors file", found=error, where=path) from error
 
@@ -91,8 +110,10 @@ def rounded(name: str, array: np.ndarray, dtype: str) -> np.ndarray:
     Raises:
         InputError: numbers that were finite would be so no longer.
     """
+    if array.dtype == numpy_dtype(dtype):
+        return array
     with np.errstate(over="ignore"):
-        result = array.astype(numpy_dtype(dtype), copy=False)
+        result = array.astype(numpy_dtype(dtype))
     if np.isfinite(array).all() and not np.isfinite(result.astype(np.float32, copy=False)).all():
         raise InputError(f"{dtype} cannot hold the weights", found=name, do="choose bfloat16 or float32")
     return result

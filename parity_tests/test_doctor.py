@@ -318,8 +318,8 @@ def plant(monkeypatch: pytest.MonkeyPatch, framework: str, place: str, make: Mak
 @pytest.mark.parametrize("fault", CODE)
 def test_faults_of_code_are_named(fault: str, framework: str, float64: Tier, monkeypatch: pytest.MonkeyPatch) -> None:
     name, words, place, make = CODE[fault]
-    n = 2 * list(CODE).index(fault) + (framework == "jax")
-    config = replace(CONFIG, rope_theta=CONFIG.rope_theta + n)  # its own, so that nothing compiled is taken for another
+    theta = CONFIG.rope_theta + (1 + list(CODE).index(fault)) * (framework == "jax")  # what is compiled has the fault
+    config = replace(CONFIG, rope_theta=theta)
     weights, other = random_weights(config), "torch" if framework == "jax" else "jax"
     plant(monkeypatch, framework, place, make)
     right, wrong = subject(other, config, weights), subject(framework, config, weights)
@@ -339,16 +339,14 @@ def test_faults_of_code_are_named(fault: str, framework: str, float64: Tier, mon
     ("words", "place", "make"),
     [
         ("output head's part", "layers.Embedding.attend", lambda xp, right: lambda self, x: stopped(self, right, x)),
-        ("2 times", "trace.mean_loss", lambda xp, right: lambda model, tokens: 2 * right(model, tokens)),
+        ("2 times", "tracing.mean_loss", lambda xp, right: lambda model, tokens: 2 * right(model, tokens)),
     ],
     ids=["head cut off", "scaled"],
 )
 def test_faults_of_gradients_are_named(
     words: str, place: str, make: Make, framework: str, float64: Tier, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = replace(CONFIG, tie_embeddings=True, rope_theta=1e6 + len(words), norm_eps=2e-6)
-    if framework == "torch":
-        config = replace(config, norm_eps=3e-6)
+    config = replace(CONFIG, tie_embeddings=True, rope_theta=1e6 + len(words) * (framework == "jax"))
     weights, other = random_weights(config), "torch" if framework == "jax" else "jax"
     plant(monkeypatch, framework, place, make)
     report = report_of(subject(other, config, weights), subject(framework, config, weights))

@@ -19,12 +19,14 @@ from minillm_jax import generate as jax_generate
 from minillm_torch import generate as torch_generate
 from parity_tests.conftest import TIERS, Tier, to_numpy
 
+jax_filter_logits = jax.jit(jax_generate.filter_logits, static_argnames="greedy")
+
 
 def filtered(logits: np.ndarray, seen: np.ndarray, sampling: SamplingConfig) -> tuple[np.ndarray, np.ndarray]:
     """Both frameworks' filtered logits."""
     filters = jax_generate.filters_of(sampling, logits.shape[1])
     assert filters == torch_generate.filters_of(sampling, logits.shape[1])
-    ours = jax_generate.filter_logits(jnp.asarray(logits), jnp.asarray(seen), filters, greedy=False)
+    ours = jax_filter_logits(jnp.asarray(logits), jnp.asarray(seen), filters, greedy=False)
     theirs = torch_generate.filter_logits(torch.from_numpy(logits), torch.from_numpy(seen), filters, greedy=False)
     return to_numpy(ours), to_numpy(theirs)
 
