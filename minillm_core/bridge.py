@@ -167,26 +167,25 @@ def export_gguf(checkpoint: Path, file: Path, backend: Backend, dtype: str) -> P
 
 
 def _write_tokenizer(folder: Path, tokenizer: Tokenizer, model: ModelConfig) -> dict[str, int | None]:
-    """Adds our own tokenizer as tokenizer.json; an imported one's files stay as they came. Returns its special ids."""
-    ids: dict[str, int | None] = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+    """Adds a SentencePiece model as tokenizer.json; other files stay as they came. Returns the special ids."""
+    found = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+    ids = {key: i if i >= 0 else None for key, i in found.items()} | {"pad_token_id": None}
     if (folder / "tokenizer.json").is_file():
-        return ids | {"pad_token_id": None}
+        return ids
     data = sentencepiece_to_json(folder / "tokenizer.model")
-    settings: dict[str, object] = {"model_max_length": model.context_length, "clean_up_tokenization_spaces": False}
     if data is None:
-        ids["pad_token_id"] = None
-        settings["tokenizer_class"] = "LlamaTokenizer"
-    else:
-        special = {token["content"]: token["id"] for token in data["added_tokens"] if token["special"]}
-        names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
-        settings |= {key: name for key, name in names.items() if name in special}
-        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
-        settings["split_special_tokens"] = True  # "</s>" in a text is text, as it was in training
-        ids["pad_token_id"] = special.get("<pad>")
-        _write_json(folder / "tokenizer.json", data)
+        say("its tokenizer is of a kind that tokenizer.json cannot express: tokenizer.model goes along alone")
+        return ids
+    special = {token["content"]: token["id"] for token in data["added_tokens"] if token["special"]}
+    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
+    settings: dict[str, object] = {key: name for key, name in names.items() if name in special}
+    settings |= {"model_max_length": model.context_length, "clean_up_tokenization_spaces": False}
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    settings["split_special_tokens"] = True  # "</s>" in a text is text, as it was in training
+    _write_json(folder / "tokenizer.json", data)
     if not (folder / "tokenizer_config.json").is_file():
         _write_json(folder / "tokenizer_config.json", settings)
-    return ids
+    return ids | {"pad_token_id": special.get("<pad>")}
 
 
 def _write_json(path: Path, data: object) -> None:

@@ -82,6 +82,7 @@ class Report:
     """A sample of both, for the plot."""
 
 
+@np.errstate(invalid="ignore")  # a wrong model may give anything; NaN agrees with nothing
 def examine(a: Subject, b: Subject, tokens_BT: np.ndarray, dtype: str, *, rows_of_text: int) -> Report:
     """Runs both models, compares them, and looks for the faults if they differ.
 
@@ -93,11 +94,6 @@ def examine(a: Subject, b: Subject, tokens_BT: np.ndarray, dtype: str, *, rows_o
         InputError: the two have other shapes, so that there is nothing to compare.
     """
     _check_same_shapes(a, b)
-    with np.errstate(invalid="ignore"):  # a wrong model may give anything; NaN agrees with nothing
-        return _examine(a, b, tokens_BT, dtype, rows_of_text)
-
-
-def _examine(a: Subject, b: Subject, tokens_BT: np.ndarray, dtype: str, rows_of_text: int) -> Report:
     ours, theirs = _run_both(a, b, tokens_BT, dtype)
     stages = [_judged(_difference(n, ours.stages[n], theirs.stages[n]), dtype) for n in stage_names(a.config)]
     losses = _judged(_difference("losses", ours.losses_BT, theirs.losses_BT), dtype)

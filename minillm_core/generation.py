@@ -276,8 +276,9 @@ class BaseGenerator(ABC):
                 prompt.encode()
             except UnicodeEncodeError as error:
                 raise InputError("not Unicode text", found=error, where=where) from error
-            return self.tokenizer.encode(prompt, bos=bos)
-        ids = [whole_number("a token id", token) for token in prompt]
+            ids = self.tokenizer.encode(prompt, bos=bos)
+        else:
+            ids = [whole_number("a token id", token) for token in prompt]
         self._check_ids(ids, where)
         return ids
 

@@ -8,9 +8,10 @@ import numpy as np
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 
+from minillm_core.cli import say
 from minillm_core.errors import InputError
 from minillm_core.tokenizer import CHAT_TEMPLATE, GENERATION_CONFIG, Tokenizer
-from minillm_core.tokenizer_json import JsonTokenizer
+from minillm_core.tokenizer_json import JsonTokenizer, bos_template
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 """Types of tokens, which GGUF has from SentencePiece."""
@@ -49,7 +50,7 @@ def tokenizer_fields(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
     """llama.cpp's keys of a tokenizer; rows of the embedding without a token get unused ones.
 
     Raises:
-        InputError: llama.cpp would give other ids.
+        InputError: llama.cpp would give other ids, or a file beside the tokenizer is damaged.
     """
     if not tokenizer.fits(vocab_size):
         raise InputError("the tokenizer is another model's", expected=vocab_size, found=tokenizer.vocab_size)
@@ -57,6 +58,8 @@ def tokenizer_fields(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
     fields = {f"tokenizer.ggml.{key}": value for key, value in make(tokenizer, vocab_size).items()}
     more_ends = sorted(tokenizer.end_ids - {tokenizer.eos_id})
     fields |= {f"tokenizer.ggml.{key}_token_id": i for key, i in zip(("eot", "eom"), more_ends, strict=False)}
+    if len(more_ends) > 2:
+        say(f"a GGUF file has room for three tokens that end a text: {more_ends[2:]} are left out")
     if (template := _chat_template(tokenizer.path.parent)) is not None:
         fields["tokenizer.chat_template"] = template
     return fields
@@ -64,12 +67,15 @@ def tokenizer_fields(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
 
 def _chat_template(folder: Path) -> str | None:
     """The template beside a tokenizer: a file of its own, or in tokenizer_config.json, alone or as the default."""
-    if (folder / CHAT_TEMPLATE).is_file():
-        return (folder / CHAT_TEMPLATE).read_text()
-    settings = folder / "tokenizer_config.json"
-    found = json.loads(settings.read_text()).get("chat_template") if settings.is_file() else None
-    if isinstance(found, list):
-        found = next((item.get("template") for item in found if item.get("name") == "default"), None)
+    file, settings = folder / CHAT_TEMPLATE, folder / "tokenizer_config.json"
+    try:
+        if file.is_file():
+            return file.read_text()
+        found = json.loads(settings.read_text()).get("chat_template") if settings.is_file() else None
+        if isinstance(found, list):
+            found = {item["name"]: item["template"] for item in found}.get("default")
+    except (ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
+        raise InputError("damaged chat template", found=repr(error)[:200], where=folder) from error
     return found if isinstance(found, str) else None
 
 
@@ -236,16 +242,7 @@ def _tokenizer_json(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """tokenizer.json and tokenizer_config.json."""
     steps, ignore_merges = PRE_TOKENIZERS[pre]
-    post: dict[str, Any] = _byte_level(use_regex=True)
-    if add_bos:
-        bos = tokens[special["bos"]]
-        begin = {"SpecialToken": {"id": bos, "type_id": 0}}
-        post = {
-            "type": "TemplateProcessing",
-            "single": [begin, {"Sequence": {"id": "A", "type_id": 0}}],
-            "pair": [begin, {"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
-            "special_tokens": {bos: {"id": bos, "ids": [special["bos"]], "tokens": [bos]}},
-        }
+    post = bos_template(tokens[special["bos"]], special["bos"]) if add_bos else _byte_level(use_regex=True)
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     added = [
         {"id": i, "content": token, **flags, "special": kind != USER_DEFINED}

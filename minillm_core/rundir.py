@@ -108,5 +108,7 @@ def require_same_data(known: dict[str, str], found: dict[str, str], where: Path)
             expected=", ".join(f"{key} {known.get(key)}" for key in differing),
             found=", ".join(f"{key} {found.get(key)}" for key in differing),
             where=where,
-            do="use the data of that run (--data.dir), or another run directory (--train.out_dir)",
+            do="give another run directory: an imported model is not trained on"
+            if "weights" in known
+            else "use the data of that run (--data.dir), or another run directory (--train.out_dir)",
         )

@@ -123,8 +123,8 @@ class Tokenizer:
         return self.vocab_size == vocab_size
 
     def encode(self, text: str, *, bos: bool = False) -> list[int]:
-        """Token ids of a text, preceded by the begin-of-document token if `bos`."""
-        return [self.bos_id] * bos + self._pieces.encode(text)
+        """Token ids of a text, preceded by the begin-of-document token if `bos` and there is one."""
+        return [self.bos_id] * (bos and self.bos_id >= 0) + self._pieces.encode(text)
 
     def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
         return self._pieces.encode(list(texts), num_threads=-1)

@@ -92,8 +92,21 @@ def load_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:
     return JsonTokenizer(folder / "tokenizer.json")
 
 
+def bos_template(token: str, id: int) -> dict[str, Any]:
+    """The post-processor that puts a token before each text."""
+    begin, pair = ({"SpecialToken": {"id": token, "type_id": i}} for i in range(2))
+    first, second = ({"Sequence": {"id": name, "type_id": i}} for i, name in enumerate("AB"))
+    return {
+        "type": "TemplateProcessing",
+        "single": [begin, first],
+        "pair": [begin, first, pair, second],
+        "special_tokens": {token: {"id": token, "ids": [id], "tokens": [token]}},
+    }
+
+
 def sentencepiece_to_json(path: Path) -> dict[str, Any] | None:
-    """The tokenizer.json of a SentencePiece model as `train_tokenizer` makes them; None for other kinds.
+    """The tokenizer.json of a SentencePiece model as `train_tokenizer` makes them, or as Llama 2's, which puts a space
+    before every text; None for other kinds.
 
     Of the two ways to a piece SentencePiece takes the one of the better score, so the merges are every split of every
     piece in the order of scores; pieces made by no merge are symbols of the user, which are matched first.
@@ -103,9 +116,10 @@ def sentencepiece_to_json(path: Path) -> dict[str, Any] | None:
     if (
         trainer.model_type != trainer.BPE
         or not trainer.byte_fallback
-        or normalizer.add_dummy_prefix
         or normalizer.remove_extra_whitespaces
         or normalizer.precompiled_charsmap
+        # the space would come after each of them
+        or (normalizer.add_dummy_prefix and any(piece.type == _Piece.USER_DEFINED for piece in proto.pieces))
     ):
         return None
     vocab = {piece.piece: i for i, piece in enumerate(proto.pieces)}
@@ -131,30 +145,26 @@ def sentencepiece_to_json(path: Path) -> dict[str, Any] | None:
         for i, piece in enumerate(proto.pieces)
         if piece.type in (*special, _Piece.USER_DEFINED)
     ]
-    bos = proto.pieces[trainer.bos_id].piece
-    template = [{"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
-    pair = [*template, {"SpecialToken": {"id": bos, "type_id": 1}}, {"Sequence": {"id": "B", "type_id": 1}}]
+    spaces: dict[str, Any] = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+    decoders = [
+        {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
+        {"type": "ByteFallback"},
+        {"type": "Fuse"},
+    ]
+    if normalizer.add_dummy_prefix:
+        spaces = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": SPACE}, spaces]}
+        decoders.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
     return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
         "added_tokens": added,
-        "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": SPACE},
+        "normalizer": spaces,
         "pre_tokenizer": None,
-        "post_processor": {
-            "type": "TemplateProcessing",
-            "single": template,
-            "pair": pair,
-            "special_tokens": {bos: {"id": bos, "ids": [trainer.bos_id], "tokens": [bos]}},
-        },
-        "decoder": {
-            "type": "Sequence",
-            "decoders": [
-                {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
-                {"type": "ByteFallback"},
-                {"type": "Fuse"},
-            ],
-        },
+        "post_processor": bos_template(proto.pieces[trainer.bos_id].piece, trainer.bos_id)
+        if trainer.bos_id >= 0
+        else None,
+        "decoder": {"type": "Sequence", "decoders": decoders},
         "model": {
             "type": "BPE",
             "dropout": None,

@@ -15,7 +15,7 @@ from sentencepiece import sentencepiece_model_pb2
 from minillm_core.bridge import export_gguf, import_checkpoint
 from minillm_core.errors import InputError
 from minillm_core.gguf import open_gguf, write_gguf
-from minillm_core.gguf_tokenizer import NO_TOKENIZER, PRE_TOKENIZERS, tokenizer_fields
+from minillm_core.gguf_tokenizer import NO_TOKENIZER, PRE_TOKENIZERS, _chat_template, tokenizer_fields
 from minillm_core.tokenizer import Tokenizer
 from minillm_core.tokenizer_json import load_tokenizer
 from parity_tests.conftest import BACKENDS, TINY, random_weights
@@ -162,6 +162,11 @@ def test_ends_and_chat_template_go_along(in_settings: bool, tmp_path: Path) -> N
     data = json.loads((tmp_path / "tokenizer.json").read_text())
     data["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": PRE_TOKENIZERS["gpt-2"][0]}
     (tmp_path / "tokenizer.json").write_text(json.dumps(data))
+    for damaged in ("[]", '{"chat_template": [7]}', "{"):
+        (tmp_path / "tokenizer_config.json").write_text(damaged)
+        with pytest.raises(InputError, match="damaged chat template"):
+            _chat_template(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
     if in_settings:
         settings["chat_template"] = [{"name": "tools", "template": "no"}, {"name": "default", "template": template}]
         (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))

@@ -8,10 +8,12 @@ from typing import Any
 import convert
 import numpy as np
 import pytest
+import sentencepiece
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from minillm_core.bridge import export_hf, import_checkpoint
+from minillm_core.errors import InputError
 from minillm_core.tokenizer import Tokenizer
 from minillm_core.tokenizer_json import JsonTokenizer, load_tokenizer, sentencepiece_to_json
 from parity_tests.conftest import BACKENDS, TINY
@@ -183,17 +185,71 @@ def test_special_ids_without_a_tokenizer(tmp_path: Path) -> None:
     assert [config[f"{name}_token_id"] for name in ("bos", "eos", "pad")] == [11, [12, 13], None]
 
 
-def test_a_space_before_a_continuation_stays(tmp_path: Path, corpus: Path) -> None:
-    """SentencePiece models that put a space before every text, as Llama 2's, drop it from what they decode."""
-    import sentencepiece
-
+def train(folder: Path, corpus: Path, **options: Any) -> Tokenizer:
+    """A SentencePiece model with the library's own defaults."""
     source = corpus if corpus.is_file() else next(corpus.glob("*.txt"))
     sentencepiece.SentencePieceTrainer.train(
-        input=str(source), model_prefix=str(tmp_path / "tokenizer"), vocab_size=400, model_type="bpe",
-        byte_fallback=True, character_coverage=1.0, minloglevel=2, hard_vocab_limit=False,
+        input=str(source), model_prefix=str(folder / "tokenizer"), vocab_size=TINY.vocab_size, model_type="bpe",
+        byte_fallback=True, character_coverage=1.0, minloglevel=2, hard_vocab_limit=False, **options,
     )  # fmt: skip
-    tokenizer = Tokenizer(tmp_path / "tokenizer.model")
+    return Tokenizer(folder / "tokenizer.model")
+
+
+def test_a_space_before_a_continuation_stays(tmp_path: Path, corpus: Path) -> None:
+    """SentencePiece models that put a space before every text, as Llama 2's, drop it from what they decode."""
+    tokenizer = train(tmp_path, corpus)
     ids = tokenizer.encode("the people of the")
     assert tokenizer.decode(ids) == "the people of the"
     assert tokenizer.decode_after(ids) == " the people of the"
-    assert sentencepiece_to_json(tokenizer.path) is None
+    assert sentencepiece_to_json(tokenizer.path) is None  # it also takes spaces away
+
+
+def test_llama_2s_kind_is_exported(tmp_path: Path, corpus: Path) -> None:
+    """A space before every text and nothing else changed: AutoTokenizer gives SentencePiece's ids, the begin token
+    them, and its text; so do the lines of the corpus, hard Unicode, and text that looks like special tokens."""
+    options = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
+    save_llama(TINY, tmp_path / "hf", torch.float32)
+    tokenizer = train(tmp_path / "hf", corpus, **options)
+    assert tokenizer.vocab_size == TINY.vocab_size
+    checkpoint = import_checkpoint("hf", tmp_path / "hf", tmp_path / "run", BACKENDS["torch"])
+    auto = AutoTokenizer.from_pretrained(export_hf(checkpoint, tmp_path / "out", BACKENDS["torch"], "float32"))
+    lines = next(corpus.glob("*.txt")).read_text().split("\n")
+    for text in [*HARD, *lines, " x", "  two  spaces ", ""]:
+        ids = tokenizer.encode(text)
+        assert auto(text, add_special_tokens=False).input_ids == ids, repr(text)
+        assert auto(text).input_ids == tokenizer.encode(text, bos=True) == [1, *ids]
+        if "\ufffd" not in tokenizer.decode(ids):  # bytes that are no UTF-8
+            assert auto.decode(ids) == tokenizer.decode(ids), repr(text)
+
+
+@pytest.mark.parametrize("framework", BACKENDS)
+def test_without_a_begin_token(framework: str, tmp_path: Path, corpus: Path) -> None:
+    """Nothing is put before a text: generation and scores are those of its ids, and the export knows no begin token."""
+    save_llama(TINY, tmp_path / "hf", torch.float32)
+    (tmp_path / "hf" / "generation_config.json").unlink()
+    rewrite(tmp_path / "hf" / "config.json", bos_token_id=None, eos_token_id=None)
+    tokenizer = train(
+        tmp_path / "hf", corpus, bos_id=-1, normalization_rule_name="identity", remove_extra_whitespaces=False
+    )
+    checkpoint = import_checkpoint("hf", tmp_path / "hf", tmp_path / "run", BACKENDS[framework])
+    generator = BACKENDS[framework].Generator(BACKENDS[framework].load(checkpoint), tokenizer)
+    ids, options = tokenizer.encode("the people"), {"max_new_tokens": 8, "temperature": 0.0, "logprobs": True}
+    assert generator.generate(["the people"], **options)[0] == generator.generate([ids], **options)[0]
+    assert np.array_equal(generator.score(["the people"])[0], generator.score([ids])[0])
+    folder = export_hf(checkpoint, tmp_path / "out", BACKENDS[framework], "float32")
+    assert json.loads((folder / "config.json").read_text())["bos_token_id"] is None
+    assert AutoTokenizer.from_pretrained(folder)("the people").input_ids == ids
+
+
+def test_ids_beyond_the_vocabulary_are_refused(tmp_path: Path) -> None:
+    """A tokenizer.json whose template names an id that the model has no row for: before anything is computed."""
+    save_llama(TINY, tmp_path / "hf", torch.float32)
+    byte_level(tmp_path / "hf", TINY.vocab_size - 10)
+    data = json.loads((tmp_path / "hf" / "tokenizer.json").read_text())
+    data["post_processor"]["special_tokens"]["<|begin|>"]["ids"] = [TINY.vocab_size]
+    (tmp_path / "hf" / "tokenizer.json").write_text(json.dumps(data))
+    checkpoint = import_checkpoint("hf", tmp_path / "hf", tmp_path / "run", BACKENDS["jax"])
+    generator = BACKENDS["jax"].Generator(BACKENDS["jax"].load(checkpoint), load_tokenizer(checkpoint, TINY.vocab_size))
+    for call in (generator.score, lambda texts: generator.generate(texts, max_new_tokens=2)):
+        with pytest.raises(InputError, match="outside the vocabulary"):
+            call(["the people"])
