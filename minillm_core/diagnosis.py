@@ -197,6 +197,7 @@ def _explain_weights(a: Subject, b: Subject) -> list[Finding]:
     variants = [(fault.name, says, made) for fault in FAULTS for says, made in fault.variants(model, b.config)]
     explained: dict[tuple[str, str], list[str]] = {}
     unknown: dict[str, float] = {}
+    last_bits: dict[str, float] = {}
     for name in param_table(a.config):
         if name not in b.weights or np.array_equal(a.weights[name], b.weights[name], equal_nan=True):
             continue
@@ -206,6 +207,8 @@ def _explain_weights(a: Subject, b: Subject) -> list[Finding]:
         if not _distance(ours, theirs) <= NEAR or form is None:  # NaN is near to nothing
             unknown[name] = _distance(a.weights[name].astype(np.float64), theirs)
             continue
+        if not says and not form:
+            last_bits[name] = _distance(ours, theirs)
         for key in ((fault, says), ("rounding", form)):
             if key[1]:
                 explained.setdefault(key, []).append(name)
@@ -213,6 +216,9 @@ def _explain_weights(a: Subject, b: Subject) -> list[Finding]:
         Finding(fault, "B", "weights", says, f"so planted in A, {_names(names)} is B's")
         for (fault, says), names in explained.items()
     ]
+    if last_bits:
+        evidence = f"{_names(list(last_bits))}; by at most {max(last_bits.values()):.1e} of its norm"
+        findings.append(Finding("rounding", "B", "weights", "weights differ in the last bits of float32", evidence))
     if unknown:
         worst = max(unknown, key=lambda name: unknown[name])
         evidence = f"{_names(list(unknown))}; most in {worst}, by {unknown[worst]:.1e} of its norm"

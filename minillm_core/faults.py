@@ -69,9 +69,8 @@ def _interleaved_rope(model: Reference, hints: ModelConfig) -> Iterator[Variant]
 
 
 def _rope_direction(model: Reference, hints: ModelConfig) -> Iterator[Variant]:
-    frequencies = inverse_frequencies(model.config) if model.frequencies is None else model.frequencies
-    yield "RoPE turns the other way", replace(model, frequencies=-frequencies)
-    yield "RoPE is missing", replace(model, frequencies=0 * frequencies)
+    yield "RoPE turns the other way", replace(model, frequencies=lambda config: -model.frequencies(config))
+    yield "RoPE is missing", replace(model, frequencies=lambda config: 0 * model.frequencies(config))
 
     def halves_swapped(weight_OI: np.ndarray) -> np.ndarray:
         first, second = np.split(weight_OI.reshape(-1, model.config.resolved_head_dim, weight_OI.shape[1]), 2, axis=1)
@@ -95,8 +94,12 @@ def _rope_scaling(model: Reference, hints: ModelConfig) -> Iterator[Variant]:
             says = "rope_scaling is missing" if form is None else f"rope_scaling is {form}, not {scaling}"
             yield says, replace(model, config=replace(model.config, rope_scaling=form))
     if scaling is not None:
-        frequencies = inverse_frequencies(replace(model.config, rope_scaling=None)) / scaling.factor
-        yield "rope_scaling is linear: every angle divided by its factor", replace(model, frequencies=frequencies)
+        factor = scaling.factor
+
+        def linear(config: ModelConfig) -> np.ndarray:
+            return inverse_frequencies(replace(config, rope_scaling=None)) / factor
+
+        yield "rope_scaling is linear: every angle divided by its factor", replace(model, frequencies=linear)
 
 
 def _norm_eps(model: Reference, hints: ModelConfig) -> Iterator[Variant]:

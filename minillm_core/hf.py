@@ -6,6 +6,7 @@ to change no logits.
 
 import json
 import math
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,7 @@ SHARD_BYTES = 5_000_000_000
 
 HARMLESS = frozenset(
     {
+        "_attn_implementation_autoset",
         "_name_or_path",
         "architectures",
         "attention_dropout",
@@ -49,6 +51,7 @@ HARMLESS = frozenset(
         "label2id",
         "max_length",
         "max_position_embeddings",
+        "max_sequence_length",
         "model_type",
         "name_or_path",
         "num_attention_heads",
@@ -57,6 +60,7 @@ HARMLESS = frozenset(
         "pad_token_id",
         "pretraining_tp",
         "rms_norm_eps",
+        "return_dict",
         "rope_parameters",
         "rope_scaling",
         "rope_theta",
@@ -65,14 +69,28 @@ HARMLESS = frozenset(
         "transformers.js_config",
         "transformers_version",
         "unk_token_id",
+        "unsloth_fixed",
+        "unsloth_version",
         "use_cache",
         "vocab_size",
     }
 )
 """Keys of config.json that are read here, or change no logits. Others are refused unless they are null or OFF."""
 
-OFF = frozenset({"attention_bias", "mlp_bias", "rope_interleaved", "use_sliding_window", "output_attentions"})
+OFF = frozenset(
+    {
+        "attention_bias",
+        "mlp_bias",
+        "output_attentions",
+        "output_hidden_states",
+        "rope_interleaved",
+        "use_sliding_window",
+    }
+)
 """Keys that change nothing if they are false; others may: `is_causal`."""
+
+LARGEST = 1 << 24
+"""Of any size or count; the rotary table alone would take gigabytes."""
 
 REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
@@ -99,11 +117,16 @@ def from_hf_config(data: Any, where: object) -> ModelConfig:
 
     def number(key: str, default: Any, kind: type) -> Any:
         value = default if data.get(key) is None else data[key]
-        allowed = (int, float) if kind is float else kind
-        if isinstance(value, bool) is not (kind is bool) or not isinstance(value, allowed):
+        fits: bool = isinstance(value, (int, float) if kind is float else kind)
+        if isinstance(value, bool) is not (kind is bool) or not fits:
             if key in data:  # otherwise it is missing, which has been said
-                problems.append(f"{key}: expected {kind.__name__}, found {value!r}")
+                problems.append(f"{key}: expected {kind.__name__}, found {str(value)[:60]}")
             return kind(1)
+        if kind is int and value > LARGEST:
+            problems.append(f"{key}: expected at most {LARGEST}, found {str(value)[:60]}")
+        if kind is float and not abs(value) <= sys.float_info.max:
+            problems.append(f"{key}: expected a finite number")
+            return 1.0
         return kind(value)
 
     fields = {
@@ -138,7 +161,7 @@ def _rope(data: dict[str, Any], problems: list[str]) -> tuple[float, RopeScaling
         if not isinstance(rope, dict):
             problems.append(f"{key}: expected an object, found {rope!r}")
             continue
-        kind = rope.get("rope_type", rope.get("type", "default"))
+        kind = next((rope[key] for key in ("rope_type", "type") if rope.get(key) is not None), "default")
         thetas = [x for x in (rope.get("rope_theta"), data.get("rope_theta")) if x is not None] or [10_000.0]
         theta = thetas[0]
         if thetas[-1] != theta:
@@ -149,7 +172,7 @@ def _rope(data: dict[str, Any], problems: list[str]) -> tuple[float, RopeScaling
             problems.append(f"{key}: rope_type {kind!r} is not in this architecture (default or llama3)")
         elif any(isinstance(x, bool) or not isinstance(x, (int, float)) for x in values):
             problems.append(f"{key}: expected numbers for rope_theta{' and ' + ', '.join(names) * (kind == 'llama3')}")
-        elif not all(0 < x < math.inf for x in values) or (kind == "llama3" and not values[2] < values[3]):
+        elif not all(0 < x <= sys.float_info.max for x in values) or (kind == "llama3" and not values[2] < values[3]):
             problems.append(f"{key}: expected numbers above 0, low_freq_factor < high_freq_factor, found {values}")
         elif kind == "llama3" and values[4] != int(values[4]):
             problems.append(f"{key}: expected a whole original_max_position_embeddings, found {values[4]}")

@@ -50,8 +50,8 @@ class Reference:
 
     config: ModelConfig
     weights: Mapping[str, np.ndarray]
-    frequencies: np.ndarray | None = None
-    """Radians per position of each channel pair, (H/2,); by default those of the configuration."""
+    frequencies: Callable[[ModelConfig], np.ndarray] = inverse_frequencies
+    """Radians per position of each channel pair, (H/2,)."""
     rotation: Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray] = half_split_rotation
     activation: Callable[[np.ndarray], np.ndarray] = silu
     attention_scale: float | None = None
@@ -111,8 +111,7 @@ class Reference:
         B, T, _ = x_BTD.shape
         heads_BTxH = self._linear(x_BTD, f"{name}_proj").reshape(B, T, -1, self.config.resolved_head_dim)
         if not name.endswith(".v"):
-            frequencies = inverse_frequencies(self.config) if self.frequencies is None else self.frequencies
-            angles_T1H = np.arange(T, dtype=np.float64)[:, None, None] * frequencies
+            angles_T1H = np.arange(T, dtype=np.float64)[:, None, None] * self.frequencies(self.config)
             heads_BTxH = self.rotation(heads_BTxH, np.cos(angles_T1H), np.sin(angles_T1H))
         return heads_BTxH.reshape(B, T, -1)
 

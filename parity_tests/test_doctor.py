@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from minillm_core.backend import Trace
 from minillm_core.checkpoints import Tensors
 from minillm_core.config import ModelConfig, RopeScaling
 from minillm_core.doctor import Report, examine
@@ -454,3 +455,36 @@ def test_nan_equals_nothing(float64: Tier) -> None:
     broken = weights | {"model.norm.weight": np.full(TINY.width, np.nan)}
     for b in (weights, broken):
         assert not report_of(subject("torch", TINY, broken), subject("jax", TINY, b), random_tokens(TINY, 1, 8)).equal
+
+
+def test_weights_that_differ_in_the_last_bits(float64: Tier) -> None:
+    """The files differ, so nothing is said of the code."""
+    weights = random_weights(TINY)
+    name = "model.layers.0.mlp.up_proj.weight"
+    other = weights | {name: np.nextafter(weights[name], np.float32(np.inf))}
+    report = report_of(subject("torch", TINY, weights), subject("torch", TINY, other), random_tokens(TINY, 1, 8))
+    assert not report.equal
+    assert [(f.fault, f.place) for f in report.findings] == [("rounding", "weights")]
+    assert "last bits" in report.findings[0].says
+
+
+@pytest.mark.parametrize("name", ["gqa", "mha"])
+def test_queries_that_no_fault_explains(name: str, float64: Tier) -> None:
+    """Pairs of faults are tried, of shapes that do not go together too."""
+    config = MODELS[name]
+
+    def noisy(*arguments: Any) -> Trace:
+        trace, stage = BACKENDS["torch"].trace(*arguments), "model.layers.0.self_attn.q"
+        return replace(trace, stages=trace.stages | {stage: 1.37 * trace.stages[stage] + 0.1})
+
+    right = subject("torch", config, random_weights(config))
+    report = report_of(right, replace(right, run=noisy), random_tokens(config, 1, 32))
+    assert [(f.fault, f.subject) for f in report.findings if "q" in f.says] == [("unknown", "B")]
+
+
+def test_a_reader_that_forgets_theta_and_scaling(float64: Tier, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two faults at one stage are told apart, though other pairs would not fit the heads."""
+    plant(monkeypatch, "torch", "weights.rope_table", table_of(rope_theta=10_000.0, rope_scaling=None))
+    weights = random_weights(CONFIG)
+    report = report_of(subject("jax", CONFIG, weights), subject("torch", CONFIG, weights))
+    assert {(f.fault, f.subject) for f in report.findings} == {("rope-theta, rope-scaling", "B")}

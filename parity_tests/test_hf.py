@@ -202,6 +202,11 @@ GOOD: dict[str, Any] = to_hf_config(TINY, "float32")
         ({"rope_interleaved": True}, "rope_interleaved"),
         ({"is_causal": False}, "is_causal"),
         ({"logit_scale": 0.0}, "logit_scale"),
+        ({"rms_norm_eps": 10**400}, "finite number"),
+        ({"rms_norm_eps": float("inf")}, "finite number"),
+        ({"initializer_range": -(10**400)}, "finite number"),
+        ({"max_position_embeddings": 10**15}, "at most"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 10**400}}, "above 0"),
         ({"layer_types": 5}, "layer_types"),
         ({"rope_theta": 5e5}, "rope_theta"),
         ({"logits_scaling": 8.0}, "logits_scaling"),
@@ -235,6 +240,15 @@ def test_older_configurations() -> None:
     new = to_hf_config(scaled, "float32")
     old = {key: value for key, value in new.items() if key != "rope_parameters"}
     assert from_hf_config(new, "x") == from_hf_config(old, "x") == from_hf_config({**new, "rope_scaling": None}, "x")
+    unknown = {
+        "_attn_implementation_autoset": True,
+        "return_dict": True,
+        "output_hidden_states": False,
+        "unsloth_fixed": True,
+    }
+    assert from_hf_config(new | unknown, "x") == from_hf_config(new, "x")
+    nulls = {"rope_scaling": {"rope_type": None, "type": "default"}, "rope_parameters": None}
+    assert from_hf_config(GOOD | nulls, "x") == from_hf_config(GOOD, "x")
     bare = {key: GOOD[key] for key in ("model_type", "vocab_size", "hidden_size", "intermediate_size")}
     bare |= {"num_hidden_layers": 2, "num_attention_heads": 4}
     config, llama = from_hf_config(bare, "x"), LlamaConfig(**{k: v for k, v in bare.items() if k != "model_type"})
@@ -291,7 +305,7 @@ FREQUENCIES = "model.layers.0.self_attn.rotary_emb.inv_freq"
         (lambda f: _index(f, "model-1.safetensors", {"more": "model-1.safetensors"}), "lacks tensors"),
         (lambda f: _index(f, "model-1.safetensors", {NORM: None}), "does not name"),
         (lambda f: (f / "model.safetensors.index.json").write_text("{}"), "both an index"),
-        (lambda f: rewrite(f / "config.json", num_hidden_layers=10**9), "more layers than tensors"),
+        (lambda f: rewrite(f / "config.json", num_hidden_layers=10**6), "more layers than tensors"),
         (_edit(lambda tensors: tensors.pop(NORM)), NORM),
         (_set("model.layers.0.self_attn.q_proj.bias", torch.zeros(4)), "unexpected"),
         (_set(NORM, torch.zeros(3)), "shape"),

@@ -233,6 +233,8 @@ def test_plan(home: Path) -> None:
         (r"temperature is out of range.*-1", ["generate", "runs/tiny", "--temperature", "-1"]),
         (r"unknown conversion.*'torch->hx'", ["convert", "torch->hx"]),
         (r"no torch checkpoint.*where: runs/quickstart", ["convert", "torch->jax"]),
+        (r"to jax does not round.*bfloat16", ["convert", "hf->jax", "x", "y", "--dtype", "bfloat16"]),
+        (r"a page is one file.*where: runs", ["parity", "runs/tiny", "runs/tiny", "--html", "runs"]),
         (r"not a folder of prepared data", ["evaluate", "runs/tiny", "--data-dir", "runs"]),
         (r"no metrics there.*where: data/jax", ["compare_runs", "data"]),
         (r"a run compared with itself", ["compare_runs", "runs/tiny/jax", "runs/tiny/jax"]),

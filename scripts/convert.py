@@ -62,6 +62,9 @@ def main() -> None:
     source_format, target_format = parse_direction(direction)
     if (target_format, dtype) in (("hf", "q8_0"), ("gguf", "float64")):
         raise InputError(f"{target_format} has no {dtype}", do="choose another --dtype")
+    if target_format in FRAMEWORKS and dtype != "float32":
+        do = "leave --dtype out: it is of the weights for hf or gguf"
+        raise InputError(f"a conversion to {target_format} does not round", found=f"--dtype {dtype}", do=do)
     if target_format == "hf":
         checkpoint = find_checkpoint(source or DEFAULT_RUN, source_format)
         folder = Path(destination) if destination else checkpoint.parent.parent.parent / f"hf-{source_format}"

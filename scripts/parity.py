@@ -49,6 +49,8 @@ def main(
         as_json: print everything as JSON.
         html: also write a page with tables and plots.
     """
+    if html is not None and html.is_dir():
+        raise InputError("a page is one file", expected="--html FILE", found="a folder", where=html)
     subjects = [open_subject(place, load_backend, {"hf": transformers_run}) for place in (a, b)]
     limit = min(subject.config.context_length for subject in subjects)
     if not tokens >= 2:
