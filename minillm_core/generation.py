@@ -1,4 +1,4 @@
-"""Text generation, the framework-free half: requests checked, rows batched, noise drawn, text cut and streamed.
+"""Text generation, the framework-free half: rows batched, noise drawn, text cut and streamed.
 
 Each framework's Generator adds the device functions.
 
@@ -7,18 +7,14 @@ Shapes: B rows, T prompt tokens, N tokens of a block, V vocabulary.
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal, overload
 
 import numpy as np
 
-from minillm_core.config import ModelConfig
 from minillm_core.errors import InputError
-from minillm_core.sampling import SamplingConfig, row_key, uniforms, whole_number
-from minillm_core.tokenizer import Tokenizer
-
-Prompt = str | Sequence[int]
-"""Text, or token ids taken as they are (a text's begin with the begin-of-document token)."""
+from minillm_core.requests import Prefix, Prompt, Request, RequestReader, Row
+from minillm_core.sampling import SamplingConfig, uniforms
 
 BLOCK = 16
 """Tokens decoded on the device between two looks of the host."""
@@ -49,60 +45,12 @@ class Completion:
     finish_reason: Literal["stop", "length"]
 
 
-@dataclass(frozen=True, eq=False)
-class Prefix:
-    """A text that has been through the model, to be continued any number of times (see `prefill`)."""
-
-    tokens: tuple[int, ...]
-    state: Any = field(repr=False)
-    """The decoding state of one row, with all tokens but the last in its cache."""
-    generator: "BaseGenerator" = field(repr=False)
-
-
-@dataclass
-class _Row:
-    """A continuation on its way."""
-
-    prompt: list[int]
-    key: int
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    finish_reason: Literal["stop", "length"] | None = None
-
-
-@dataclass(frozen=True)
-class _Request:
-    """What is to be done, checked."""
-
-    rows: list[_Row]
-    """The n samples of a prompt one after the other."""
-    n: int
-    max_new_tokens: int
-    stop_strings: tuple[str, ...]
-    stop_ids: frozenset[int]
-    prefix: Prefix | None
-    sampling: SamplingConfig
-
-
-class BaseGenerator(ABC):
+class BaseGenerator(RequestReader, ABC):
     """Generates and scores text. The same request gives the same tokens in both frameworks.
 
     A row's tokens depend on its prompt, the options and the seed alone, not on the rows beside it: equal prompts in one
     call give equal texts (for different ones ask for `n` samples).
     """
-
-    def __init__(self, model: Any, tokenizer: Tokenizer):
-        """Raises InputError if the tokenizer has another vocabulary than the model."""
-        self.config: ModelConfig = model.config
-        self.tokenizer = tokenizer
-        if not tokenizer.fits(self.config.vocab_size):
-            raise InputError(
-                "the tokenizer has another vocabulary than the model",
-                expected=f"{self.config.vocab_size} pieces",
-                found=f"{tokenizer.vocab_size} pieces",
-                where=tokenizer.path,
-                do="use the tokenizer.model of the run that trained the model",
-            )
 
     @abstractmethod
     def _new_state(self, n_rows: int, capacity: int) -> Any:
@@ -227,87 +175,9 @@ class BaseGenerator(ABC):
                 _check_finite(scores[i], f"text {i + 1}")
         return scores
 
-    def _request(
-        self,
-        prompts: Sequence[Prompt],
-        max_new_tokens: int,
-        n: int = 1,
-        stop: str | int | Sequence[str | int] = (),
-        truncate: bool = False,
-        prefix: Prefix | None = None,
-        **sampling: Any,
-    ) -> _Request:
-        self._check_list(prompts)
-        config = SamplingConfig(**sampling)
-        max_new_tokens, n = whole_number("max_new_tokens", max_new_tokens), whole_number("n", n)
-        for name, value in (("max_new_tokens", max_new_tokens), ("n", n)):
-            if value < 1:
-                raise InputError(f"{name} is out of range", expected="1 or more", found=value)
-        if prefix is not None and getattr(prefix, "generator", None) is not self:
-            do = "give what this generator's prefill returned"
-            raise InputError("not a prefix of this generator", expected="a Prefix", found=type(prefix).__name__, do=do)
-        stops = tuple(stop) if isinstance(stop, (list, tuple)) else (stop,)
-        if "" in stops:
-            raise InputError("a stop string is empty", expected="text that can occur", found=stops)
-        stop_ids = [whole_number("stop", item) for item in stops if not isinstance(item, str)]
-        self._check_ids(stop_ids, "stop")
-        room = self.config.context_length - max_new_tokens
-        rows = []
-        for i, prompt in enumerate(prompts):
-            before = [] if prefix is None else list(prefix.tokens)
-            tokens = self._encode(prompt, bos=not before, may_be_empty=bool(before), where=f"prompt {i + 1}")
-            if truncate and room > len(before):
-                tokens = tokens[-(room - len(before)) :]
-            self._check_fits(len(before) + len(tokens), max_new_tokens, where=f"prompt {i + 1}")
-            tokens = before + tokens
-            rows += [_Row(tokens, row_key(tokens, sample)) for sample in range(n)]
-        stop_strings = tuple(item for item in stops if isinstance(item, str))
-        ends = self.tokenizer.end_ids.union(stop_ids)
-        return _Request(rows, n, max_new_tokens, stop_strings, ends, prefix, config)
-
-    def _encode(self, prompt: Prompt, *, bos: bool, where: str, may_be_empty: bool = False) -> list[int]:
-        if not isinstance(prompt, (str, Sequence, np.ndarray)):
-            raise InputError("not a prompt", expected="text or a list of token ids", found=repr(prompt), where=where)
-        if not len(prompt) and not may_be_empty:
-            do = f"to generate from nothing, give the begin-of-document token: [{self.tokenizer.bos_id}]"
-            raise InputError("empty prompt", expected="at least one token", found=repr(prompt), where=where, do=do)
-        if isinstance(prompt, str):
-            try:
-                prompt.encode()
-            except UnicodeEncodeError as error:
-                raise InputError("not Unicode text", found=error, where=where) from error
-            ids = self.tokenizer.encode(prompt, bos=bos)
-        else:
-            ids = [whole_number("a token id", token) for token in prompt]
-        self._check_ids(ids, where)
-        return ids
-
-    def _check_list(self, prompts: Sequence[Prompt]) -> None:
-        if isinstance(prompts, str) or not isinstance(prompts, Sequence) or not len(prompts):
-            raise InputError("not a list of texts", expected="a list of at least one text", found=repr(prompts))
-
-    def _check_ids(self, ids: list[int], where: str) -> None:
-        if ids and (min(ids) < 0 or max(ids) >= self.config.vocab_size):
-            expected = f"0 to {self.config.vocab_size - 1}"
-            found = f"{min(ids)} to {max(ids)}"
-            raise InputError("token id outside the vocabulary", expected=expected, found=found, where=where)
-
-    def _check_fits(self, n_tokens: int, max_new_tokens: int, where: str | None = None) -> None:
-        limit = self.config.context_length
-        if n_tokens + max_new_tokens > limit:
-            raise InputError(
-                "the text and its continuation are longer than the context",
-                expected=f"at most {limit} tokens",
-                found=f"{n_tokens} + {max_new_tokens} new",
-                where=where,
-                do=f"shorten it, ask for at most {limit - n_tokens} new tokens, or let `generate` truncate it"
-                if n_tokens < limit and max_new_tokens
-                else "shorten it, or let `generate` truncate it",
-            )
-
-    def _run(self, request: _Request, block: int) -> Iterator[None]:
+    def _run(self, request: Request, block: int) -> Iterator[None]:
         """Decodes `block` tokens of every unfinished row at a time. As rows finish, the batch is halved."""
-        rows: list[_Row | None] = [*request.rows]
+        rows: list[Row | None] = [*request.rows]
         capacity = bucket(
             max(len(row.prompt) for row in request.rows) + request.max_new_tokens, self.config.context_length
         )
@@ -336,7 +206,7 @@ class BaseGenerator(ABC):
                 state = self._take_rows(state, _padded([active], 1, _batch_size(len(active)))[0], capacity)
                 rows = [rows[i] for i in active]
 
-    def _begin(self, request: _Request, capacity: int) -> Any:
+    def _begin(self, request: Request, capacity: int) -> Any:
         """The state of all rows before their first new token; what samples and prompts share is computed once."""
         prompts = [row.prompt for row in request.rows[:: request.n]]
         n_rows, cached = _batch_size(len(prompts)), 0
@@ -362,7 +232,7 @@ class BaseGenerator(ABC):
             state = self._prefill(state, _padded(pieces, n_rows, width), valid_B)
         return state
 
-    def _extend(self, row: _Row, tokens: list[int], logprobs: list[float], request: _Request) -> None:
+    def _extend(self, row: Row, tokens: list[int], logprobs: list[float], request: Request) -> None:
         """Adds a block to a row, up to its end."""
         n_before = len(row.tokens)
         for token, logprob in zip(tokens, logprobs, strict=True):
@@ -385,12 +255,12 @@ class BaseGenerator(ABC):
         """The text of the tokens so far, without a character at its end of which bytes are missing."""
         return self.tokenizer.decode_after(tokens).rstrip("\ufffd")
 
-    def _completion(self, row: _Row, request: _Request) -> Completion:
+    def _completion(self, row: Row, request: Request) -> Completion:
         assert row.finish_reason is not None  # it has run to its end
         text = shown(self._text(row.tokens), request.stop_strings, ended=True)
         return Completion(text, row.tokens, row.logprobs, row.finish_reason)
 
-    def _pieces(self, request: _Request) -> Iterator[str]:
+    def _pieces(self, request: Request) -> Iterator[str]:
         row, n_sent = request.rows[0], 0
         for _ in self._run(request, STREAM_BLOCK):
             text = shown(self._text(row.tokens), request.stop_strings, ended=row.finish_reason is not None)

@@ -1,9 +1,7 @@
 """The decoding contract: one request, the same tokens from both frameworks, and each row as if it were alone."""
 
 import dataclasses
-import functools
 import shutil
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,28 +13,27 @@ from hypothesis import strategies as st
 
 import minillm_jax
 import minillm_torch
-from minillm_core import generation
 from minillm_core.config import ModelConfig
 from minillm_core.errors import InputError
-from minillm_core.generation import BLOCK, BaseGenerator, Completion, Prefix, bucket, shown
+from minillm_core.generation import BLOCK, BaseGenerator, Completion, bucket
+from minillm_core.sampling import row_key
 from minillm_core.tokenizer import Tokenizer
 from minillm_jax import generate as jax_generate
 from minillm_jax.weights import split_model
 from parity_tests.conftest import (
+    BACKENDS,
     MODELS,
     TIERS,
     TINY,
     Pair,
     Tier,
     make_pair,
-    pair_of,
     random_weights,
     to_numpy,
     to_torch,
 )
 from parity_tests.test_transformers import load_llama
 
-BACKENDS = {"jax": minillm_jax, "torch": minillm_torch}
 PROMPTS = [[1, 40, 41, 42, 43], [1], [1, *range(100, 117)]]
 
 
@@ -122,7 +119,7 @@ def test_a_thousand_continuations(float64: Tier, tokenizer: Tokenizer) -> None:
 
 def reference_tokens(pair: Pair, prompt: list[int], sample: int, n: int, seed: int, penalty: float) -> list[int]:
     """Sampling written out, without cache, padding or blocks: a Philox number per (seed, prompt, sample, position)."""
-    key = generation.row_key(prompt, sample)
+    key = row_key(prompt, sample)
     ids = list(prompt)
     for _ in range(n):
         with torch.no_grad():
@@ -353,92 +350,6 @@ def test_the_layout_for_the_cpu_is_the_same_model(name: str, float64: Tier) -> N
         assert one_row["lm_head.kernel"] is params["model.embed_tokens.embedding"]
 
 
-STOPS: list[dict[str, Any]] = [{}, {"stop": "e"}, {"stop": ["the", "an", " "]}, {"stop": ["nothing like it"]}]
-
-
-@pytest.mark.parametrize("stop", STOPS)
-@pytest.mark.parametrize("framework", BACKENDS)
-def test_stream_is_generate(framework: str, stop: dict[str, Any], tokenizer: Tokenizer) -> None:
-    generator = generators(TINY, TIERS["float32"], tokenizer)[framework]
-    for seed in range(4):
-        request = {"max_new_tokens": 60, "temperature": 1.5, "top_p": 1.0, "seed": seed} | stop
-        pieces = list(generator.stream("The Congress", **request))
-        assert all(pieces)
-        completion = complete(generator, ["The Congress"], **request)[0]
-        assert "".join(pieces) == completion.text
-        stops = [stop["stop"]] if isinstance(stop.get("stop"), str) else stop.get("stop", [])
-        assert not any(s in completion.text for s in stops)
-        free = complete(generator, ["The Congress"], **(request | {"stop": ()}))[0]
-        assert free.text.startswith(completion.text)
-        assert free.tokens[: len(completion.tokens)] == completion.tokens
-        if any(s in free.text for s in stops):
-            assert completion.finish_reason == "stop"
-            assert any(free.text[len(completion.text) :].startswith(s) for s in stops)
-        elif completion.finish_reason == "length":
-            assert len(completion.tokens) == 60
-
-
-@settings(max_examples=300, deadline=None)
-@given(data=st.data())
-def test_what_is_shown_never_breaks(tokenizer: Tokenizer, data: st.DataObject) -> None:
-    """Any token ids, bytes of half characters among them, arriving in any pieces: what is shown only grows, never has a
-    part of a character or of a stop string, and in the end is the whole text up to the first stop."""
-    byte = st.sampled_from([tokenizer.encode("\u20ac\U0001f600\u0416")[i] for i in range(1, 5)])
-    text = st.text("ab \n\u20ac\U0001f600\u4e2d", max_size=12).map(tokenizer.encode)
-    ids = [i for part in data.draw(st.lists(st.one_of(text, st.lists(byte, max_size=3)), max_size=6)) for i in part]
-    stop = data.draw(st.lists(st.text("ab \u20ac", min_size=1, max_size=3), max_size=2))
-    whole = tokenizer.decode(ids).rstrip("\ufffd")
-    sent = ""
-    for n in range(len(ids) + 1):
-        ended = n == len(ids)
-        so_far = tokenizer.decode(ids[:n]).rstrip("\ufffd")  # as BaseGenerator._text
-        now = shown(so_far, stop, ended)
-        assert now.startswith(sent), (now, sent)
-        assert not any(s in now for s in stop)
-        if any(s in so_far for s in stop):
-            break
-        sent = now
-    else:
-        assert sent == whole
-
-
-def test_characters_split_over_tokens(tokenizer: Tokenizer) -> None:
-    """Bytes of a character that the tokenizer has no piece for; spaces; a stop string in three tokens."""
-    ids = tokenizer.encode("say \U0001f600 and  two spaces")
-    assert len(tokenizer.encode("\U0001f600")) >= 4
-    generator = generators(TINY, TIERS["float32"], tokenizer)["torch"]
-    steps = [generator._text(ids[:n]) for n in range(len(ids) + 1)]
-    assert steps[-1] == "say \U0001f600 and  two spaces"
-    assert all("\ufffd" not in step for step in steps)
-    parts = ["some", "some t", "some th", "some the", "some the e", "some the en", "some the end."]
-    assert [shown(part, ["the end"], False) for part in parts] == [
-        "some",
-        "some ",
-        "some ",
-        "some ",
-        "some ",
-        "some ",
-        "some ",
-    ]
-    assert shown("some the e", ["the end"], True) == "some the e"
-
-
-@pytest.mark.parametrize("framework", BACKENDS)
-def test_stops_at_the_end_of_the_document(framework: str, tokenizer: Tokenizer) -> None:
-    generator = generators(TINY, TIERS["float32"], tokenizer)[framework]
-    whole = complete(generator, [[1, 9]], max_new_tokens=60, temperature=1.0)[0]
-    end = whole.tokens[33]
-    stopped = complete(generator, [[1, 9]], max_new_tokens=60, temperature=1.0, stop=[end])[0]
-    generator.tokenizer = Tokenizer(tokenizer.path)
-    generator.tokenizer.end_ids = frozenset([end])
-    ended = complete(generator, [[1, 9]], max_new_tokens=60, temperature=1.0)[0]
-    assert stopped == ended
-    assert ended.tokens == whole.tokens[: whole.tokens.index(end)]
-    assert ended.finish_reason == "stop"
-    streamed = "".join(generator.stream([1, 9], max_new_tokens=60, temperature=1.0))
-    assert streamed == ended.text
-
-
 @pytest.mark.parametrize("framework", BACKENDS)
 def test_truncation(framework: str, tokenizer: Tokenizer) -> None:
     """Asked for, the end of the prompt is kept, as much of it as fits."""
@@ -460,96 +371,6 @@ def test_torch_compile_gives_the_same_tokens(framework: str, tokenizer: Tokenize
     plain, compiled = (minillm_torch.Generator(model, tokenizer, compile=on) for on in (False, True))
     request = {"max_new_tokens": 20, "temperature": 1.0, "seed": 2}
     assert tokens_of(compiled, PROMPTS, **request) == tokens_of(plain, PROMPTS, **request)
-
-
-def broken(tier: Tier) -> Pair:
-    """A model with one weight that is not a number."""
-    weights = {name: array.copy() for name, array in random_weights(TINY).items()}
-    weights["model.layers.1.mlp.down_proj.weight"][3, 5] = np.nan
-    return pair_of(TINY, tier, weights)
-
-
-@pytest.mark.parametrize("framework", BACKENDS)
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_logits_that_are_not_finite(framework: str, temperature: float, tokenizer: Tokenizer) -> None:
-    generator = BACKENDS[framework].Generator(getattr(broken(TIERS["float32"]), framework), tokenizer)
-    with pytest.raises(InputError, match=r"(?s)logits are not finite.*new token 1.*checkpoint"):
-        generator.generate([[1, 5], [1]], max_new_tokens=3, temperature=temperature)
-    with pytest.raises(InputError, match="logits are not finite"):
-        list(generator.stream([1, 5], max_new_tokens=3, temperature=temperature))
-    with pytest.raises(InputError, match="logits are not finite"):
-        generator.score([[1, 5]])
-
-
-@pytest.mark.parametrize("framework", BACKENDS)
-@pytest.mark.parametrize(
-    ("request_of", "message"),
-    [
-        (lambda g: g.generate([], max_new_tokens=3), "at least one text"),
-        (lambda g: g.generate("a text, not a list", max_new_tokens=3), "a list"),
-        (lambda g: g.generate([[]], max_new_tokens=3), "empty prompt"),
-        (lambda g: g.generate(["a", ""], max_new_tokens=3), r"(?s)empty prompt.*prompt 2"),
-        (lambda g: g.stream("", max_new_tokens=3), "empty prompt"),
-        (lambda g: g.generate([[1, 512]], max_new_tokens=3), "outside the vocabulary"),
-        (lambda g: g.generate([[1], [-1]], max_new_tokens=3), r"(?s)outside the vocabulary.*prompt 2"),
-        (lambda g: g.generate(["a"], max_new_tokens=0), "max_new_tokens"),
-        (lambda g: g.generate(["a"], max_new_tokens=2.5), "max_new_tokens is not a whole number"),
-        (lambda g: g.generate(["a"], max_new_tokens=3, n=0), "n is out of range"),
-        (lambda g: g.generate(["word " * 400], max_new_tokens=3), "longer than the context"),
-        (lambda g: g.generate(["word " * 400], max_new_tokens=320, truncate=True), "longer than the context"),
-        (lambda g: g.generate(["a"], max_new_tokens=319), "at most 318 new tokens"),
-        (lambda g: g.generate(["a"], max_new_tokens=3, temperature=-1.0), "temperature"),
-        (lambda g: g.generate(["a"], max_new_tokens=3, top_p=0.0), "top_p"),
-        (lambda g: g.generate(["a"], max_new_tokens=3, top_k=-1), "top_k"),
-        (lambda g: g.generate(["a"], max_new_tokens=3, stop=""), "stop string is empty"),
-        (lambda g: g.generate(["a"], max_new_tokens=3, stop=None), "not a whole number"),
-        (lambda g: g.generate([1, 5], max_new_tokens=3), "not a prompt"),
-        (lambda g: g.generate([[1.5, 2.5]], max_new_tokens=3), "not a whole number"),
-        (lambda g: g.generate(None, max_new_tokens=3), "a list"),
-        (lambda g: g.generate(["\ud800"], max_new_tokens=3), "not Unicode"),
-        (lambda g: g.generate(["a"], max_new_tokens=3, seed=3.0), "seed is not a whole number"),
-        (lambda g: g.generate(["a"], max_new_tokens=3, temperature="1"), "temperature is out of range"),
-        (lambda g: g.generate(["a"], max_new_tokens=3, repetition_penalty=1e-30), "repetition_penalty"),
-        (lambda g: g.generate(["a"], max_new_tokens=3, stop=["b", ""]), "stop string is empty"),
-        (lambda g: g.generate(["a"], max_new_tokens=3, stop=[512]), "outside the vocabulary"),
-        (lambda g: g.generate(["a"], max_new_tokens=3, prefix="the beginning"), "not a prefix"),
-        (lambda g: g.generate([5], max_new_tokens=3, prefix=Prefix((1,), None, g)), "not a prompt"),
-        (lambda g: g.prefill(""), "empty prompt"),
-        (lambda g: g.prefill("word " * 400), "longer than the context"),
-    ],
-)
-def test_bad_requests(
-    framework: str,
-    request_of: Callable[[BaseGenerator], Any],
-    message: str,
-    tokenizer: Tokenizer,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """A clear error before any work; for a stream at the call."""
-    generator = generators(TINY, TIERS["float32"], tokenizer)[framework]
-    for work in ("_new_state", "_prefill", "_decode", "_losses"):
-        monkeypatch.setattr(generator, work, functools.partial(pytest.fail, "work was begun"))
-    with pytest.raises(InputError, match=message):
-        request_of(generator)
-
-
-def test_numbers_of_numpy(tokenizer: Tokenizer) -> None:
-    for generator in generators(TINY, TIERS["float32"], tokenizer).values():
-        plain = generator.generate([[1, 5]], max_new_tokens=9, seed=3, top_k=5, temperature=1)
-        numbers = {
-            "max_new_tokens": np.int8(9),
-            "seed": np.int64(3),
-            "top_k": np.uint8(5),
-            "temperature": np.float32(1),
-        }
-        assert generator.generate([np.array([1, 5])], n=np.int64(1), **numbers) == plain
-
-
-def test_tokenizer_of_another_vocabulary(tokenizer: Tokenizer) -> None:
-    pair: Pair = make_pair(MODELS["gqa"], TIERS["float32"])
-    for name, backend in BACKENDS.items():
-        with pytest.raises(InputError, match=r"(?s)another vocabulary.*509 pieces.*512 pieces"):
-            backend.Generator(getattr(pair, name), tokenizer)
 
 
 def test_buckets() -> None:

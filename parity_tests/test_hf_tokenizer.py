@@ -236,6 +236,10 @@ def test_without_a_begin_token(framework: str, tmp_path: Path, corpus: Path) -> 
     ids, options = tokenizer.encode("the people"), {"max_new_tokens": 8, "temperature": 0.0, "logprobs": True}
     assert generator.generate(["the people"], **options)[0] == generator.generate([ids], **options)[0]
     assert np.array_equal(generator.score(["the people"])[0], generator.score([ids])[0])
+    squeezed = train(tmp_path, corpus, bos_id=-1)  # takes spaces away
+    assert squeezed.encode("  ", bos=True) == []
+    with pytest.raises(InputError, match="empty prompt"):
+        BACKENDS[framework].Generator(BACKENDS[framework].load(checkpoint), squeezed).score(["  "])
     folder = export_hf(checkpoint, tmp_path / "out", BACKENDS[framework], "float32")
     assert json.loads((folder / "config.json").read_text())["bos_token_id"] is None
     assert AutoTokenizer.from_pretrained(folder)("the people").input_ids == ids
