@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 
 import minillm_jax
 import minillm_torch
+from minillm_core import generation
 from minillm_core.config import ModelConfig
 from minillm_core.errors import InputError
 from minillm_core.generation import BLOCK, BaseGenerator, Completion, bucket
-from minillm_core.sampling import row_key
+from minillm_core.sampling import SamplingConfig, row_key
 from minillm_core.tokenizer import Tokenizer
 from minillm_jax import generate as jax_generate
 from minillm_jax.weights import split_model
@@ -313,7 +314,7 @@ def test_the_cache_is_donated_and_never_copied(batch: int, tokenizer: Tokenizer)
         np.zeros((batch, TINY.vocab_size), bool),
         np.zeros((batch, BLOCK), np.float32),
         2,
-        jax_generate.filters_of(generation.SamplingConfig(), TINY.vocab_size),
+        jax_generate.filters_of(SamplingConfig(), TINY.vocab_size),
     )
     params = generator._one_row if batch == 1 else generator._several_rows
     program = generator._run_decode.lower(False, params, generator._rope, state, *arguments).compile().as_text()
@@ -330,7 +331,7 @@ def test_the_cache_is_donated_and_never_copied(batch: int, tokenizer: Tokenizer)
                 copies = ("copy(", "concatenate(", "slice(", *(["fusion("] if shape in kernels else []))
                 assert not operation.startswith(copies), line
     old = state[1].layers[0].k_BKSH
-    generator._decode(state, *arguments[:3], generation.SamplingConfig())
+    generator._decode(state, *arguments[:3], SamplingConfig())
     assert old.is_deleted()
 
 
