@@ -4,6 +4,8 @@ import math
 import os
 import signal
 
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's job in the background; its children would ignore Ctrl-C
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the suite needs no GPU; scripts/benchmark.py compares on one
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # JAX and torch share the cores: see scripts/backends.py
