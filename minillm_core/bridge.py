@@ -31,7 +31,14 @@ from minillm_core.metrics import losses_by_step, perplexity, read_metrics
 from minillm_core.original import OriginalCheckpoint, open_original
 from minillm_core.params import count_params
 from minillm_core.rundir import open_run
-from minillm_core.tokenizer import GENERATION_CONFIG, Tokenizer, copy_tokenizer, read_generation_config
+from minillm_core.tokenizer import (
+    GENERATION_CONFIG,
+    TOKENIZER_CONFIG,
+    Tokenizer,
+    copy_tokenizer,
+    read_generation_config,
+    read_tokenizer_config,
+)
 from minillm_core.tokenizer_json import load_tokenizer, sentencepiece_to_json
 
 OPENERS: dict[str, Callable[[Path], HFCheckpoint | OriginalCheckpoint | GGUFCheckpoint]] = {
@@ -172,7 +179,7 @@ def _write_tokenizer(folder: Path, tokenizer: Tokenizer, model: ModelConfig) -> 
     ids = {key: i if i >= 0 else None for key, i in found.items()} | {"pad_token_id": None}
     if (folder / "tokenizer.json").is_file():
         return ids
-    data = sentencepiece_to_json(folder / "tokenizer.model")
+    data = sentencepiece_to_json(folder / "tokenizer.model", tokenizer.adds_bos)
     if data is None:
         say("its tokenizer is of a kind that tokenizer.json cannot express: tokenizer.model goes along alone")
         return ids
@@ -180,11 +187,12 @@ def _write_tokenizer(folder: Path, tokenizer: Tokenizer, model: ModelConfig) -> 
     names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
     settings: dict[str, object] = {key: name for key, name in names.items() if name in special}
     settings |= {"model_max_length": model.context_length, "clean_up_tokenization_spaces": False}
-    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
     settings["split_special_tokens"] = True  # "</s>" in a text is text, as it was in training
     _write_json(folder / "tokenizer.json", data)
-    if not (folder / "tokenizer_config.json").is_file():
-        _write_json(folder / "tokenizer_config.json", settings)
+    settings |= read_tokenizer_config(folder) | {
+        "tokenizer_class": "PreTrainedTokenizerFast"
+    }  # which takes it as it is
+    _write_json(folder / TOKENIZER_CONFIG, settings)
     return ids | {"pad_token_id": special.get("<pad>")}
 
 

@@ -127,7 +127,7 @@ def read_info(checkpoint: Path) -> CheckpointInfo:
     """
     path = checkpoint / "checkpoint.json"
     if not path.is_file():
-        raise InputError("not a checkpoint", expected="checkpoint.json", where=checkpoint)
+        raise InputError("not a checkpoint", expected="checkpoint.json", where=checkpoint, do="check the path")
     try:
         data = json.loads(path.read_text())
         version = data["format_version"]

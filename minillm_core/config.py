@@ -32,6 +32,10 @@ FREE_TO_CHANGE = {
 """What a run may be resumed with another value of: no number logged before depends on it; data is known by its hash."""
 
 
+LARGEST_TABLE = 1 << 31
+"""Bytes of the rotary cosines and sines in float64, which are made for the whole context."""
+
+
 def _require(condition: bool, problem: str, **details: Any) -> None:
     if not condition:
         raise InputError(problem, **details)
@@ -112,6 +116,14 @@ class ModelConfig:
             "model.head_dim is not a positive even number",
             expected="even: rotary embeddings turn pairs of channels",
             found=self.resolved_head_dim,
+        )
+        table = 8 * self.context_length * self.resolved_head_dim
+        _require(
+            table <= LARGEST_TABLE,
+            "model.context_length is out of range",
+            expected=f"at most {LARGEST_TABLE // (8 * self.resolved_head_dim):,}",
+            found=f"{self.context_length:,}, a table of rotations of {table / 1e9:,.1f} GB",
+            do="take a shorter context: no weight depends on it",
         )
 
     @property

@@ -1,6 +1,7 @@
 """The exceptions that scripts end with, without a traceback: a user's mistake (exit code 2), a request to stop."""
 
 import signal
+from collections.abc import Sequence
 
 
 class InputError(ValueError):
@@ -23,6 +24,12 @@ class InputError(ValueError):
             if value is not None:
                 lines.append(f"  {label}: {value}")
         super().__init__("\n".join(lines))
+
+
+def listed(problem: str, items: Sequence[str], limit: int = 20) -> str:
+    """A problem and what it consists of, one a line, the first of them if there are many."""
+    more = [f"... and {len(items) - limit} more"] if len(items) > limit else []
+    return f"{problem}:\n  " + "\n  ".join([*items[:limit], *more])
 
 
 class Interrupted(Exception):  # noqa: N818 (not an error)

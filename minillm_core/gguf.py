@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from minillm_core.config import ModelConfig, RopeScaling
-from minillm_core.errors import InputError
+from minillm_core.errors import InputError, listed
 from minillm_core.gguf_file import GGUFFile, gguf_package, read_gguf
 from minillm_core.gguf_tokenizer import tokenizer_files
 from minillm_core.interchange import checked_weight, parts, rounded
@@ -122,11 +122,12 @@ def open_gguf(path: Path) -> GGUFCheckpoint:
     """
     if path.is_dir():
         found = ", ".join(sorted(file.name for file in path.glob("*.gguf"))[:8]) or None
-        raise InputError("a folder", expected="one .gguf file", found=found, where=path)
+        raise InputError("a folder", expected="one .gguf file", found=found, where=path, do="name the file")
     file = read_gguf(path)
     config = _read_config(file)
     if config.n_layers > len(file.tensors):  # before tables of that size are made
-        raise InputError("more layers than tensors", expected=f"{config.n_layers} layers", where=path)
+        do = "get the file again"
+        raise InputError("more layers than tensors", expected=f"{config.n_layers} layers", where=path, do=do)
     back = {gguf_name(name): name for name in param_table(config)}
     shapes = {back.get(name, name): tensor.shape for name, tensor in file.tensors.items() if name != FACTORS}
     check_shapes(config, shapes, path)
@@ -138,7 +139,8 @@ def _read_config(file: GGUFFile) -> ModelConfig:
     architecture, kind = (str(fields.get(f"general.{key}", "model"))[:60] for key in ("architecture", "type"))
     if (architecture, kind) != ("llama", "model"):
         found = f"general.architecture {architecture!r}, general.type {kind!r}"
-        raise InputError("not a model of the Llama architecture", expected="'llama'", found=found, where=file.path)
+        problem, do = "not a model of the Llama architecture", "only models of that architecture can be read"
+        raise InputError(problem, expected="'llama'", found=found, where=file.path, do=do)
     parts = fields.get("split.count", 1)
     if type(parts) is not int or parts > 1:
         found = f"{str(parts)[:20]} parts"
@@ -149,7 +151,7 @@ def _read_config(file: GGUFFile) -> ModelConfig:
     for key in sorted(given.keys() - READ):
         value = given[key]
         if not any(type(value) is type(off) and value == off for off in OFF.get(key, ())):
-            problems.append(f"llama.{key}: {str(value)[:60]} is not in this architecture")
+            problems.append(f"llama.{key[:60]}: {str(value)[:60]} is not in this architecture")
 
     def size(key: str, default: int = 0) -> int:
         value = given.get(key, default)
@@ -158,8 +160,11 @@ def _read_config(file: GGUFFile) -> ModelConfig:
             return 1
         return value
 
-    def number(key: str, default: float) -> float:
-        value = given.get(key, default)
+    def number(key: str, default: float, own: str) -> float:
+        value, exact = given.get(key, default), fields.get(f"minillm.{own}")
+        with np.errstate(over="ignore"):
+            if type(exact) is type(value) is float and np.float32(exact) == np.float32(value):
+                value = exact
         if type(value) is not float or not 0 < value < math.inf:
             problems.append(f"llama.{key}: expected a number above 0, found {str(value)[:60]}")
             return 1.0
@@ -171,11 +176,13 @@ def _read_config(file: GGUFFile) -> ModelConfig:
     for key in ("attention.value_length", "rope.dimension_count"):
         if size(key, head_dim) != head_dim:
             problems.append(f"llama.{key}: {given[key]}, but attention.key_length is {head_dim}")
-    theta, eps = number("rope.freq_base", 10_000.0), number("attention.layer_norm_rms_epsilon", math.nan)
+    theta = number("rope.freq_base", 10_000.0, "rope_theta")
+    eps = number("attention.layer_norm_rms_epsilon", math.nan, "norm_eps")
     n_kv_heads = size("attention.head_count_kv", n_heads)
     vocab_size = size("vocab_size", embedding.shape[0] if embedding else 0)
     if problems:
-        raise InputError("cannot be read as a Llama model:\n  " + "\n  ".join(problems), where=file.path)
+        do = "only models of the Llama architecture can be read"
+        raise InputError(listed("cannot be read as a Llama model", problems), where=file.path, do=do)
     init_std = fields.get("minillm.init_std")
     extra: dict[str, Any] = {"init_std": init_std} if type(init_std) is float and 0 < init_std < math.inf else {}
     try:
@@ -210,7 +217,8 @@ def _with_scaling(config: ModelConfig, file: GGUFFile) -> ModelConfig:
     shape = file.tensors[FACTORS].shape
     if shape != (config.resolved_head_dim // 2,):
         expected = (config.resolved_head_dim // 2,)
-        raise InputError(f"the shape of {FACTORS}", expected=expected, found=shape, where=file.path)
+        do = "get the file again"
+        raise InputError(f"the shape of {FACTORS}", expected=expected, found=shape, where=file.path, do=do)
     factors = file.read(FACTORS)
     own: list[Any] = [file.fields.get(f"minillm.rope_scaling.{name}") for name in SCALING]
     candidates = [RopeScaling(*own)] if [type(value) for value in own] == [float, float, float, int] else []
@@ -247,6 +255,9 @@ def config_fields(config: ModelConfig) -> dict[str, Any]:
         "llama.rope.dimension_count": config.resolved_head_dim,
         "llama.rope.freq_base": config.rope_theta,
         "llama.vocab_size": config.vocab_size,
+        # llama.cpp's are float32; ours are as they are
+        "minillm.rope_theta": config.rope_theta,
+        "minillm.norm_eps": config.norm_eps,
         "minillm.init_std": config.init_std,
     }
     if config.rope_scaling is not None:

@@ -21,6 +21,9 @@ from minillm_core.errors import InputError
 HEADER_BYTES = 1 << 26
 """The longest header that is read; a vocabulary of 256,000 tokens with its merges takes 15 MB."""
 
+LARGEST_COUNT = 1 << 16
+"""Of tensors or keys; 80 layers have 723 tensors."""
+
 SCALARS = {0: "u1", 1: "i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?", 10: "<u8", 11: "<i8", 12: "<f8"}
 STRING, ARRAY = 8, 9
 
@@ -84,7 +87,7 @@ def read_gguf(path: Path) -> GGUFFile:
         InputError: it is no GGUF file, or damaged, or has tensors of a type that cannot be dequantised.
     """
     if not path.is_file():
-        raise InputError("no such file", expected="a .gguf file", where=path)
+        raise InputError("no such file", expected="a .gguf file", where=path, do="check the path")
     try:
         with path.open("rb") as file:
             return _Header(file, path).read()
@@ -106,12 +109,17 @@ class _Header:
         self.file, self.path, self.at, self.size = file, path, 0, path.stat().st_size
 
     def read(self) -> GGUFFile:
-        if self.take(4) != b"GGUF":
-            raise InputError("not a GGUF file", expected="a file that begins with GGUF", where=self.path)
+        if self.size < 24 or (begin := self.take(4)) != b"GGUF":
+            found = f"{self.size} bytes" if self.size < 24 else f"a file that begins with {begin!r}"
+            expected, do = "a file that begins with GGUF", "give a .gguf file that is whole"
+            raise InputError("not a GGUF file", expected=expected, found=found, where=self.path, do=do)
         version, n_tensors, n_fields = self.unpack("<IQQ")
         if version not in (2, 3):
             found = "a big-endian file" if version & 0xFFFF == 0 else version
-            raise InputError("another version of GGUF", expected="2 or 3, little-endian", found=found, where=self.path)
+            expected, do = "2 or 3, little-endian", "convert the original model again with a current llama.cpp"
+            raise InputError("another version of GGUF", expected=expected, found=found, where=self.path, do=do)
+        if max(n_tensors, n_fields) > LARGEST_COUNT:
+            raise self.damage(f"{n_tensors} tensors and {n_fields} keys; no model has more than {LARGEST_COUNT}")
         fields: dict[str, Any] = {}
         for _ in range(n_fields):
             key = self.text()
@@ -148,7 +156,8 @@ class _Header:
         except (ValueError, KeyError, NotImplementedError) as error:
             expected = "F32, F16, BF16, or a quantised type that the `gguf` package can dequantise"
             found = f"{error} ({name[:60]})"
-            raise InputError("a tensor's type is not known", expected=expected, found=found, where=self.path) from error
+            problem, do = "a tensor's type is not known", "get the model in another quantisation"
+            raise InputError(problem, expected=expected, found=found, where=self.path, do=do) from error
         n_bytes, rest = divmod(math.prod(shape) * block_bytes, block)
         if 0 in shape or shape[-1] % block or rest:
             raise self.damage(f"a shape of {shape} of {name[:60]!r}, in blocks of {block}")
@@ -170,7 +179,9 @@ class _Header:
         if kind not in SCALARS:
             raise self.damage(f"a value of type {kind}")
         number = np.frombuffer(self.take(np.dtype(SCALARS[kind]).itemsize), SCALARS[kind])[0]
-        return float(str(number)) if kind == 6 else number.item()  # the decimal that was meant: 1e-6, not 9.99999997e-7
+        if kind == 6 and abs(number) < 1 << 24:  # the decimal that was meant: 1e-6, not 9.99999997e-7
+            return float(str(number))
+        return number.item()
 
     def text(self) -> str:
         return self.take(*self.unpack("<Q")).decode()

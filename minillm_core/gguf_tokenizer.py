@@ -10,11 +10,19 @@ from sentencepiece import sentencepiece_model_pb2
 
 from minillm_core.cli import say
 from minillm_core.errors import InputError
-from minillm_core.tokenizer import CHAT_TEMPLATE, GENERATION_CONFIG, Tokenizer
+from minillm_core.tokenizer import (
+    CHAT_TEMPLATE,
+    GENERATION_CONFIG,
+    TOKENIZER_CONFIG,
+    Tokenizer,
+    read_tokenizer_config,
+)
 from minillm_core.tokenizer_json import JsonTokenizer, bos_template
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 """Types of tokens, which GGUF has from SentencePiece."""
+
+AGAIN = "get the file again"
 
 NO_TOKENIZER = {"tokenizer.ggml.model": "no_vocab"}
 
@@ -53,7 +61,8 @@ def tokenizer_fields(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
         InputError: llama.cpp would give other ids, or a file beside the tokenizer is damaged.
     """
     if not tokenizer.fits(vocab_size):
-        raise InputError("the tokenizer is another model's", expected=vocab_size, found=tokenizer.vocab_size)
+        do = "put the model's own tokenizer files into its checkpoint"
+        raise InputError("the tokenizer is another model's", expected=vocab_size, found=tokenizer.vocab_size, do=do)
     make = _of_json if isinstance(tokenizer, JsonTokenizer) else _of_sentencepiece
     fields = {f"tokenizer.ggml.{key}": value for key, value in make(tokenizer, vocab_size).items()}
     more_ends = sorted(tokenizer.end_ids - {tokenizer.eos_id})
@@ -67,15 +76,16 @@ def tokenizer_fields(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
 
 def _chat_template(folder: Path) -> str | None:
     """The template beside a tokenizer: a file of its own, or in tokenizer_config.json, alone or as the default."""
-    file, settings = folder / CHAT_TEMPLATE, folder / "tokenizer_config.json"
+    file = folder / CHAT_TEMPLATE
     try:
         if file.is_file():
             return file.read_text()
-        found = json.loads(settings.read_text()).get("chat_template") if settings.is_file() else None
+        found = read_tokenizer_config(folder).get("chat_template")
         if isinstance(found, list):
             found = {item["name"]: item["template"] for item in found}.get("default")
-    except (ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
-        raise InputError("damaged chat template", found=repr(error)[:200], where=folder) from error
+    except (UnicodeDecodeError, AttributeError, KeyError, TypeError) as error:
+        do = f"get {CHAT_TEMPLATE} or {TOKENIZER_CONFIG} again"
+        raise InputError("damaged chat template", found=repr(error)[:200], where=folder, do=do) from error
     return found if isinstance(found, str) else None
 
 
@@ -100,7 +110,7 @@ def _of_sentencepiece(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
         "scores": [piece.score for piece in proto.pieces],
         "token_type": [piece.type for piece in proto.pieces],
         **{f"{name}_token_id": i for name, i in ids.items() if i >= 0},
-        "add_bos_token": tokenizer.bos_id >= 0,
+        "add_bos_token": tokenizer.adds_bos,
         "add_eos_token": False,
         "add_space_prefix": normalizer.add_dummy_prefix,
         "remove_extra_whitespaces": normalizer.remove_extra_whitespaces,
@@ -142,14 +152,18 @@ def _of_json(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
         "merges": [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]] or [""],
         "bos_token_id": tokenizer.bos_id,
         "eos_token_id": tokenizer.eos_id,
-        "add_bos_token": begin == [tokenizer.bos_id],
+        "add_bos_token": tokenizer.adds_bos,
         "add_eos_token": False,
     }
 
 
 def _refuse(problems: dict[str, bool], expected: str, where: Path) -> None:
     if found := ", ".join(problem for problem, is_there in problems.items() if is_there):
-        raise InputError("llama.cpp would not give this tokenizer's ids", expected=expected, found=found, where=where)
+        problem, do = (
+            "llama.cpp would not give this tokenizer's ids",
+            "tokenise elsewhere, and give llama.cpp token ids",
+        )
+        raise InputError(problem, expected=expected, found=found, where=where, do=do)
 
 
 def tokenizer_files(fields: dict[str, Any], where: Path) -> dict[str, bytes]:
@@ -162,20 +176,25 @@ def tokenizer_files(fields: dict[str, Any], where: Path) -> dict[str, bytes]:
     def get(key: str, kind: type, default: Any) -> Any:
         value = fields.get(f"tokenizer.ggml.{key}", default)
         if value is not default and type(value) is not kind:
-            raise InputError(f"damaged tokenizer: {key}", expected=kind.__name__, found=str(value)[:60], where=where)
+            expected, found = kind.__name__, str(value)[:60]
+            raise InputError(f"damaged tokenizer: {key}", expected=expected, found=found, where=where, do=AGAIN)
         return value
 
     model, tokens = get("model", str, "no_vocab"), get("tokens", list, [])
+    if get("add_eos_token", bool, False):
+        say("the file wants its end-of-document token after every text: what is to be continued gets none here")
     types = get("token_type", np.ndarray, np.full(len(tokens), NORMAL)).tolist()
     special = {name: get(f"{name}_token_id", int, -1) for name in ("bos", "eos", "unknown", "padding", "eot", "eom")}
     if model not in ("llama", "gpt2"):
         expected = "llama (SentencePiece BPE) or gpt2 (byte-level BPE)"
-        raise InputError("no tokenizer of a kind known here", expected=expected, found=model[:60], where=where)
+        problem, do = "no tokenizer of a kind known here", "import the Hugging Face checkpoint that it was made of"
+        raise InputError(problem, expected=expected, found=model[:60], where=where, do=do)
     if len(types) != len(tokens) or len(set(tokens)) != len(tokens) or max(special.values()) >= len(tokens):
         expected = "as many types as tokens, no token twice, and special ids below their number"
-        raise InputError("damaged tokenizer", expected=expected, where=where)
+        raise InputError("damaged tokenizer", expected=expected, where=where, do=AGAIN)
     if special["eos"] < 0:
-        raise InputError("no end-of-document token", expected="tokenizer.ggml.eos_token_id", where=where)
+        expected = "tokenizer.ggml.eos_token_id"
+        raise InputError("no end-of-document token", expected=expected, where=where, do=AGAIN)
     files = {}
     if isinstance(template := fields.get("tokenizer.chat_template"), str):
         files[CHAT_TEMPLATE] = template.encode()
@@ -185,19 +204,25 @@ def tokenizer_files(fields: dict[str, Any], where: Path) -> dict[str, bytes]:
     if model == "llama":
         scores = get("scores", np.ndarray, np.empty(0)).tolist()
         if len(scores) != len(tokens):
-            raise InputError("damaged tokenizer", expected="as many scores as tokens", where=where)
-        prefix, squeeze = get("add_space_prefix", bool, True), get("remove_extra_whitespaces", bool, False)
-        return files | {"tokenizer.model": _sentencepiece(tokens, scores, types, special, prefix, squeeze)}
+            raise InputError("damaged tokenizer", expected="as many scores as tokens", where=where, do=AGAIN)
+        prefix = get("add_space_prefix", bool, True)
+        if prefix and USER_DEFINED in types:
+            example = tokens[types.index(USER_DEFINED)]
+            say(f"after tokens such as {example[:60]!r} in a text llama.cpp puts a space: here none is put")
+        if not get("add_bos_token", bool, True):
+            files[TOKENIZER_CONFIG] = json.dumps({"add_bos_token": False}).encode()
+        return files | {"tokenizer.model": _sentencepiece(tokens, scores, types, special, prefix)}
     pre = get("pre", str, "missing")
     if ALIASES.get(pre, pre) not in PRE_TOKENIZERS:
         expected = ", ".join(PRE_TOKENIZERS)
-        raise InputError("a pre-tokenizer that is not known here", expected=expected, found=pre[:60], where=where)
-    merges = [merge.split(" ") for merge in get("merges", list, []) if merge]
+        problem, do = "a pre-tokenizer that is not known here", "import the Hugging Face checkpoint that it was made of"
+        raise InputError(problem, expected=expected, found=pre[:60], where=where, do=do)
+    merges = [merge.split(" ", 2) for merge in get("merges", list, []) if merge]
     if not all(len(merge) == 2 for merge in merges):
-        raise InputError("damaged tokenizer", expected="merges of two tokens", where=where)
+        raise InputError("damaged tokenizer", expected="merges of two tokens", where=where, do=AGAIN)
     add_bos = get("add_bos_token", bool, ALIASES.get(pre, pre) == "llama-bpe") and special["bos"] >= 0
     data, settings = _tokenizer_json(tokens, types, merges, ALIASES.get(pre, pre), special, add_bos)
-    files["tokenizer_config.json"] = json.dumps(settings).encode()
+    files[TOKENIZER_CONFIG] = json.dumps(settings).encode()
     return files | {"tokenizer.json": json.dumps(data).encode()}
 
 
@@ -207,19 +232,19 @@ def _sentencepiece(
     types: list[int],
     special: dict[str, int],
     add_space_prefix: bool,
-    remove_extra_whitespaces: bool,
 ) -> bytes:
     proto = _ModelProto()
     trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
     trainer.model_type, trainer.vocab_size = trainer.BPE, len(tokens)
     trainer.byte_fallback = BYTE in types
     normalizer.name = "identity"
-    normalizer.add_dummy_prefix, normalizer.remove_extra_whitespaces = add_space_prefix, remove_extra_whitespaces
+    # llama.cpp takes no spaces away, whatever its key of that says
+    normalizer.add_dummy_prefix, normalizer.remove_extra_whitespaces = add_space_prefix, False
     try:
         for token, score, kind in zip(tokens, scores, types, strict=True):
             proto.pieces.add(piece=token, score=score, type=kind)
     except (ValueError, TypeError) as error:  # an unknown type
-        raise InputError("damaged tokenizer", found=error) from error
+        raise InputError("damaged tokenizer", found=error, do=AGAIN) from error
     for ours, theirs in {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}.items():
         i = special[theirs]
         if theirs == "unknown" and i < 0 and UNKNOWN in types:
@@ -231,9 +256,10 @@ def _sentencepiece(
     try:
         made = sentencepiece.SentencePieceProcessor(model_proto=content)
     except RuntimeError as error:
-        raise InputError("damaged tokenizer", found=error) from error
+        raise InputError("damaged tokenizer", found=error, do=AGAIN) from error
     if (made.bos_id(), made.eos_id()) != (special["bos"], special["eos"]):
-        raise InputError("damaged tokenizer", expected="control tokens that begin and end a document", found=special)
+        expected = "control tokens that begin and end a document"
+        raise InputError("damaged tokenizer", expected=expected, found=special, do=AGAIN)
     return content
 
 

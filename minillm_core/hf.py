@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from minillm_core.config import ModelConfig, RopeScaling
-from minillm_core.errors import InputError
+from minillm_core.errors import InputError, listed
 from minillm_core.interchange import (
     DTYPES,
     checked_weight,
@@ -102,7 +102,8 @@ def from_hf_config(data: Any, where: object) -> ModelConfig:
         InputError: naming everything that is missing, mistyped, or not in this architecture.
     """
     if not isinstance(data, dict):
-        raise InputError("not a configuration", expected="a JSON object", found=type(data).__name__, where=where)
+        found, do = type(data).__name__, "get the file again"
+        raise InputError("not a configuration", expected="a JSON object", found=found, where=where, do=do)
     problems = [f"missing: {key}" for key in REQUIRED if key not in data]
     if data.get("model_type") != "llama":
         problems.append(f"model_type: expected 'llama', found {data.get('model_type')!r}")
@@ -112,7 +113,7 @@ def from_hf_config(data: Any, where: object) -> ModelConfig:
         value = data[key]
         all_full = key == "layer_types" and isinstance(value, list) and all(x == "full_attention" for x in value)
         if not (value is None or all_full or (value is False and key in OFF) or (value is True and key == "is_causal")):
-            problems.append(f"{key}: {str(data[key])[:60]} is not in this architecture")
+            problems.append(f"{key[:60]}: {str(data[key])[:60]} is not in this architecture")
     theta, scaling = _rope(data, problems)
 
     def number(key: str, default: Any, kind: type) -> Any:
@@ -143,7 +144,8 @@ def from_hf_config(data: Any, where: object) -> ModelConfig:
         "init_std": number("initializer_range", 0.02, float),
     }
     if problems:
-        raise InputError("cannot be read as a Llama model:\n  " + "\n  ".join(problems), where=where)
+        do = "only models of the Llama architecture can be read; correct config.json if it says otherwise of one"
+        raise InputError(listed("cannot be read as a Llama model", problems), where=where, do=do)
     try:
         return ModelConfig(**fields, rope_theta=theta, rope_scaling=scaling)
     except InputError as error:
@@ -231,16 +233,19 @@ def open_hf(folder: Path) -> HFCheckpoint:
     for path, expected in _shards(folder).items():
         found = safetensors_layout(path)
         if lost := (expected or set()) - found.keys():
-            raise InputError("a shard lacks tensors that the index says are in it", found=sorted(lost)[:5], where=path)
+            problem, do = "a shard lacks tensors that the index says are in it", "get the shard and the index again"
+            raise InputError(problem, found=sorted(lost)[:5], where=path, do=do)
         if expected is not None and (more := found.keys() - expected):
-            raise InputError("a shard has tensors that the index does not name", found=sorted(more)[:5], where=path)
+            problem, do = "a shard has tensors that the index does not name", "get the shard and the index again"
+            raise InputError(problem, found=sorted(more)[:5], where=path, do=do)
         for name in sorted(found):
             layout[name], files[name] = found[name], path
     if wrong := [f"{name}: {dtype}" for name, (_, dtype) in layout.items() if dtype not in DTYPES]:
         problem = "quantised or integer weights are not in this architecture:\n  " + "\n  ".join(wrong[:8])
         raise InputError(problem, expected=", ".join(DTYPES), where=folder, do="use the checkpoint's 16-bit original")
     if config.n_layers > len(layout):  # before tables of that size are made
-        raise InputError("more layers than tensors", expected=f"{config.n_layers} layers", where=folder)
+        do = "get config.json and the weights again, of one model"
+        raise InputError("more layers than tensors", expected=f"{config.n_layers} layers", where=folder, do=do)
     _drop_redundant(config, layout, files, folder)
     check_shapes(config, {name: shape for name, (shape, _) in layout.items()}, folder)
     return HFCheckpoint(folder, config, {name: files[name] for name in param_table(config)})
@@ -261,12 +266,13 @@ def _shards(folder: Path) -> dict[Path, set[str] | None]:
     data = _read_json(index)
     weight_map = data.get("weight_map") if isinstance(data, dict) else None
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-        raise InputError("damaged index", expected="weight_map: tensor -> file", where=index)
+        raise InputError("damaged index", expected="weight_map: tensor -> file", where=index, do="get the file again")
     by_file: dict[Path, set[str]] = {}
     for name, file in weight_map.items():
         if Path(file).name != file or not file.endswith(".safetensors"):
             expected = "names of *.safetensors files in this folder"
-            raise InputError("the index leads elsewhere", expected=expected, found=file, where=index)
+            do = "do not trust this checkpoint; get it again from its source"
+            raise InputError("the index leads elsewhere", expected=expected, found=file[:200], where=index, do=do)
         by_file.setdefault(folder / file, set()).add(name)
     if missing := [path.name for path in by_file if not path.is_file()]:
         raise InputError("missing shards", found=", ".join(missing), where=folder, do="download the rest")
@@ -300,7 +306,7 @@ def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text())
     except (ValueError, OSError, RecursionError) as error:
-        raise InputError("damaged JSON", found=repr(error)[:200], where=path) from error
+        raise InputError("damaged JSON", found=str(error)[:200], where=path, do="get the file again") from error
 
 
 def write_hf_weights(

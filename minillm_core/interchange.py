@@ -88,7 +88,7 @@ def read_tensor(path: Path, name: str) -> np.ndarray:
             start += len(rows)
         return array
     except (OSError, safetensors.SafetensorError) as error:
-        raise InputError("missing or damaged safetensors file", found=error, where=path) from error
+        raise _damaged(error, path) from error
 
 
 def checked_weight(array: np.ndarray, name: str, where: Path) -> np.ndarray:
@@ -130,4 +130,9 @@ def safetensors_layout(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
             return {name: (tuple(x.get_shape()), x.get_dtype()) for name, x in slices.items()}
     except (OSError, safetensors.SafetensorError) as error:
-        raise InputError("missing or damaged safetensors file", found=error, where=path) from error
+        raise _damaged(error, path) from error
+
+
+def _damaged(error: Exception, path: Path) -> InputError:
+    found = str(error)[:200]
+    return InputError("missing or damaged safetensors file", found=found, where=path, do="get the file again")

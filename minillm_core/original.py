@@ -108,9 +108,8 @@ def open_original(path: Path) -> OriginalCheckpoint:
         pickled = read_pickled(file)
         tensors, arguments = pickled.get("model"), pickled.get("model_args")
         if not isinstance(tensors, Mapping) or not all(isinstance(x, PickledTensor) for x in tensors.values()):
-            raise InputError(
-                "not the original's checkpoint", expected="a dict with 'model' and 'model_args'", where=file
-            )
+            expected, do = "a dict with 'model' and 'model_args'", "only the original's own checkpoints can be read"
+            raise InputError("not the original's checkpoint", expected=expected, where=file, do=do)
         shapes = {name: tensor.shape for name, tensor in tensors.items()}
         arguments = vars(arguments) if isinstance(arguments, _ModelArgs) else arguments
 
@@ -121,18 +120,21 @@ def open_original(path: Path) -> OriginalCheckpoint:
     prefix = "_orig_mod." if f"_orig_mod.{HEAD}" in shapes else ""  # of a compiled model
     config = _config(arguments, file)
     if config.n_layers > len(shapes):  # before tables of that size are made
-        raise InputError("more layers than tensors", expected=f"{config.n_layers} layers", where=file)
+        do = "get the file again"
+        raise InputError("more layers than tensors", expected=f"{config.n_layers} layers", where=file, do=do)
     shapes = {name.removeprefix(prefix): shape for name, shape in shapes.items()}
     back = {original_name(name): name for name in param_table(config)}
     constant = {name for name in (HEAD, ROTATIONS) if name in shapes}
     check_shapes(config, {back.get(n, n): shape for n, shape in shapes.items() if n not in constant}, file)
     if HEAD in constant and not np.array_equal(read(HEAD), read(original_name("model.embed_tokens.weight"))):
-        raise InputError("the head differs from the embedding, which the original ties", where=file)
+        do = "only the original's own checkpoints can be read"
+        raise InputError("the head differs from the embedding, which the original ties", where=file, do=do)
     if ROTATIONS in constant:
         angles = np.arange(config.context_length)[:, None] * inverse_frequencies(config)
         found = read(ROTATIONS)
         if found.shape != angles.shape or not np.allclose(found, np.exp(1j * angles), atol=2e-3):
-            raise InputError("the rotations are not the original's", found=ROTATIONS, where=file)
+            do = "only the original's own checkpoints can be read"
+            raise InputError("the rotations are not the original's", found=ROTATIONS, where=file, do=do)
     return OriginalCheckpoint(file.parent, config, read)
 
 
@@ -140,7 +142,8 @@ def _read_arguments(path: Path) -> Any:
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError, RecursionError) as error:
-        raise InputError("missing or damaged configuration", found=repr(error)[:200], where=path) from error
+        do = "put the original's config.json beside its model.safetensors"
+        raise InputError("missing or damaged configuration", found=str(error)[:200], where=path, do=do) from error
 
 
 def _config(arguments: Any, where: Path) -> ModelConfig:
@@ -148,7 +151,8 @@ def _config(arguments: Any, where: Path) -> ModelConfig:
     fields = ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of", "max_seq_len")
     values: list[Any] = [arguments.get(field) for field in fields] if isinstance(arguments, dict) else [None]
     if not all(type(value) is int and 0 < value < 1 << 24 for value in values):
-        raise InputError("not the original's model_args", expected=f"whole numbers {fields}", found=values, where=where)
+        expected, do = f"whole numbers {fields}", "only the original's own checkpoints can be read"
+        raise InputError("not the original's model_args", expected=expected, found=values, where=where, do=do)
     dim, n_layers, n_heads, n_kv_heads, vocab_size, multiple_of, max_seq_len = values
     return ModelConfig(
         vocab_size=vocab_size,
@@ -181,14 +185,14 @@ class PickledTensor:
             with zipfile.ZipFile(self.file) as archive:
                 data = np.frombuffer(archive.read(self.entry), numpy_dtype(self.dtype))
         except Exception as error:  # a damaged archive raises anything
-            raise InputError("missing or damaged checkpoint", found=repr(error)[:200], where=self.file) from error
+            problem, do = "missing or damaged checkpoint", "get the file again"
+            raise InputError(problem, found=repr(error)[:200], where=self.file, do=do) from error
         end = self.offset + math.prod(self.shape)
         contiguous = tuple(math.prod(self.shape[i + 1 :]) for i in range(len(self.shape)))
         if self.strides != contiguous or end > len(data):
-            expected = "a contiguous tensor inside its storage"
-            raise InputError(
-                "not a tensor as the original saves it", expected=expected, found=self.entry, where=self.file
-            )
+            problem, expected = "not a tensor as the original saves it", "a contiguous tensor inside its storage"
+            do = "get the file again"
+            raise InputError(problem, expected=expected, found=self.entry, where=self.file, do=do)
         return data[self.offset : end].reshape(self.shape)
 
 
@@ -296,12 +300,14 @@ def read_pickled(path: Path) -> dict[str, Any]:
         with zipfile.ZipFile(path) as archive:
             packed = [info.filename for info in archive.infolist() if info.compress_type != zipfile.ZIP_STORED]
             if packed:
-                raise InputError("a compressed file, which torch.save does not write", found=packed[0], where=path)
+                problem, do = "a compressed file, which torch.save does not write", "give the file as it was saved"
+                raise InputError(problem, found=packed[0], where=path, do=do)
             names = [name for name in archive.namelist() if name.endswith("/data.pkl")]
             root = names[0].removesuffix("data.pkl")
             entries = {name.removeprefix(root): name for name in archive.namelist() if name.startswith(root)}
             if "byteorder" in entries and archive.read(entries["byteorder"]) != b"little":
-                raise InputError("a file of a big-endian machine", where=path)
+                do = "save it again on a little-endian machine"
+                raise InputError("a file of a big-endian machine", where=path, do=do)
             with archive.open(names[0]) as data:
                 content = _Unpickler(data, path, entries).load()
     except InputError:
@@ -310,5 +316,6 @@ def read_pickled(path: Path) -> dict[str, Any]:
         do = "give the original's ckpt.pt, or the folder of its model.safetensors and config.json"
         raise InputError("missing or damaged checkpoint", found=repr(error)[:200], where=path, do=do) from error
     if not isinstance(content, dict):
-        raise InputError("not the original's checkpoint", expected="a dict", found=type(content).__name__, where=path)
+        found, do = type(content).__name__, "only the original's own checkpoints can be read"
+        raise InputError("not the original's checkpoint", expected="a dict", found=found, where=path, do=do)
     return content

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from minillm_core.config import ModelConfig
-from minillm_core.errors import InputError
+from minillm_core.errors import InputError, listed
 
 
 @dataclass(frozen=True)
@@ -117,8 +117,11 @@ def check_shapes(config: ModelConfig, shapes: Mapping[str, Iterable[int]], where
         elif tuple(shape) != table[name].shape:
             problems.append(f"shape: {name}: expected {table[name].shape}, found {tuple(shape)}")
     if problems:
-        raise InputError(
-            f"{len(problems)} tensor(s) do not fit the model:\n  " + "\n  ".join(problems),
-            where=where,
-            do="use the configuration this checkpoint was written with",
-        )
+        do = "use the configuration this checkpoint was written with"
+        first = next(iter(table))
+        prefix = next((name.removesuffix(first) for name in shapes if name.endswith(first)), "")
+        if prefix and all(name.startswith(prefix) for name in shapes):
+            do = f"every name begins with {prefix!r}, as a wrapper of the model adds it: save the model inside it"
+        elif not any(problem.startswith("shape") for problem in problems):
+            do = "give a checkpoint that has all tensors of the model, and no others"
+        raise InputError(listed(f"{len(problems)} tensor(s) do not fit the model", problems), where=where, do=do)

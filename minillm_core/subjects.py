@@ -104,13 +104,14 @@ def _kind_of(place: str) -> tuple[str, Path]:
         f"a run, a checkpoint, a Hugging Face folder, a file of another project; or KIND:PATH ({', '.join(KINDS)})"
     )
     if not path.exists():
-        raise InputError("no such checkpoint", expected=expected, where=path)
+        raise InputError("no such checkpoint", expected=expected, where=path, do="check the path")
     if (path / "checkpoint.json").is_file():
         return read_info(path).framework, path
     if trained := [name for name in FRAMEWORKS if checkpoint_steps(path / name / "checkpoints")]:
         if len(trained) > 1:
             expected = " or ".join(str(path / name) for name in trained)
-            raise InputError("the run has checkpoints of both frameworks", expected=expected, where=path)
+            problem, do = "the run has checkpoints of both frameworks", "name one of them"
+            raise InputError(problem, expected=expected, where=path, do=do)
         return trained[0], path
     if steps := checkpoint_steps(path / "checkpoints"):
         return read_info(path / "checkpoints" / str(steps[-1])).framework, path
@@ -124,4 +125,4 @@ def _kind_of(place: str) -> tuple[str, Path]:
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             model_type = None  # the opener says what is wrong
         return "minillm" if model_type == "mini-llm" else "hf", path
-    raise InputError("not a checkpoint", expected=expected, where=path)
+    raise InputError("not a checkpoint", expected=expected, where=path, do="check the path")

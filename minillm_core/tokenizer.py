@@ -13,11 +13,12 @@ from minillm_core.errors import InputError
 
 UNK_ID, BOS_ID, EOS_ID, PAD_ID = 0, 1, 2, 3
 
-GENERATION_CONFIG, CHAT_TEMPLATE = "generation_config.json", "chat_template.jinja"
+TOKENIZER_CONFIG, GENERATION_CONFIG = "tokenizer_config.json", "generation_config.json"
+CHAT_TEMPLATE = "chat_template.jinja"
 TOKENIZER_FILES = (
     "tokenizer.model",
     "tokenizer.json",
-    "tokenizer_config.json",
+    TOKENIZER_CONFIG,
     "special_tokens_map.json",
     GENERATION_CONFIG,
     CHAT_TEMPLATE,
@@ -30,6 +31,23 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
+
+
+def read_tokenizer_config(folder: Path) -> dict[str, Any]:
+    """tokenizer_config.json; empty if there is none.
+
+    Raises:
+        InputError: the file is damaged.
+    """
+    path = folder / TOKENIZER_CONFIG
+    try:
+        data: Any = json.loads(path.read_text()) if path.is_file() else {}
+        if not isinstance(data, dict):
+            raise ValueError(type(data).__name__)
+    except (ValueError, RecursionError) as error:
+        do = "get the file again, or remove it"
+        raise InputError("damaged file", expected="a JSON object", found=error, where=path, do=do) from error
+    return data
 
 
 def read_generation_config(folder: Path) -> dict[str, Any]:
@@ -46,7 +64,8 @@ def read_generation_config(folder: Path) -> dict[str, Any]:
             raise ValueError(f"eos_token_id: {ids!r}")
     except (ValueError, AttributeError, RecursionError) as error:
         expected = "a JSON object whose eos_token_id is an id, several, or null"
-        raise InputError("damaged file", expected=expected, found=error, where=path) from error
+        do = "get the file again, or remove it"
+        raise InputError("damaged file", expected=expected, found=error, where=path, do=do) from error
     return data
 
 
@@ -116,6 +135,7 @@ class Tokenizer:
         self.vocab_size: int = self._pieces.get_piece_size()
         self.bos_id: int = self._pieces.bos_id()
         self.eos_id: int = self._pieces.eos_id()
+        self.adds_bos = self.bos_id >= 0 and read_tokenizer_config(self.path.parent).get("add_bos_token") is not False
         self.end_ids = read_end_ids(self.path.parent, self.eos_id)
 
     def fits(self, vocab_size: int) -> bool:
@@ -123,8 +143,8 @@ class Tokenizer:
         return self.vocab_size == vocab_size
 
     def encode(self, text: str, *, bos: bool = False) -> list[int]:
-        """Token ids of a text, preceded by the begin-of-document token if `bos` and there is one."""
-        return [self.bos_id] * (bos and self.bos_id >= 0) + self._pieces.encode(text)
+        """Token ids of a text, preceded by the begin-of-document token if `bos` and this tokenizer adds one."""
+        return [self.bos_id] * (bos and self.adds_bos) + self._pieces.encode(text)
 
     def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
         return self._pieces.encode(list(texts), num_threads=-1)

@@ -5,14 +5,14 @@ A SentencePiece BPE model and the `tokenizer.json` made of it give the same ids 
 
 import contextlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from sentencepiece import sentencepiece_model_pb2
 
 from minillm_core.errors import InputError
-from minillm_core.tokenizer import Tokenizer, read_end_ids
+from minillm_core.tokenizer import TOKENIZER_CONFIG, Tokenizer, read_end_ids, read_tokenizer_config
 
 SPACE = "\u2581"
 
@@ -34,28 +34,38 @@ class JsonTokenizer(Tokenizer):
                 where=self.path,
                 do="pip install -c constraints.txt -e '.[hf]'",
             ) from error
-        try:
-            self._json = tokenizers.Tokenizer.from_str(self.path.read_text())
-            settings = json.loads((self.path.parent / "tokenizer_config.json").read_text())
-            bos, eos = (self._named(settings.get(key)) for key in ("bos_token", "eos_token"))
-        except Exception as error:  # the package raises bare Exceptions
-            raise InputError("missing or damaged tokenizer", found=error, where=self.path.parent) from error
+        with self._damage():
+            text = self.path.read_text()
+            _check_merges(json.loads(text)["model"])
+            self._json = tokenizers.Tokenizer.from_str(text)
+        settings = read_tokenizer_config(self.path.parent)
+        bos, eos = (self._named(settings.get(key)) for key in ("bos_token", "eos_token"))
         if eos is None:
-            expected = "an eos_token that is in tokenizer.json"
-            where = self.path.parent / "tokenizer_config.json"
-            raise InputError(
-                "no end-of-document token", expected=expected, found=settings.get("eos_token"), where=where
-            )
+            expected, found = "an eos_token that is in tokenizer.json", settings.get("eos_token")
+            where, do = self.path.parent / TOKENIZER_CONFIG, "name the token that ends a document there"
+            raise InputError("no end-of-document token", expected=expected, found=found, where=where, do=do)
         self._json.no_truncation()
         self._json.no_padding()
         self._json.encode_special_tokens = True  # text is text; a special token is given as an id
         self.vocab_size = max(self._json.get_vocab().values()) + 1
         self.bos_id, self.eos_id = eos if bos is None else bos, eos
         self.end_ids = read_end_ids(self.path.parent, eos)
+        self.adds_bos = self.encode("", bos=True) == [self.bos_id]
+
+    @contextlib.contextmanager
+    def _damage(self) -> Iterator[None]:
+        """Whatever the package raises is an InputError: bare Exceptions, and panics, which are BaseExceptions alone."""
+        try:
+            yield
+        except (KeyboardInterrupt, SystemExit, GeneratorExit):
+            raise
+        except BaseException as error:
+            do = "get tokenizer.json again"
+            raise InputError("missing or damaged tokenizer", found=str(error)[:200], where=self.path, do=do) from error
 
     def _named(self, token: Any) -> int | None:
-        content = token["content"] if isinstance(token, dict) else token
-        return None if content is None else self._json.token_to_id(content)
+        content = token.get("content") if isinstance(token, dict) else token
+        return self._json.token_to_id(content) if isinstance(content, str) else None
 
     def fits(self, vocab_size: int) -> bool:
         """Imported models pad their embedding with rows that no token uses."""
@@ -63,16 +73,27 @@ class JsonTokenizer(Tokenizer):
 
     def encode(self, text: str, *, bos: bool = False) -> list[int]:
         """Token ids of a text; `bos` adds what this tokenizer puts before a document, which may be nothing."""
-        ids: list[int] = self._json.encode(text, add_special_tokens=bos).ids
+        with self._damage():
+            ids: list[int] = self._json.encode(text, add_special_tokens=bos).ids
         return ids[:-1] if bos and ids[-1:] == [self.eos_id] else ids
 
     def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
-        return [encoding.ids for encoding in self._json.encode_batch(list(texts), add_special_tokens=False)]
+        with self._damage():
+            return [encoding.ids for encoding in self._json.encode_batch(list(texts), add_special_tokens=False)]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids; special tokens and padding rows are left out."""
-        text: str = self._json.decode([int(i) for i in ids if i < self.vocab_size], skip_special_tokens=True)
+        with self._damage():
+            text: str = self._json.decode([int(i) for i in ids if i < self.vocab_size], skip_special_tokens=True)
         return text
+
+
+def _check_merges(model: dict[str, Any]) -> None:
+    """The package cuts the prefix off the second half of a merge unseen: in a character that ends the process."""
+    if prefix := model.get("continuing_subword_prefix"):
+        for merge in model["merges"]:
+            if not (merge.split(" ", 1) if isinstance(merge, str) else merge)[1].startswith(prefix):
+                raise ValueError(f"{merge!r} goes on with a token that does not begin with {prefix!r}")
 
 
 def load_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:
@@ -104,7 +125,7 @@ def bos_template(token: str, id: int) -> dict[str, Any]:
     }
 
 
-def sentencepiece_to_json(path: Path) -> dict[str, Any] | None:
+def sentencepiece_to_json(path: Path, adds_bos: bool) -> dict[str, Any] | None:
     """The tokenizer.json of a SentencePiece model as `train_tokenizer` makes them, or as Llama 2's, which puts a space
     before every text; None for other kinds.
 
@@ -161,9 +182,7 @@ def sentencepiece_to_json(path: Path) -> dict[str, Any] | None:
         "added_tokens": added,
         "normalizer": spaces,
         "pre_tokenizer": None,
-        "post_processor": bos_template(proto.pieces[trainer.bos_id].piece, trainer.bos_id)
-        if trainer.bos_id >= 0
-        else None,
+        "post_processor": bos_template(proto.pieces[trainer.bos_id].piece, trainer.bos_id) if adds_bos else None,
         "decoder": {"type": "Sequence", "decoders": decoders},
         "model": {
             "type": "BPE",

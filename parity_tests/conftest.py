@@ -4,7 +4,7 @@ import math
 import os
 import signal
 
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's job in the background; its children would ignore Ctrl-C
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in the background of a shell: children would ignore it too
     signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the suite needs no GPU; scripts/benchmark.py compares on one
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")

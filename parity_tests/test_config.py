@@ -98,6 +98,7 @@ BAD_FIELDS = {
     "optim.beta2=1.0": r"optim\.beta2 is out of range",
     "optim.warmup_steps=100000": r"warmup_steps is more than train\.steps",
     "model.norm_eps=0.0": r"model\.norm_eps is out of range",
+    "model.context_length=10000000": r"(?s)model\.context_length is out of range.*shorter context",
 }
 
 

@@ -176,6 +176,22 @@ def test_every_configuration_comes_back(name: str, tmp_path: Path) -> None:
     }
 
 
+def test_numbers_that_float32_does_not_hold(tmp_path: Path) -> None:
+    """In a file of ours they are themselves. In another's theta is what llama.cpp computes with; and in one of ours
+    whose theta was changed later, that."""
+    config = replace(TINY, rope_theta=283461213.0, norm_eps=1.00000001e-6)
+    assert open_gguf(write(tmp_path / "ours.gguf", config, random_weights(TINY))).config.rope_theta == 283461213.0
+    assert open_gguf(tmp_path / "ours.gguf").config.norm_eps == 1.00000001e-6
+    content = (tmp_path / "ours.gguf").read_bytes()
+    (tmp_path / "theirs.gguf").write_bytes(content.replace(b"minillm.", b"someone."[:8]))
+    theirs = open_gguf(tmp_path / "theirs.gguf").config
+    assert (theirs.rope_theta, theirs.norm_eps) == (283461216.0, 1e-6)
+    key = content.index(b"llama.rope.freq_base") + len(b"llama.rope.freq_base") + 4
+    changed = content[:key] + np.float32(1e4).tobytes() + content[key + 4 :]
+    (tmp_path / "changed.gguf").write_bytes(changed)
+    assert open_gguf(tmp_path / "changed.gguf").config.rope_theta == 1e4
+
+
 @pytest.mark.parametrize("name", [name for name, config in CONFIGS.items() if config.rope_scaling is None])
 def test_transformers_reads_it(name: str, tmp_path: Path) -> None:
     """Its loader knows no `rope_freqs`."""

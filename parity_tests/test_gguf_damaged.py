@@ -85,8 +85,9 @@ def damaged(path: Path, fields: Fields, tensors: Tensors) -> Path:
 )
 def test_refused_by_name(fields: Fields, tensors: Tensors, named: str, tmp_path: Path) -> None:
     """And nothing is written."""
-    with pytest.raises(InputError, match=named):
+    with pytest.raises(InputError, match=named) as refused:
         import_checkpoint("gguf", damaged(tmp_path / "x.gguf", fields, tensors), tmp_path / "run", BACKENDS["torch"])
+    assert "what to do: " in str(refused.value)
     assert not (tmp_path / "run").exists()
 
 
@@ -113,12 +114,14 @@ def tensor(name: bytes, dims: tuple[int, ...], kind: int = 0, offset: int = 0) -
 
 
 HOSTILE = {
-    "empty": (b"", "damaged"),
+    "empty": (b"", "found: 0 bytes"),
     "no magic": (b"GGML" + bytes(60), "not a GGUF file"),
     "version": (header(version=4), "another version"),
     "big-endian": (b"GGUF" + struct.pack(">IQQ", 3, 0, 0), "big-endian"),
-    "2^63 keys": (header(n_fields=1 << 63), "ends after the file"),
-    "2^63 tensors": (header(n_tensors=1 << 63), "ends after the file"),
+    "2^63 keys": (header(n_fields=1 << 63), "no model has more"),
+    "2^63 tensors": (header(n_tensors=1 << 63), "no model has more"),
+    "2^16 keys": (header(n_fields=1 << 16), "ends after the file"),
+    "2^16 tensors": (header(n_tensors=1 << 16), "ends after the file"),
     "a long key": (header(struct.pack("<Q", 1 << 62), n_fields=1), "ends after the file"),
     "a long array": (header(text(b"a") + struct.pack("<IIQ", 9, 0, 1 << 60) + bytes(9), n_fields=1), "ends after"),
     "a long list": (header(text(b"a") + struct.pack("<IIQ", 9, 8, 1 << 60) + bytes(9), n_fields=1), "ends after"),
@@ -152,11 +155,25 @@ def test_hostile_headers(name: str, tmp_path: Path) -> None:
     (tmp_path / "x.gguf").write_bytes(content)
     tracemalloc.start()
     try:
-        with pytest.raises(InputError, match=named):
+        with pytest.raises(InputError, match=named) as refused:
             open_gguf(tmp_path / "x.gguf")
+        assert "what to do: " in str(refused.value)
         assert tracemalloc.get_traced_memory()[1] < 5_000_000
     finally:
         tracemalloc.stop()
+
+
+def test_many_things_wrong_are_a_short_message(tmp_path: Path) -> None:
+    """60,000 keys of the architecture that are not known; 60,000 tensors too many."""
+    keys = b"".join(text(f"llama.{i}{'x' * 900}".encode()) + struct.pack("<Ib", 1, 1) for i in range(60_000))
+    keys += text(b"general.architecture") + struct.pack("<I", 8) + text(b"llama")
+    (tmp_path / "keys.gguf").write_bytes(header(keys, n_fields=60_001))
+    many = {f"blk.{i}.x": np.zeros(1, np.float32) for i in range(60_000)}
+    damaged(tmp_path / "tensors.gguf", {}, many)
+    for name in ("keys", "tensors"):
+        with pytest.raises(InputError, match=r"\.\.\. and \d+ more") as refused:
+            open_gguf(tmp_path / f"{name}.gguf")
+        assert len(str(refused.value)) < 4000
 
 
 def test_other_paths(tmp_path: Path) -> None:

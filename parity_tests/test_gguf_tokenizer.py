@@ -85,6 +85,32 @@ def test_a_space_before_every_text(texts: list[str], tmp_path: Path) -> None:
     assert_same_ids(tokenizer, texts[-5000:], tmp_path / "made")
 
 
+@pytest.mark.parametrize("changes", [{"add_bos_token": False}, {"remove_extra_whitespaces": True}])
+def test_settings_of_a_file(changes: dict[str, bool], tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """Whether a text begins with the begin token; and one that llama.cpp does not heed."""
+    fields = tokenizer_fields(tokenizer, V) | {f"tokenizer.ggml.{key}": value for key, value in changes.items()}
+    write_gguf(tmp_path / "x.gguf", TINY, random_weights(TINY), "float32", fields)
+    open_gguf(tmp_path / "x.gguf").write_tokenizer(tmp_path)
+    llama, again = LlamaCpp(tmp_path / "x.gguf"), load_tokenizer(tmp_path, V)
+    for text in ("The Congress", "  two  spaces ", ""):
+        ids = again.encode(text, bos=True)
+        assert llama.tokenize(text, bos=True) == ids
+        assert ids[:1] == [1] or "add_bos_token" in changes
+    fields["tokenizer.ggml.remove_extra_whitespaces"] = False
+    assert tokenizer_fields(again, V) == fields
+
+
+def test_what_is_not_as_in_llama_cpp_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A space after symbols of the user, and a token that ends every text."""
+    changes = {"token_type": [2, 3, 3, 4, 1, 1], "add_eos_token": True}
+    fields = {f"tokenizer.ggml.{key}": value for key, value in (GOOD_LLAMA | changes).items()}
+    write_gguf(tmp_path / "x.gguf", TINY, random_weights(TINY), "float32", fields)
+    open_gguf(tmp_path / "x.gguf").write_tokenizer(tmp_path)
+    said = capsys.readouterr().err
+    assert "after tokens such as 'a' in a text llama.cpp puts a space" in said
+    assert "end-of-document token after every text" in said
+
+
 @pytest.mark.parametrize(
     ("settings", "named"),
     [
@@ -164,7 +190,7 @@ def test_ends_and_chat_template_go_along(in_settings: bool, tmp_path: Path) -> N
     (tmp_path / "tokenizer.json").write_text(json.dumps(data))
     for damaged in ("[]", '{"chat_template": [7]}', "{"):
         (tmp_path / "tokenizer_config.json").write_text(damaged)
-        with pytest.raises(InputError, match="damaged chat template"):
+        with pytest.raises(InputError, match=r"damaged (chat template|file)"):
             _chat_template(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
     if in_settings:
@@ -275,5 +301,5 @@ def test_damaged_tokenizers(good: dict[str, Any], change: dict[str, Any], named:
             open_gguf(file).write_tokenizer(tmp_path)
             assert load_tokenizer(tmp_path, 6).encode("ab")[-1] == 5
         else:
-            with pytest.raises(InputError, match=named):
+            with pytest.raises(InputError, match=rf"{named}(?s:.*)what to do: "):
                 open_gguf(file).write_tokenizer(tmp_path)

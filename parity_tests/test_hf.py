@@ -309,6 +309,10 @@ FREQUENCIES = "model.layers.0.self_attn.rotary_emb.inv_freq"
         (_edit(lambda tensors: tensors.pop(NORM)), NORM),
         (_set("model.layers.0.self_attn.q_proj.bias", torch.zeros(4)), "unexpected"),
         (_set(NORM, torch.zeros(3)), "shape"),
+        (
+            _edit(lambda t: [t.update({f"_orig_mod.{name}": t.pop(name)}) for name in list(t)]),
+            "begins with '_orig_mod.'",
+        ),
         (_set(NORM, torch.full((TINY.width,), torch.nan)), "not finite"),
         (_set(NORM, torch.zeros(TINY.width, dtype=torch.int8)), "quantised"),
         (_set("lm_head.weight", torch.zeros(TINY.vocab_size, TINY.width)), "head differs"),
@@ -320,8 +324,9 @@ def test_damaged_folders(damage: Callable[[Path], None], named: str, tmp_path: P
     folder, run = tmp_path / "hf", tmp_path / "run"
     save_llama(TINY, folder, torch.float32, shard="1GB")
     damage(folder)
-    with pytest.raises(InputError, match=named):
+    with pytest.raises(InputError, match=named) as refused:
         import_checkpoint("hf", folder, run, BACKENDS["torch"])
+    assert "what to do: " in str(refused.value)
     assert not run.exists()
 
 

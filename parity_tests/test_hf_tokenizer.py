@@ -52,7 +52,7 @@ HARD = [
 def test_tokenizer_json_is_the_tokenizer(tokenizer: Tokenizer, tmp_path: Path) -> None:
     """Every line of the default corpus, hard Unicode, text that looks like special tokens, and random characters: the
     same ids from SentencePiece, from `tokenizers` and from AutoTokenizer, and the same text back."""
-    data = sentencepiece_to_json(tokenizer.path)
+    data = sentencepiece_to_json(tokenizer.path, adds_bos=True)
     assert data is not None
     (tmp_path / "tokenizer.json").write_text(json.dumps(data))
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "split_special_tokens": True}
@@ -201,7 +201,7 @@ def test_a_space_before_a_continuation_stays(tmp_path: Path, corpus: Path) -> No
     ids = tokenizer.encode("the people of the")
     assert tokenizer.decode(ids) == "the people of the"
     assert tokenizer.decode_after(ids) == " the people of the"
-    assert sentencepiece_to_json(tokenizer.path) is None  # it also takes spaces away
+    assert sentencepiece_to_json(tokenizer.path, adds_bos=True) is None  # it also takes spaces away
 
 
 def test_llama_2s_kind_is_exported(tmp_path: Path, corpus: Path) -> None:
@@ -243,6 +243,57 @@ def test_without_a_begin_token(framework: str, tmp_path: Path, corpus: Path) -> 
     folder = export_hf(checkpoint, tmp_path / "out", BACKENDS[framework], "float32")
     assert json.loads((folder / "config.json").read_text())["bos_token_id"] is None
     assert AutoTokenizer.from_pretrained(folder)("the people").input_ids == ids
+
+
+def test_a_begin_token_that_is_not_added(tmp_path: Path, corpus: Path) -> None:
+    """There is one, but tokenizer_config.json says that texts do not begin with it."""
+    save_llama(TINY, tmp_path / "hf", torch.float32)
+    options = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
+    train(tmp_path / "hf", corpus, **options)
+    settings = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": False, "bos_token": "<s>", "eos_token": "</s>"}
+    (tmp_path / "hf" / "tokenizer_config.json").write_text(json.dumps(settings))
+    checkpoint = import_checkpoint("hf", tmp_path / "hf", tmp_path / "run", BACKENDS["torch"])
+    tokenizer = load_tokenizer(checkpoint, TINY.vocab_size)
+    assert tokenizer.bos_id == 1
+    folder = export_hf(checkpoint, tmp_path / "out", BACKENDS["torch"], "float32")
+    for text in ("the people", " x", ""):
+        ids = tokenizer.encode(text)
+        assert (
+            tokenizer.encode(text, bos=True) == ids == JsonTokenizer(folder / "tokenizer.json").encode(text, bos=True)
+        )
+        assert AutoTokenizer.from_pretrained(folder)(text).input_ids == ids
+    (tmp_path / "hf" / "tokenizer_config.json").write_text("[")
+    with pytest.raises(InputError, match=r"damaged file(?s:.*)tokenizer_config\.json"):
+        Tokenizer(tmp_path / "hf" / "tokenizer.model")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda data: data["model"].update(continuing_subword_prefix="##", merges=[["a", "\u0120\u00e9"]]),
+        lambda data: data["model"].update(continuing_subword_prefix="##", merges=["a b"]),
+        lambda data: data["post_processor"].update(special_tokens={}),
+        lambda data: data["post_processor"].update(single=[{"Sequence": {"id": "B", "type_id": 0}}]),
+        lambda data: data.update(normalizer={"type": "Precompiled", "precompiled_charsmap": "AAAA"}),
+        lambda data: data.update(pre_tokenizer={"type": "FixedLength", "length": 0}),
+        lambda data: data.update(model=7),
+        lambda data: data.update(decoder={"type": "Strip", "content": "e", "start": 0, "stop": 999}),
+    ],
+)
+def test_what_makes_the_package_panic(change: Any, tmp_path: Path) -> None:
+    """Its panics are no Exceptions, and one ends the process: an InputError, at the latest when it is used."""
+    byte_level(tmp_path, TINY.vocab_size)
+    data = json.loads((tmp_path / "tokenizer.json").read_text())
+    change(data)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(data))
+
+    def use() -> None:
+        tokenizer = JsonTokenizer(tmp_path / "tokenizer.json")
+        tokenizer.encode_many(["the people"])
+        tokenizer.decode(tokenizer.encode("the people"))
+
+    with pytest.raises(InputError, match=r"missing or damaged tokenizer(?s:.*)tokenizer\.json again"):
+        use()
 
 
 def test_ids_beyond_the_vocabulary_are_refused(tmp_path: Path) -> None:
