@@ -156,7 +156,7 @@ def test_tokens_are_those_of_a_plain_loop(penalty: float, float64: Tier, tokeniz
 
 @settings(max_examples=10, deadline=None)
 @given(
-    lengths=st.lists(st.integers(1, 60), min_size=1, max_size=6),
+    lengths=st.lists(st.sampled_from([1, 2, 7, 8, 41, 50]), min_size=5, max_size=6),  # each bucket is a compilation
     seed=st.integers(0, 1000),
     options=st.sampled_from([{"temperature": 0.0}, *OPTIONS]),
 )

@@ -208,7 +208,7 @@ def test_prepare_data_finds_it(home: Path) -> None:
 
 
 def test_plan(home: Path) -> None:
-    done = succeeds("plan", "mini-llm-50m", "llama-80b", cwd=home)
+    done = succeeds("plan", "mini-llm-50m", cwd=home)  # every preset: test_readme.py, test_params.py
     assert "50,049,408" in done.stdout
     assert "agree with: jax, torch" in done.stdout
 
