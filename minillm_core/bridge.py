@@ -17,6 +17,7 @@ from minillm_core.checkpoints import (
     LazyTensors,
     TrainingState,
     checkpoint_steps,
+    foreign_kind,
     read_info,
     verify_checkpoint,
 )
@@ -34,6 +35,8 @@ from minillm_core.rundir import open_run
 from minillm_core.tokenizer import (
     GENERATION_CONFIG,
     TOKENIZER_CONFIG,
+    TOKENIZER_JSON,
+    TOKENIZER_MODEL,
     Tokenizer,
     copy_tokenizer,
     read_generation_config,
@@ -61,6 +64,10 @@ def import_checkpoint(format: str, source: Path, run_dir: Path, backend: Backend
         InputError: the source is damaged or has what the architecture cannot express, or the run directory holds
             something else. Nothing is written then.
     """
+    kind = foreign_kind(source)
+    if kind not in (None, format) and (format, kind) != ("minillm", "hf"):  # the original's config.json may be bare
+        do = f"python scripts/convert.py '{kind}->{backend.FRAMEWORK}' {source} {run_dir}"
+        raise InputError("a checkpoint of another kind", expected=format, found=kind, where=source, do=do)
     opened = OPENERS[format](source)
     result = run_dir / backend.FRAMEWORK / "checkpoints" / "0"
     if checkpoint_steps(result.parent):
@@ -68,9 +75,13 @@ def import_checkpoint(format: str, source: Path, run_dir: Path, backend: Backend
     weights = dict(opened.tensors())
     with tempfile.TemporaryDirectory() as beside:
         folder = Path(beside)
+        generates = False
         try:
             opened.write_tokenizer(folder)
-            load_tokenizer(folder, opened.config.vocab_size)
+            tokenizer = load_tokenizer(folder, opened.config.vocab_size)
+            generates = True
+            if (folder / TOKENIZER_JSON).is_file() and (folder / TOKENIZER_MODEL).is_file():
+                say(f"of its two tokenizers {tokenizer.path.name} is used")
         except InputError as error:
             say(f"text cannot be generated from it, token ids can: {str(error).replace(beside, str(opened.folder))}")
         hashes = {path.name: hash_file(path) for path in sorted(folder.iterdir())} | {"weights": hash_arrays(weights)}
@@ -84,6 +95,9 @@ def import_checkpoint(format: str, source: Path, run_dir: Path, backend: Backend
 
             writer.save(CheckpointInfo(backend.FRAMEWORK, 0, 0, config, hashes, format), folder, start_payload)
     say(f"imported {source}: {len(weights)} weights, {count_params(opened.config):,} parameters")
+    say(f"compare: python scripts/parity.py {source} {result}")
+    if generates:
+        say(f"try: python scripts/generate.py {run_dir} --backend {backend.FRAMEWORK}")
     return result
 
 
@@ -138,6 +152,7 @@ def export_hf(checkpoint: Path, folder: Path, backend: Backend, dtype: str) -> P
         shutil.rmtree(beside, ignore_errors=True)
         raise
     say(f"exported {checkpoint}: {len(weights)} weights in {dtype}")
+    say(f"compare: python scripts/parity.py {checkpoint} {folder}")
     return folder
 
 
@@ -170,6 +185,7 @@ def export_gguf(checkpoint: Path, file: Path, backend: Backend, dtype: str) -> P
     if kept:
         say(f"rows that are no multiple of 32 do not fit q8_0: float16 in {len(kept)} matrices, as {kept[0]}")
     say(f"exported {checkpoint}: {len(weights)} weights in {dtype}")
+    say(f"compare: python scripts/parity.py {checkpoint} {file}")
     return file
 
 

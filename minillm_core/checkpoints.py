@@ -99,16 +99,16 @@ def find_checkpoint(path: str | Path, framework: str) -> Path:
                 break
         else:
             other = next(name for name in FRAMEWORKS if name != framework)
-            has_other = checkpoint_steps(path / other / "checkpoints")
-            raise InputError(
-                f"no {framework} checkpoint",
-                expected="a run, a run's framework folder, or one checkpoint folder",
-                found=f"only {other} checkpoints" if has_other else "no committed checkpoint",
-                where=path,
-                do=f"python scripts/convert.py '{other}->{framework}' {path}"
-                if has_other
-                else f"check the path, or train first: python scripts/train_{framework}.py",
-            )
+            expected = "a run, a run's framework folder, or one checkpoint folder"
+            found_there = "no committed checkpoint"
+            do = f"check the path, or train first: python scripts/train_{framework}.py"
+            if checkpoint_steps(path / other / "checkpoints"):
+                found_there = f"only {other} checkpoints"
+                do = f"python scripts/convert.py '{other}->{framework}' {path}"
+            elif (kind := foreign_kind(path)) is not None:
+                found_there = f"a checkpoint of the kind {kind}"
+                do = f"make it a run first: python scripts/convert.py '{kind}->{framework}' {path} RUN"
+            raise InputError(f"no {framework} checkpoint", expected=expected, found=found_there, where=path, do=do)
     info = read_info(found)
     if info.framework != framework:
         raise InputError(
@@ -154,6 +154,21 @@ def read_info(checkpoint: Path) -> CheckpointInfo:
         raise
     except (ValueError, KeyError, TypeError) as error:
         raise InputError("damaged checkpoint", found=repr(error), where=path, do="use another checkpoint") from error
+
+
+def foreign_kind(path: Path) -> str | None:
+    """Which other project's checkpoint seems to be at a path: `gguf`, `minillm`, `hf`, or none."""
+    if path.suffix == ".gguf":
+        return "gguf"
+    if path.suffix == ".pt" or (path / "ckpt.pt").is_file():
+        return "minillm"
+    if not (path / "config.json").is_file():
+        return None
+    try:
+        model_type = json.loads((path / "config.json").read_text())["model_type"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        model_type = None  # whoever reads it says what is wrong
+    return "minillm" if model_type == "mini-llm" else "hf"
 
 
 def verify_checkpoint(checkpoint: Path) -> None:

@@ -222,7 +222,9 @@ def _explain_weights(a: Subject, b: Subject) -> list[Finding]:
     if unknown:
         worst = max(unknown, key=lambda name: unknown[name])
         evidence = f"{_names(list(unknown))}; most in {worst}, by {unknown[worst]:.1e} of its norm"
-        says = "weights differ, and no known fault explains it: other weights, or other training steps"
+        says = "weights differ, and no known fault explains it"
+        if 2 * len(unknown) > len(a.weights):
+            says += ": other weights, or other training steps"
         findings.append(Finding("unknown", "B", "weights", says, evidence))
     return findings
 
@@ -239,6 +241,20 @@ def _forms(a: Subject, name: str, variants: Variants, theirs: np.ndarray) -> Ite
         other = re.sub(r"(?<=^model\.layers\.)\d+", str(layer), name)
         if other != name:
             yield "layer-order", "the layers are in another order", a.weights[other].astype(np.float64)
+    if right.shape == theirs.shape:
+        yield from _scaled_or_shifted(name, right.astype(np.float64), theirs)
+
+
+def _scaled_or_shifted(name: str, ours: np.ndarray, theirs: np.ndarray) -> Iterator[tuple[str, str, np.ndarray]]:
+    """A weight times the number that brings it nearest; rows of the vocabulary one further or one less far."""
+    ratio = float(np.vdot(ours, theirs) / max(np.vdot(ours, ours), np.finfo(np.float64).tiny))
+    if not abs(ratio - 1) <= NEAR:
+        yield "scale", f"{name.split('.')[-2]} is {ratio:.5g} times as large", ratio * ours
+    if name in (EMBEDDING, HEAD):
+        for step, edge in ((1, 0), (-1, -1)):
+            moved = np.roll(ours, step, axis=0)
+            moved[edge] = theirs[edge]
+            yield "row-order", f"the rows of the vocabulary are shifted by {step:+d}", moved
 
 
 def _rounding(ours: np.ndarray, theirs: np.ndarray, dtype: np.dtype) -> str | None:

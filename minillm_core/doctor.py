@@ -80,6 +80,8 @@ class Report:
     """The fields that differ."""
     logits: tuple[np.ndarray, np.ndarray] = field(repr=False)
     """A sample of both, for the plot."""
+    tokenizers: str = "not compared"
+    """Whether text becomes the same ids, in words; models are equal or not without it."""
 
 
 @np.errstate(invalid="ignore")  # a wrong model may give anything; NaN agrees with nothing

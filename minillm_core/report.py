@@ -106,7 +106,7 @@ def _numbers(report: Report) -> list[str]:
     if report.configuration:
         fields = (f"{key} {x} and {y}" for key, (x, y) in report.configuration.items())
         lines.append(f"configuration: {'; '.join(fields)}")
-    return lines
+    return [*lines, f"tokenizers: {report.tokenizers}"]
 
 
 def _place(finding: Finding) -> str:

@@ -1,9 +1,8 @@
 """Any checkpoint of any supported kind, opened so that it can be run and compared."""
 
 import contextlib
-import json
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from minillm_core.checkpoints import (
     Tensors,
     checkpoint_steps,
     find_checkpoint,
+    foreign_kind,
     read_info,
     verify_checkpoint,
 )
@@ -87,6 +87,20 @@ def open_subject(
     return Subject(kind, path, opened.config, weights, backend.FRAMEWORK, backend.trace, tokenizer)
 
 
+def compare_tokenizers(a: Subject, b: Subject, texts: Sequence[str]) -> str:
+    """Whether two models read text alike, in words: the ids of every text, its beginning, and what ends one."""
+    if a.tokenizer is None or b.tokenizer is None:
+        missing = " and ".join(name for name, subject in (("A", a), ("B", b)) if subject.tokenizer is None)
+        return f"not compared: none that can be used in {missing}"
+    for text in texts:
+        ours, theirs = (tokenizer.encode(text, bos=True) for tokenizer in (a.tokenizer, b.tokenizer))
+        if ours != theirs:
+            at = next((i for i, (x, y) in enumerate(zip(ours, theirs, strict=False)) if x != y), -1)
+            return f"differ: {text[:60]!r} has {len(ours)} and {len(theirs)} ids, {ours[at:][:5]} and {theirs[at:][:5]}"
+    ends = [sorted(tokenizer.end_ids) for tokenizer in (a.tokenizer, b.tokenizer)]
+    return "the same" if ends[0] == ends[1] else f"differ: texts end with {ends[0]} and {ends[1]}"
+
+
 def _tokenizer(folder: Path, config: ModelConfig) -> Tokenizer | None:
     try:
         return load_tokenizer(folder, config.vocab_size)
@@ -115,14 +129,6 @@ def _kind_of(place: str) -> tuple[str, Path]:
         return trained[0], path
     if steps := checkpoint_steps(path / "checkpoints"):
         return read_info(path / "checkpoints" / str(steps[-1])).framework, path
-    if path.suffix == ".pt" or (path / "ckpt.pt").is_file():
-        return "minillm", path
-    if path.suffix == ".gguf":
-        return "gguf", path
-    if (path / "config.json").is_file():
-        try:
-            model_type = json.loads((path / "config.json").read_text())["model_type"]
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
-            model_type = None  # the opener says what is wrong
-        return "minillm" if model_type == "mini-llm" else "hf", path
+    if (foreign := foreign_kind(path)) is not None:
+        return foreign, path
     raise InputError("not a checkpoint", expected=expected, where=path, do="check the path")

@@ -13,11 +13,12 @@ from minillm_core.errors import InputError
 
 UNK_ID, BOS_ID, EOS_ID, PAD_ID = 0, 1, 2, 3
 
+TOKENIZER_MODEL, TOKENIZER_JSON = "tokenizer.model", "tokenizer.json"
 TOKENIZER_CONFIG, GENERATION_CONFIG = "tokenizer_config.json", "generation_config.json"
 CHAT_TEMPLATE = "chat_template.jinja"
 TOKENIZER_FILES = (
-    "tokenizer.model",
-    "tokenizer.json",
+    TOKENIZER_MODEL,
+    TOKENIZER_JSON,
     TOKENIZER_CONFIG,
     "special_tokens_map.json",
     GENERATION_CONFIG,

@@ -82,8 +82,8 @@ def open_weights(checkpoint: Path, config: RunConfig) -> LazyTensors:
         InputError: the payload is missing or damaged, or does not fit `config`, every differing tensor named.
     """
     folder, paths = checkpoint.absolute() / "orbax" / "weights", param_paths(config.model)
-    with _damage_named(folder), ocp.PyTreeCheckpointer() as checkpointer:
-        saved = {path: entry.shape for path, entry in checkpointer.metadata(folder).item_metadata.tree.items()}
+    with _damage_named(folder):
+        saved = {path: entry.shape for path, entry in _saved_tree(folder).items()}
     shapes = {canonical_name(p): change_layout(p, np.broadcast_to(0, shape)).shape for p, shape in saved.items()}
     check_shapes(config.model, shapes, checkpoint)
 
@@ -109,8 +109,12 @@ def _restore(folder: Path, tree: Any = None) -> Any:
             (array,) = jax.tree.leaves(checkpointer.restore(folder, args=arguments))
             return array
 
-        tree = checkpointer.metadata(folder).item_metadata.tree if tree is None else tree
-        return jax.tree_util.tree_map_with_path(read, tree)
+        return jax.tree_util.tree_map_with_path(read, _saved_tree(folder) if tree is None else tree)
+
+
+def _saved_tree(folder: Path) -> Any:
+    """What there is of every array but its numbers. (A Checkpointer would look for a file of its own, and warn.)"""
+    return ocp.PyTreeCheckpointHandler().metadata(folder).tree
 
 
 @contextmanager

@@ -161,6 +161,8 @@ FILES: dict[str, tuple[str, str, Change]] = {
     "no rope_scaling": ("rope-scaling", "missing", config_changed(rope_scaling=None)),
     "other rope_scaling": ("rope-scaling", "factor=32", config_changed(rope_scaling=RopeScaling(32.0, 1.0, 4.0, 64))),
     "other heads": ("head-shape", "head_dim is 16", config_changed(n_heads=4, n_kv_heads=2, head_dim=16)),
+    "scale folded into q": ("scale", "q_proj is 0.35355", weights_changed("q_proj", lambda w: w * np.float32(H**-0.5))),
+    "tokens shifted": ("row-order", r"\+1", weights_changed("embed", lambda w: np.concatenate([w[:1], w[:-1]]))),
     "own head lost": ("tied-head", "is the embedding", tied),
 }
 # fmt: on

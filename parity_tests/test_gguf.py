@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 import minillm_core.gguf as ours
 from minillm_core.bridge import export_gguf, import_checkpoint
-from minillm_core.checkpoints import Tensors, read_info
+from minillm_core.checkpoints import Tensors, find_checkpoint, read_info
 from minillm_core.config import ModelConfig, RopeScaling
 from minillm_core.errors import InputError
 from minillm_core.gguf import gguf_name, open_gguf, write_gguf
@@ -299,9 +299,13 @@ def test_nothing_is_overwritten_or_left(
         export_gguf(checkpoint, file, BACKENDS["torch"], "float32")
     with pytest.raises(InputError, match="checkpoints of its own"):
         import_checkpoint("gguf", file, tmp_path / "run", BACKENDS["torch"])
+    with pytest.raises(InputError, match=r"another kind(?s:.*)'gguf->torch'"):
+        import_checkpoint("hf", file, tmp_path / "new", BACKENDS["torch"])
+    with pytest.raises(InputError, match=r"of the kind gguf(?s:.*)'gguf->jax' \S+ RUN"):
+        find_checkpoint(file, "jax")
     fails("gguf has no float64", "convert", "torch->gguf", str(tmp_path / "run"), "--dtype", "float64", cwd=tmp_path)
     fails("hf has no q8_0", "convert", "torch->hf", str(tmp_path / "run"), "--dtype", "q8_0", cwd=tmp_path)
-    fails("no paths", "convert", "gguf->torch", str(file), cwd=tmp_path)
+    fails("a path is missing.*no RUN", "convert", "gguf->torch", str(file), cwd=tmp_path)
 
 
 def test_commands(text_checkpoint: Callable[[str], Path], tmp_path: Path) -> None:

@@ -64,6 +64,7 @@ def test_every_kind_is_the_same_model(
     out = capsys.readouterr().out
     assert re.search(r"^EQUAL within", out, re.MULTILINE), out
     assert "2 rows of random ids, 1 of text" in out
+    assert "tokenizers: the same" in out
     assert "first divergence" not in out
 
 
@@ -150,6 +151,7 @@ def other_shapes(folder: Path) -> None:
         ("empty", "hf", {}, "not a checkpoint"),
         ("hf", "other", {}, "expected: n_layers 2"),
         ("hf", "torch", {"tokens": 1}, "too few tokens"),
+        ("hf", "torch", {"tokens": 20, "dtype": "bfloat16"}, "expected: 64 or more"),
     ],
 )
 def test_bad_input(
@@ -167,14 +169,28 @@ def test_bad_input(
         parity.main(a, b, **options)
 
 
-def test_a_model_without_a_tokenizer(
-    tmp_path: Path, home: Path, float64: Tier, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_model_without_a_tokenizer(tmp_path: Path, float64: Tier, capsys: pytest.CaptureFixture[str]) -> None:
     """Random ids alone, up to the smaller context."""
     config: ModelConfig = replace(TINY, context_length=64)
     tmp_path.joinpath("config.json").write_text(json.dumps(to_hf_config(config, "float32")))
-    write_hf_weights(tmp_path, config, random_weights(config), "float32")
+    write_hf_weights(tmp_path, config, random_weights(config, sharpness=1.0), "float32")
     assert exit_code(tmp_path, tmp_path) == 0
     captured = capsys.readouterr()
     assert "float64, 2 x 64 tokens: 2 rows of random ids, 0 of text" in captured.out
     assert "rows of 64 tokens" in captured.err
+    assert "tokenizers: not compared: none that can be used in A and B" in captured.out
+
+
+def test_other_tokenizers_are_named(
+    tmp_path: Path, home: Path, float64: Tier, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Equal models all the same: another piece, another end of a text."""
+    shutil.copytree(home / "hf", tmp_path / "hf")
+    content = (home / "hf" / "tokenizer.model").read_bytes()
+    (tmp_path / "hf" / "tokenizer.model").write_bytes(content.replace(b"\xe2\x96\x81the", b"\xe2\x96\x81zzz"))
+    assert exit_code(home / "hf", tmp_path / "hf") == 0
+    assert re.search("tokenizers: differ: .* ids, ", capsys.readouterr().out)
+    shutil.copyfile(home / "hf" / "tokenizer.model", tmp_path / "hf" / "tokenizer.model")
+    (tmp_path / "hf" / "generation_config.json").write_text('{"eos_token_id": [2, 5]}')
+    assert exit_code(home / "hf", tmp_path / "hf") == 0
+    assert "tokenizers: differ: texts end with [2] and [2, 5]" in capsys.readouterr().out

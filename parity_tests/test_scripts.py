@@ -165,7 +165,15 @@ def test_convert_without_paths_and_quotes(home: Path, tmp_path: Path) -> None:
         assert "quote it" in done.stderr
         assert "removed the empty file `jax`" in done.stderr
         assert ("already converted" in done.stderr) == again
+        assert done.stderr.endswith("runs/quickstart/jax/checkpoints/6\n"), "what stdout would have got"
         assert not (tmp_path / "jax").exists()
+    (tmp_path / "jax").write_text("notes")
+    os.utime(tmp_path / "jax", (1e9, 1e9))
+    done = subprocess.run(
+        command, shell=True, cwd=tmp_path, capture_output=True, text=True, env=environment(), check=True
+    )
+    assert "your file `jax` was there before" in done.stderr
+    assert (tmp_path / "jax").read_text() == ""
     assert_same_bits(payload(folder / "torch/checkpoints/6", "torch"), payload(folder / "jax/checkpoints/6", "jax"))
 
 

