@@ -100,7 +100,7 @@ def initial_or_newest(
     require_same_config(config, info.config, newest)
     if info.step < config.train.steps:
         say(f"resuming from {newest}")
-    saved = backend.read_payload(newest, config, moments=True)
+    saved = backend.read_payload(newest, config)
     if not saved.exp_avg:
         say("this checkpoint has no optimizer state: Adam's moments and its count start again at zero")
     return backend.import_state(config, saved, info.updates), info.step

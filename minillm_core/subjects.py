@@ -69,7 +69,7 @@ def open_subject(
         checkpoint = find_checkpoint(path, kind)
         verify_checkpoint(checkpoint)
         run_config = read_info(checkpoint).config
-        weights = backend.read_payload(checkpoint, run_config, moments=False).weights
+        weights = dict(backend.open_weights(checkpoint, run_config))
         tokenizer = _tokenizer(checkpoint, run_config.model)
         return Subject(kind, checkpoint, run_config.model, weights, kind, backend.trace, tokenizer)
     opened = OPENERS[kind](path)

@@ -60,15 +60,15 @@ def _start(
     return checkpointer.close
 
 
-def read_payload(checkpoint: Path, config: RunConfig, *, moments: bool) -> TrainingState:
-    """A checkpoint's tensors, framework-free; the moments only if asked for and there.
+def read_payload(checkpoint: Path, config: RunConfig) -> TrainingState:
+    """A checkpoint's tensors, framework-free; of an imported one there are no moments.
 
     Raises:
         InputError: the payload is missing or damaged, or does not fit `config`, every differing tensor named.
     """
     folder = checkpoint.absolute() / "orbax"
     weights = to_canonical(config.model, _restore(folder / "weights"))
-    if not moments or not (folder / "optimizer").is_dir():
+    if not (folder / "optimizer").is_dir():
         return TrainingState(weights, {}, {})
     adam = _restore(folder / "optimizer")
     exp_avg, exp_avg_sq = (to_canonical(config.model, adam[name]) for name in ("exp_avg", "exp_avg_sq"))
@@ -141,6 +141,6 @@ def load(path: str | Path, dtype: str = "float32") -> MiniLLM:
     checkpoint = find_checkpoint(path, FRAMEWORK)
     verify_checkpoint(checkpoint)
     config = read_info(checkpoint).config
-    weights = read_payload(checkpoint, config, moments=False).weights
+    weights = dict(open_weights(checkpoint, config))
     compute_dtype = resolve_dtype(dtype)
     return build_model(config.model, weights, param_dtype=compute_dtype, compute_dtype=compute_dtype)

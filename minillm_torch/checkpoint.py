@@ -39,14 +39,14 @@ def write_payload(folder: Path, config: RunConfig, state: TrainingState) -> None
         write_safetensors(folder / "optimizer.safetensors", moments)
 
 
-def read_payload(checkpoint: Path, config: RunConfig, *, moments: bool) -> TrainingState:
-    """A checkpoint's tensors, framework-free; the moments only if asked for and there.
+def read_payload(checkpoint: Path, config: RunConfig) -> TrainingState:
+    """A checkpoint's tensors, framework-free; of an imported one there are no moments.
 
     Raises:
         InputError: the payload is missing or damaged, or does not fit `config`, every differing tensor named.
     """
     state = TrainingState(dict(read_safetensors(checkpoint / "model.safetensors")), {}, {})
-    if moments and (checkpoint / "optimizer.safetensors").is_file():
+    if (checkpoint / "optimizer.safetensors").is_file():
         groups = {"exp_avg": state.exp_avg, "exp_avg_sq": state.exp_avg_sq}
         for key, array in read_safetensors(checkpoint / "optimizer.safetensors"):
             group, _, name = key.partition(".")
@@ -82,7 +82,7 @@ def load(path: str | Path, dtype: str = "float32") -> MiniLLM:
     checkpoint = find_checkpoint(path, FRAMEWORK)
     verify_checkpoint(checkpoint)
     config = read_info(checkpoint).config
-    weights = read_payload(checkpoint, config, moments=False).weights
+    weights = dict(open_weights(checkpoint, config))
     compute_dtype = resolve_dtype(dtype)
     model = build_model(
         config.model, weights, param_dtype=compute_dtype, compute_dtype=compute_dtype, device=default_device()

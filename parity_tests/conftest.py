@@ -280,7 +280,7 @@ def losses_of(run: Path, framework: str) -> np.ndarray:
 
 def state_at(run: Path, framework: str, step: int) -> TrainingState:
     checkpoint = run / framework / "checkpoints" / str(step)
-    return BACKENDS[framework].read_payload(checkpoint, read_info(checkpoint).config, moments=True)
+    return BACKENDS[framework].read_payload(checkpoint, read_info(checkpoint).config)
 
 
 def assert_same_bits(ours: TrainingState, theirs: TrainingState) -> None:

@@ -126,7 +126,7 @@ def test_run_against_an_independent_one(
     for row, ours in zip(rows, expected_rows, strict=True):
         for name, value in ours.items():
             assert row[name] == pytest.approx(value, rel=1e-5), f"step {row['step']} {row['split']} {name}"
-    final = BACKENDS[framework].read_payload(checkpoint, config, moments=False).weights
+    final = BACKENDS[framework].read_payload(checkpoint, config).weights
     for name, array in final.items():
         assert np.abs(array - weights[name].numpy()).max() <= 1e-4, name
 

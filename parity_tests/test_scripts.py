@@ -123,7 +123,7 @@ def test_second_run_finds_the_first(home: Path, framework: str) -> None:
 
 
 def payload(checkpoint: Path, framework: str) -> TrainingState:
-    return BACKENDS[framework].read_payload(checkpoint, read_info(checkpoint).config, moments=True)
+    return BACKENDS[framework].read_payload(checkpoint, read_info(checkpoint).config)
 
 
 @pytest.mark.parametrize(("source", "target"), [("torch", "jax"), ("jax", "torch")])
@@ -280,7 +280,7 @@ def test_checkpoint_of_another_shape(home: Path, framework: str, tmp_path: Path)
     wrong["model"] |= {"hidden": 80, "n_layers": 3}
     with pytest.raises(InputError) as error:
         BACKENDS[framework].read_payload(
-            home / "runs/tiny" / framework / "checkpoints/6", run_config_from_dict(wrong, "test"), moments=False
+            home / "runs/tiny" / framework / "checkpoints/6", run_config_from_dict(wrong, "test")
         )
     assert "15 tensor(s) do not fit" in str(error.value)
     assert "model.layers.1.mlp.down_proj.weight: expected (48, 80), found (48, 96)" in str(error.value)

@@ -141,7 +141,7 @@ def convert(source: str, target: str, source_path: str, destination: str | None)
     checkpoint = find_checkpoint(source_path, source)
     verify_checkpoint(checkpoint)
     info = read_info(checkpoint)
-    state = reader.read_payload(checkpoint, info.config, moments=True)
+    state = reader.read_payload(checkpoint, info.config)
     run_dir = Path(destination) if destination else default_destination(checkpoint, source, target)
     with open_run(run_dir, info.config, checkpoint, info.data_hashes, info.config.train.compute_dtype):
         result = write(writer, run_dir / target, checkpoint, info, state)
@@ -204,7 +204,7 @@ def holds_copies(folder: Path) -> bool:
 
 
 def same_tensors(backend: Backend, checkpoint: Path, state: TrainingState) -> bool:
-    found = backend.read_payload(checkpoint, read_info(checkpoint).config, moments=True)
+    found = backend.read_payload(checkpoint, read_info(checkpoint).config)
     return all(
         ours.keys() == theirs.keys() and all(ours[name].tobytes() == theirs[name].tobytes() for name in ours)
         for ours, theirs in (
