@@ -3,7 +3,8 @@
 core's checkpoints.py commits, lists and verifies; here tensors are written and read.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore
 
 from minillm_core.checkpoints import LazyTensors, TrainingState, find_checkpoint, read_info, verify_checkpoint
 from minillm_core.config import RunConfig
@@ -22,8 +24,8 @@ from minillm_jax.weights import build_model, canonical_name, change_layout, para
 
 FRAMEWORK = "jax"
 
-FILE_BYTES = 1 << 24
-"""After so much Orbax begins another file; by default it gathers 2 GB in memory first."""
+FILE_BYTES, CHUNK_BYTES = 1 << 24, 1 << 22
+"""After so much Orbax begins another file (by default it gathers 2 GB in memory first), another chunk of an array."""
 
 _TYPE_HANDLERS = ocp.type_handlers.create_type_handler_registry(
     (jax.Array, ocp.type_handlers.ArrayHandler()),
@@ -53,7 +55,14 @@ def _start(
     trees = {"weights": dict(weights)}
     if exp_avg:
         trees["optimizer"] = {"exp_avg": dict(exp_avg), "exp_avg_sq": dict(exp_avg_sq)}
-    items = {name: ocp.args.PyTreeSave(tree, ocdbt_target_data_file_size=FILE_BYTES) for name, tree in trees.items()}
+    items = {
+        name: ocp.args.PyTreeSave(
+            tree,
+            save_args=jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), tree),
+            ocdbt_target_data_file_size=FILE_BYTES,
+        )
+        for name, tree in trees.items()
+    }
     handlers = {name: ocp.PyTreeCheckpointHandler(type_handler_registry=_TYPE_HANDLERS) for name in items}
     checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(**handlers))
     checkpointer.save(folder.absolute() / "orbax", args=ocp.args.Composite(**items))
@@ -88,28 +97,32 @@ def open_weights(checkpoint: Path, config: RunConfig) -> LazyTensors:
     check_shapes(config.model, shapes, checkpoint)
 
     def read(name: str) -> np.ndarray:
-        return change_layout(paths[name], _restore(folder, {paths[name]: 0})[paths[name]])
+        with _damage_named(folder):
+            return change_layout(paths[name], _read(folder, paths[name]))
 
     return LazyTensors(paths, read)
 
 
-def _restore(folder: Path, tree: Any = None) -> Any:
-    """A saved pytree, or what another one names of it, as numpy arrays, whatever devices it was saved from.
+def _restore(folder: Path) -> Any:
+    """A saved pytree as numpy arrays, whatever devices it was saved from."""
+    with _damage_named(folder):
+        return jax.tree_util.tree_map_with_path(
+            lambda path, _: _read(folder, ".".join(entry.key for entry in path)), _saved_tree(folder)
+        )
 
-    One array at a time: reading all at once Orbax leaves the heap in pieces, half as large again.
-    """
-    with _damage_named(folder), ocp.PyTreeCheckpointer() as checkpointer:
 
-        def read(path: Sequence[Any], _: Any) -> np.ndarray:
-            item: Any = 0
-            for key in reversed(path):
-                item = {key.key: item}
-            restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
-            arguments = ocp.args.PyTreeRestore(item=item, restore_args=restore_args, partial_restore=True)
-            (array,) = jax.tree.leaves(checkpointer.restore(folder, args=arguments))
-            return array
-
-        return jax.tree_util.tree_map_with_path(read, _saved_tree(folder) if tree is None else tree)
+def _read(folder: Path, name: str) -> np.ndarray:
+    """One array of a saved pytree, a chunk at a time: Orbax has all chunks under way at once, and half an array more
+    in memory."""
+    kvstore = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{folder}/"}, "path": f"{name}/"}
+    spec = {"driver": "zarr", "kvstore": kvstore, "fill_missing_data_reads": False}
+    stored: Any = tensorstore.open(spec, open=True, read=True).result()
+    array = np.empty(stored.shape, stored.dtype.numpy_dtype)
+    grid = list(zip(stored.shape, stored.chunk_layout.read_chunk.shape, strict=True))
+    for corner in itertools.product(*(range(0, size, step) for size, step in grid)):
+        chunk = tuple(slice(at, min(at + step, size)) for at, (size, step) in zip(corner, grid, strict=True))
+        array[chunk] = stored[chunk].read().result()
+    return array
 
 
 def _saved_tree(folder: Path) -> Any:

@@ -80,7 +80,7 @@ def convert_all(home: Path, config: ModelConfig) -> dict[str, int]:
 @pytest.mark.long
 def test_memory(tmp_path: Path) -> None:
     """Beyond what the same command takes for a model without layers to speak of: into a framework at most 1.3 float32
-    models, out of it two of the largest tensor (measured: torch 1.24, JAX 1.34 to 1.72)."""
+    models, out of it 1.3 of the largest tensor (measured: 1.02 to 1.19, 1.14 to 1.24)."""
     (tmp_path / "small").mkdir()
     (tmp_path / "large").mkdir()
     small = convert_all(tmp_path / "small", replace(LARGE, vocab_size=64, width=64, n_layers=1, hidden=64))
@@ -92,7 +92,7 @@ def test_memory(tmp_path: Path) -> None:
         print(f"{direction}: {taken / model:.2f} models, {taken / tensor:.2f} of the largest tensor")
     for direction, peak in large.items():
         target = direction.partition("->")[2]
-        assert peak - small[direction] <= (1.3 * model if target in FRAMEWORKS else 2 * tensor), direction
+        assert peak - small[direction] <= 1.3 * (model if target in FRAMEWORKS else tensor), direction
 
 
 @pytest.mark.faults
