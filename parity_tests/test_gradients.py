@@ -13,7 +13,7 @@ import torch
 import minillm_jax
 import minillm_torch
 from minillm_core.checkpoints import TrainingState
-from minillm_core.config import ModelConfig, OptimConfig, RunConfig
+from minillm_core.config import OptimConfig, RunConfig
 from minillm_core.params import init_params
 from minillm_core.schedule import learning_rate
 from minillm_jax import weights as jax_weights
@@ -101,9 +101,10 @@ def run_both(
     return results
 
 
-@pytest.mark.parametrize("grad_clip", [0.1, 1e6], ids=["clipped", "unclipped"])
-def test_one_update(config: ModelConfig, tier: Tier, grad_clip: float) -> None:
+@pytest.mark.parametrize(("name", "grad_clip"), [*((name, 0.1) for name in MODELS), ("gqa", 1e6)])
+def test_one_update(name: str, tier: Tier, grad_clip: float) -> None:
     """Both moments and the new weights after one update, and the update against AdamW written out in numpy."""
+    config = MODELS[name]
     optim = OptimConfig(RATE, RATE, 0, weight_decay=0.3, beta1=0.8, beta2=0.9, eps=1e-4, grad_clip=grad_clip)
     run = run_config(config, optim=optim, seq_len=48, batch_size=2)
     weights = random_weights(config)
