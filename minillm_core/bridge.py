@@ -1,6 +1,7 @@
 """Checkpoints of others made into runs, and checkpoints of runs made into folders that others read."""
 
 import json
+import shlex
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -18,13 +19,14 @@ from minillm_core.checkpoints import (
     TrainingState,
     checkpoint_steps,
     foreign_kind,
+    payload_bytes,
     read_info,
     verify_checkpoint,
 )
 from minillm_core.cli import say
 from minillm_core.config import ModelConfig, RunConfig, dump_config, load_config
 from minillm_core.errors import InputError
-from minillm_core.files import commit_folder, flush, hash_arrays, hash_file, make_folder
+from minillm_core.files import hash_arrays, hash_file, refuse_existing, written_aside
 from minillm_core.gguf import GGUFCheckpoint, open_gguf, write_gguf
 from minillm_core.gguf_tokenizer import NO_TOKENIZER, tokenizer_fields
 from minillm_core.hf import HFCheckpoint, open_hf, to_hf_config, write_hf_weights
@@ -35,14 +37,13 @@ from minillm_core.rundir import open_run
 from minillm_core.tokenizer import (
     GENERATION_CONFIG,
     TOKENIZER_CONFIG,
-    TOKENIZER_JSON,
     TOKENIZER_MODEL,
     Tokenizer,
     copy_tokenizer,
     read_generation_config,
     read_tokenizer_config,
 )
-from minillm_core.tokenizer_json import load_tokenizer, sentencepiece_to_json
+from minillm_core.tokenizer_json import contradicting, load_tokenizer, sentencepiece_to_json, special_tokens
 
 OPENERS: dict[str, Callable[[Path], HFCheckpoint | OriginalCheckpoint | GGUFCheckpoint]] = {
     "hf": open_hf,
@@ -78,13 +79,16 @@ def import_checkpoint(format: str, source: Path, run_dir: Path, backend: Backend
         generates = False
         try:
             opened.write_tokenizer(folder)
+            if contradicting(folder):
+                say("its tokenizer.json and tokenizer.model give other ids: the first is taken, as transformers does")
+                (folder / TOKENIZER_MODEL).unlink()
             tokenizer = load_tokenizer(folder, opened.config.vocab_size)
-            generates = True
-            if (folder / TOKENIZER_JSON).is_file() and (folder / TOKENIZER_MODEL).is_file():
-                say(f"of its two tokenizers {tokenizer.path.name} is used")
+            generates = tokenizer.fits(opened.config.vocab_size)
         except InputError as error:
             say(f"text cannot be generated from it, token ids can: {str(error).replace(beside, str(opened.folder))}")
-        hashes = {path.name: hash_file(path) for path in sorted(folder.iterdir())} | {"weights": hash_arrays(weights)}
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        hashes = {path.relative_to(folder).as_posix(): hash_file(path) for path in files}
+        hashes["weights"] = hash_arrays(weights)
         with (
             open_run(run_dir, _run_config(opened.config, run_dir), folder, hashes, "float32") as config,
             CheckpointWriter(result.parent) as writer,
@@ -93,11 +97,13 @@ def import_checkpoint(format: str, source: Path, run_dir: Path, backend: Backend
             def start_payload(partial_folder: Path) -> Callable[[], None]:
                 return partial(backend.write_payload, partial_folder, config, TrainingState(weights, {}, {}))
 
-            writer.save(CheckpointInfo(backend.FRAMEWORK, 0, 0, config, hashes, format), folder, start_payload)
+            info, n_bytes = CheckpointInfo(backend.FRAMEWORK, 0, 0, config, hashes, format), payload_bytes(weights)
+            writer.save(info, folder, start_payload, n_bytes=n_bytes)
     say(f"imported {source}: {len(weights)} weights, {count_params(opened.config):,} parameters")
-    say(f"compare: python scripts/parity.py {source} {result}")
+    place = shlex.quote(str(source) if kind == format else f"{format}:{source}")
+    say(f"compare: python scripts/parity.py {place} {shlex.quote(str(result))}")
     if generates:
-        say(f"try: python scripts/generate.py {run_dir} --backend {backend.FRAMEWORK}")
+        say(f"try: python scripts/generate.py {shlex.quote(str(run_dir))} --backend {backend.FRAMEWORK}")
     return result
 
 
@@ -110,8 +116,7 @@ def _run_config(model: ModelConfig, run_dir: Path) -> RunConfig:
 
 def _open_export(checkpoint: Path, destination: Path, backend: Backend) -> tuple[CheckpointInfo, LazyTensors]:
     """A checkpoint that is whole, for a destination that does not exist yet."""
-    if destination.exists():
-        raise InputError("the destination exists", where=destination, do="give another name, or remove it")
+    refuse_existing(destination)
     verify_checkpoint(checkpoint)
     info = read_info(checkpoint)
     return info, backend.open_weights(checkpoint, info.config)
@@ -128,10 +133,8 @@ def export_hf(checkpoint: Path, folder: Path, backend: Backend, dtype: str) -> P
     """
     info, weights = _open_export(checkpoint, folder, backend)
     model = info.config.model
-    beside = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(beside, ignore_errors=True)
-    make_folder(beside)
-    try:
+    with written_aside(folder) as beside:
+        beside.mkdir()
         write_hf_weights(beside, model, weights, dtype)
         copy_tokenizer(checkpoint, beside)
         ids: dict[str, Any] = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
@@ -147,12 +150,7 @@ def export_hf(checkpoint: Path, folder: Path, backend: Backend, dtype: str) -> P
         if curve.is_file():
             shutil.copyfile(curve, beside / "loss.png")
         (beside / "README.md").write_text(_model_card(checkpoint, info, dtype, curve.is_file()))
-        commit_folder(beside, folder)
-    except BaseException:
-        shutil.rmtree(beside, ignore_errors=True)
-        raise
-    say(f"exported {checkpoint}: {len(weights)} weights in {dtype}")
-    say(f"compare: python scripts/parity.py {checkpoint} {folder}")
+    _say_exported(checkpoint, folder, f"{len(weights)} weights in {dtype}")
     return folder
 
 
@@ -172,21 +170,17 @@ def export_gguf(checkpoint: Path, file: Path, backend: Backend, dtype: str) -> P
         fields |= tokenizer_fields(load_tokenizer(checkpoint, model.vocab_size), model.vocab_size)
     except InputError as error:
         say(f"the tokenizer is left out: {error}")
-    beside = file.with_name(f".{file.name}.partial")
-    make_folder(file.parent)
-    try:
+    with written_aside(file) as beside:
         kept = write_gguf(beside, model, weights, dtype, fields)
-        flush(beside)
-        beside.rename(file)
-        flush(file.parent)
-    except BaseException:
-        beside.unlink(missing_ok=True)
-        raise
     if kept:
         say(f"rows that are no multiple of 32 do not fit q8_0: float16 in {len(kept)} matrices, as {kept[0]}")
-    say(f"exported {checkpoint}: {len(weights)} weights in {dtype}")
-    say(f"compare: python scripts/parity.py {checkpoint} {file}")
+    _say_exported(checkpoint, file, f"{len(weights)} weights in {dtype}")
     return file
+
+
+def _say_exported(checkpoint: Path, destination: Path, what: str) -> None:
+    say(f"exported {checkpoint}: {what}")
+    say(f"compare: python scripts/parity.py {shlex.quote(str(checkpoint))} {shlex.quote(str(destination))}")
 
 
 def _write_tokenizer(folder: Path, tokenizer: Tokenizer, model: ModelConfig) -> dict[str, int | None]:
@@ -195,13 +189,11 @@ def _write_tokenizer(folder: Path, tokenizer: Tokenizer, model: ModelConfig) -> 
     ids = {key: i if i >= 0 else None for key, i in found.items()} | {"pad_token_id": None}
     if (folder / "tokenizer.json").is_file():
         return ids
-    data = sentencepiece_to_json(folder / "tokenizer.model", tokenizer.adds_bos)
+    data = sentencepiece_to_json(tokenizer.content, tokenizer.adds_bos)
     if data is None:
         say("its tokenizer is of a kind that tokenizer.json cannot express: tokenizer.model goes along alone")
         return ids
-    special = {token["content"]: token["id"] for token in data["added_tokens"] if token["special"]}
-    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
-    settings: dict[str, object] = {key: name for key, name in names.items() if name in special}
+    settings: dict[str, object] = dict(special_tokens(tokenizer.content))
     settings |= {"model_max_length": model.context_length, "clean_up_tokenization_spaces": False}
     settings["split_special_tokens"] = True  # "</s>" in a text is text, as it was in training
     _write_json(folder / "tokenizer.json", data)
@@ -209,7 +201,7 @@ def _write_tokenizer(folder: Path, tokenizer: Tokenizer, model: ModelConfig) -> 
         "tokenizer_class": "PreTrainedTokenizerFast"
     }  # which takes it as it is
     _write_json(folder / TOKENIZER_CONFIG, settings)
-    return ids | {"pad_token_id": special.get("<pad>")}
+    return ids | {"pad_token_id": data["model"]["vocab"].get(settings.get("pad_token"))}
 
 
 def _write_json(path: Path, data: object) -> None:

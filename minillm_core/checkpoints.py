@@ -27,7 +27,7 @@ import numpy as np
 from minillm_core import __version__
 from minillm_core.config import RunConfig, run_config_from_dict, to_dict
 from minillm_core.errors import InputError
-from minillm_core.files import commit_folder, hash_file, is_disk_full, make_folder, remove_folder
+from minillm_core.files import commit_folder, first_bytes, hash_file, is_disk_full, make_folder, remove_folder
 from minillm_core.tokenizer import copy_tokenizer
 
 FORMAT_VERSION = 1
@@ -158,7 +158,7 @@ def read_info(checkpoint: Path) -> CheckpointInfo:
 
 def foreign_kind(path: Path) -> str | None:
     """Which other project's checkpoint seems to be at a path: `gguf`, `minillm`, `hf`, or none."""
-    if path.suffix == ".gguf":
+    if path.suffix == ".gguf" or first_bytes(path, 4) == b"GGUF":
         return "gguf"
     if path.suffix == ".pt" or (path / "ckpt.pt").is_file():
         return "minillm"
@@ -169,6 +169,11 @@ def foreign_kind(path: Path) -> str | None:
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         model_type = None  # whoever reads it says what is wrong
     return "minillm" if model_type == "mini-llm" else "hf"
+
+
+def payload_bytes(*groups: Tensors) -> int:
+    """How much tensors will take on the disk, at most."""
+    return sum(array.nbytes for group in groups for array in group.values()) + (1 << 20)
 
 
 def verify_checkpoint(checkpoint: Path) -> None:
@@ -332,7 +337,7 @@ def _cleaned_up(partial: Path) -> Iterator[None]:
             raise InputError(
                 "the disk is full: the checkpoint was not saved, earlier ones are untouched",
                 where=partial.parent,
-                do="free some space, then give the same command again to go on from the last checkpoint",
+                do="free some space, then give the same command again",
             ) from error
         raise
 

@@ -48,14 +48,17 @@ def run(main: Callable[[], None]) -> None:
     except BrokenPipeError:  # the reader of our stdout went away, as in `| head`
         sys.stderr.close()
         sys.exit(141)
-    except (FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError) as error:
-        say(f"error: {InputError(error.strerror or str(error), where=error.filename, do='check the paths given')}")
-        sys.exit(2)
     except OSError as error:
-        if not is_disk_full(error):
+        if is_disk_full(error):
+            problem, do = (
+                "the disk is full, or a file may not be so large",
+                "free some space; nothing that was saved is lost",
+            )
+        elif error.filename is None:
             raise
-        do = "free some space; nothing that was saved is lost"
-        say(f"error: {InputError('the disk is full', where=error.filename, do=do)}")
+        else:
+            problem, do = error.strerror or str(error), "check the paths given"
+        say(f"error: {InputError(problem, where=error.filename, do=do)}")
         sys.exit(2)
 
 

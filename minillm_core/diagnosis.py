@@ -14,7 +14,7 @@ import numpy as np
 
 from minillm_core.backend import Trace
 from minillm_core.config import ModelConfig
-from minillm_core.faults import FAULTS
+from minillm_core.faults import FAULTS, layer_orders
 from minillm_core.params import param_table
 from minillm_core.reference import Reference
 from minillm_core.subjects import Subject
@@ -198,6 +198,7 @@ def _explain_weights(a: Subject, b: Subject) -> list[Finding]:
     explained: dict[tuple[str, str], list[str]] = {}
     unknown: dict[str, float] = {}
     last_bits: dict[str, float] = {}
+    moved: dict[int, int] = {}
     for name in param_table(a.config):
         if name not in b.weights or np.array_equal(a.weights[name], b.weights[name], equal_nan=True):
             continue
@@ -207,13 +208,22 @@ def _explain_weights(a: Subject, b: Subject) -> list[Finding]:
         if not _distance(ours, theirs) <= NEAR or form is None:  # NaN is near to nothing
             unknown[name] = _distance(a.weights[name].astype(np.float64), theirs)
             continue
+        if fault == "layer-order":
+            layer, source = map(int, says.split())
+            moved[layer], says = source, "layers"
         if not says and not form:
             last_bits[name] = _distance(ours, theirs)
         for key in ((fault, says), ("rounding", form)):
             if key[1]:
                 explained.setdefault(key, []).append(name)
     findings = [
-        Finding(fault, "B", "weights", says, f"so planted in A, {_names(names)} is B's")
+        Finding(
+            fault,
+            "B",
+            "weights",
+            _order(moved, a.config.n_layers) if fault == "layer-order" else says,
+            f"so planted in A, {_names(names)} is B's",
+        )
         for (fault, says), names in explained.items()
     ]
     if last_bits:
@@ -222,6 +232,9 @@ def _explain_weights(a: Subject, b: Subject) -> list[Finding]:
     if unknown:
         worst = max(unknown, key=lambda name: unknown[name])
         evidence = f"{_names(list(unknown))}; most in {worst}, by {unknown[worst]:.1e} of its norm"
+        if a.weights[worst].shape == b.weights[worst].shape:
+            rows = np.flatnonzero((a.weights[worst] != b.weights[worst]).reshape(len(a.weights[worst]), -1).any(axis=1))
+            evidence += f", in rows {rows.tolist()}" if len(rows) <= 8 else ""
         says = "weights differ, and no known fault explains it"
         if 2 * len(unknown) > len(a.weights):
             says += ": other weights, or other training steps"
@@ -229,18 +242,28 @@ def _explain_weights(a: Subject, b: Subject) -> list[Finding]:
     return findings
 
 
+def _order(moved: Mapping[int, int], n_layers: int) -> str:
+    """What became of the layers, given those that hold another's weights."""
+    order = [moved.get(layer, layer) for layer in range(n_layers)]
+    if how := next((how for how, known in layer_orders(n_layers).items() if known == order), None):
+        return f"the layers are in the wrong order ({how})"
+    if sorted(order) == list(range(n_layers)):
+        return f"the layers are in the order {order}"
+    return "; ".join(f"layer {layer} holds layer {source} of A" for layer, source in moved.items())
+
+
 def _forms(a: Subject, name: str, variants: Variants, theirs: np.ndarray) -> Iterator[tuple[str, str, np.ndarray]]:
     """A weight of A as it is, and as every known fault would change it."""
     right = a.weights[name]
     yield "", "", right.astype(np.float64)
     for fault, says, made in variants:
-        if made.weights is not a.weights and (changed := made.weights[name]) is not right:
+        if made.weights is not a.weights and (changed := made.weights[name]) is not right and fault != "layer-order":
             yield fault, says, changed.astype(np.float64)
     yield from _heads_moved(a, name, theirs)
     for layer in range(a.config.n_layers):
         other = re.sub(r"(?<=^model\.layers\.)\d+", str(layer), name)
         if other != name:
-            yield "layer-order", "the layers are in another order", a.weights[other].astype(np.float64)
+            yield "layer-order", f"{re.findall(r'[0-9]+', name)[0]} {layer}", a.weights[other].astype(np.float64)
     if right.shape == theirs.shape:
         yield from _scaled_or_shifted(name, right.astype(np.float64), theirs)
 
@@ -248,7 +271,7 @@ def _forms(a: Subject, name: str, variants: Variants, theirs: np.ndarray) -> Ite
 def _scaled_or_shifted(name: str, ours: np.ndarray, theirs: np.ndarray) -> Iterator[tuple[str, str, np.ndarray]]:
     """A weight times the number that brings it nearest; rows of the vocabulary one further or one less far."""
     ratio = float(np.vdot(ours, theirs) / max(np.vdot(ours, ours), np.finfo(np.float64).tiny))
-    if not abs(ratio - 1) <= NEAR:
+    if not abs(ratio - 1) <= 5e-4:  # of rounding it is less
         yield "scale", f"{name.split('.')[-2]} is {ratio:.5g} times as large", ratio * ours
     if name in (EMBEDDING, HEAD):
         for step, edge in ((1, 0), (-1, -1)):

@@ -153,15 +153,18 @@ def _swapped(model: Reference, hints: ModelConfig) -> Iterator[Variant]:
             yield f"{one} and {other_one} are swapped", _swap(model, one, other_one)
 
 
-def _layer_order(model: Reference, hints: ModelConfig) -> Iterator[Variant]:
-    L = model.config.n_layers
-    orders = {
-        "as text: 0, 1, 10, 11 ... 2": sorted(range(L), key=str),
-        "backwards": list(range(L))[::-1],
-        "shifted by one": [*range(1, L), 0],
+def layer_orders(n_layers: int) -> dict[str, list[int]]:
+    """Orders that layers are known to get into: which layer's weights each of them has."""
+    return {
+        "as text: 0, 1, 10, 11 ... 2": sorted(range(n_layers), key=str),
+        "backwards": list(range(n_layers))[::-1],
+        "shifted by one": [*range(1, n_layers), 0],
     }
-    for how, order in orders.items():
-        if order != list(range(L)):
+
+
+def _layer_order(model: Reference, hints: ModelConfig) -> Iterator[Variant]:
+    for how, order in layer_orders(model.config.n_layers).items():
+        if order != sorted(order):
 
             def moved(name: str, order: list[int] = order) -> np.ndarray:
                 name = re.sub(r"(?<=^model\.layers\.)\d+", lambda layer: str(order[int(layer[0])]), name)

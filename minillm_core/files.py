@@ -15,6 +15,15 @@ import numpy as np
 from minillm_core.errors import InputError
 
 
+def first_bytes(path: Path, n: int) -> bytes:
+    """The beginning of a file; nothing if it is none, or may not be read."""
+    try:
+        with path.open("rb") as file:
+            return file.read(n)
+    except OSError:
+        return b""
+
+
 def hash_file(path: Path) -> str:
     """SHA-256, in hexadecimal."""
     with path.open("rb") as file:
@@ -49,11 +58,44 @@ def flush(path: Path) -> None:
 
 
 def commit_folder(partial: Path, final: Path) -> None:
-    """Gives a finished folder its final name, after all that is in it is on the disk."""
+    """Gives a finished folder, or file, its final name, after all that is in it is on the disk."""
     for path in [*partial.rglob("*"), partial]:
         flush(path)
     partial.rename(final)
     flush(final.parent)
+
+
+@contextmanager
+def written_aside(destination: Path) -> Iterator[Path]:
+    """Gives a hidden path beside it, at which nothing is, for a file or a folder that gets its name when it is whole.
+
+    Raises:
+        InputError: the destination exists, or another process is writing it.
+    """
+    make_folder(destination.parent)
+    beside, lock_file = (destination.with_name(f".{destination.name}.{end}") for end in ("partial", "lock"))
+    with lock(lock_file):
+        try:
+            refuse_existing(destination)
+            _remove(beside)  # of a process that was killed
+            yield beside
+            commit_folder(beside, destination)
+        finally:
+            _remove(beside)
+            lock_file.unlink()
+
+
+def refuse_existing(destination: Path) -> None:
+    """Raises InputError if a path is there already."""
+    if destination.exists():
+        raise InputError("the destination exists", where=destination, do="give another name, or remove it")
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def make_folder(path: Path) -> None:
@@ -74,9 +116,10 @@ def remove_folder(path: Path) -> None:
 
 def is_disk_full(error: BaseException) -> bool:
     """Whether a library failed for want of space; some of them keep only the message of the system's error."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    numbers = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    if isinstance(error, OSError) and error.errno in numbers:
         return True
-    return any(os.strerror(number) in str(error) for number in (errno.ENOSPC, errno.EDQUOT))
+    return any(os.strerror(number) in str(error) for number in numbers)
 
 
 @contextmanager

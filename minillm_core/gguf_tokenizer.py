@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import sentencepiece
-from sentencepiece import sentencepiece_model_pb2
 
 from minillm_core.cli import say
 from minillm_core.errors import InputError
@@ -14,19 +13,26 @@ from minillm_core.tokenizer import (
     CHAT_TEMPLATE,
     GENERATION_CONFIG,
     TOKENIZER_CONFIG,
+    ModelProto,
     Tokenizer,
     read_tokenizer_config,
 )
-from minillm_core.tokenizer_json import JsonTokenizer, bos_template
+from minillm_core.tokenizer_json import SPACE, JsonTokenizer, bos_template
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 """Types of tokens, which GGUF has from SentencePiece."""
 
+# fmt: off
+ENDS = frozenset((
+    "<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|eom_id|>", "<EOT>", "_<EOT>", "[EOT]",
+    "[EOS]", "<|end_of_text|>", "<end_of_utterance>", "<\uff5cend\u2581of\u2581sentence\uff5c>", "<eos>",
+))
+# fmt: on
+"""Tokens at which llama.cpp ends a text whatever the file's ids say, by name (src/llama-vocab.cpp)."""
+
 AGAIN = "get the file again"
 
 NO_TOKENIZER = {"tokenizer.ggml.model": "no_vocab"}
-
-_ModelProto: Any = sentencepiece_model_pb2.ModelProto  # type: ignore[attr-defined]  # made when imported
 
 
 def _byte_level(use_regex: bool) -> dict[str, Any]:
@@ -67,8 +73,11 @@ def tokenizer_fields(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
     fields = {f"tokenizer.ggml.{key}": value for key, value in make(tokenizer, vocab_size).items()}
     more_ends = sorted(tokenizer.end_ids - {tokenizer.eos_id})
     fields |= {f"tokenizer.ggml.{key}_token_id": i for key, i in zip(("eot", "eom"), more_ends, strict=False)}
-    if len(more_ends) > 2:
-        say(f"a GGUF file has room for three tokens that end a text: {more_ends[2:]} are left out")
+    tokens = fields["tokenizer.ggml.tokens"]
+    if lost := [i for i in more_ends[2:] if tokens[i] not in ENDS]:
+        say(f"a GGUF file has room for three tokens that end a text: {lost} are left out")
+    if more := [token for i, token in enumerate(tokens) if token in ENDS and i not in tokenizer.end_ids]:
+        say(f"llama.cpp will end a text at {', '.join(more)} too, as it does wherever there is a token of that name")
     if (template := _chat_template(tokenizer.path.parent)) is not None:
         fields["tokenizer.chat_template"] = template
     return fields
@@ -90,25 +99,29 @@ def _chat_template(folder: Path) -> str | None:
 
 
 def _of_sentencepiece(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
-    proto = _ModelProto.FromString(tokenizer.path.read_bytes())
+    proto = ModelProto.FromString(tokenizer.content)
     trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
+    symbols = [piece.piece for piece in proto.pieces if piece.type == USER_DEFINED]
     problems = {
         "another kind than BPE": trainer.model_type != trainer.BPE,
         "no bytes to fall back on": not trainer.byte_fallback,
         "text is normalised": bool(normalizer.precompiled_charsmap or normalizer.remove_extra_whitespaces),
         "spaces of another form": trainer.treat_whitespace_as_suffix or not normalizer.escape_whitespaces,
+        "tokens that are not used": any(piece.type == UNUSED for piece in proto.pieces),
+        "symbols of the user with spaces": any({" ", SPACE} & {*symbol} for symbol in symbols),
+        "symbols of the user that overlap": overlap(symbols),
         # llama.cpp puts the space after each of them
-        "a space before a text, and symbols of the user": normalizer.add_dummy_prefix
-        and any(piece.type == USER_DEFINED for piece in proto.pieces),
+        "a space before a text, and symbols of the user": normalizer.add_dummy_prefix and bool(symbols),
     }
     _refuse(problems, "a BPE model that takes text as it is", tokenizer.path)
+    padding = range(len(proto.pieces), vocab_size)
     ids = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "unknown": trainer.unk_id, "padding": trainer.pad_id}
     return {
         "model": "llama",
         "pre": "default",
-        "tokens": [piece.piece for piece in proto.pieces],
-        "scores": [piece.score for piece in proto.pieces],
-        "token_type": [piece.type for piece in proto.pieces],
+        "tokens": [*(piece.piece for piece in proto.pieces), *(f"[PAD{i}]" for i in padding)],
+        "scores": [*(piece.score for piece in proto.pieces), *(0.0 for _ in padding)],
+        "token_type": [*(piece.type for piece in proto.pieces), *(UNUSED for _ in padding)],
         **{f"{name}_token_id": i for name, i in ids.items() if i >= 0},
         "add_bos_token": tokenizer.adds_bos,
         "add_eos_token": False,
@@ -127,6 +140,7 @@ def _of_json(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
     found = (steps, bool(model.get("ignore_merges")))
     name = next((name for name, known in PRE_TOKENIZERS.items() if known == found), None)
     begin = tokenizer.encode("", bos=True)
+    symbols = [token["content"] for token in data.get("added_tokens") or [] if not token["special"]]
     added = data.get("added_tokens") or []
     problems = {
         "its pre-tokenizer": name is None,
@@ -136,7 +150,8 @@ def _of_json(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
         "what it puts before a document": begin not in ([], [tokenizer.bos_id]),
         "its added tokens": any(
             not token["special"] and any(token[key] for key in ("lstrip", "rstrip", "single_word")) for token in added
-        ),
+        )
+        or overlap(symbols),
     }
     _refuse(problems, f"a byte-level BPE as one of {', '.join(PRE_TOKENIZERS)}", tokenizer.path)
     tokens, types = [f"[PAD{i}]" for i in range(vocab_size)], [UNUSED] * vocab_size
@@ -155,6 +170,15 @@ def _of_json(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
         "add_bos_token": tokenizer.adds_bos,
         "add_eos_token": False,
     }
+
+
+def overlap(symbols: list[str]) -> bool:
+    """Whether one can begin within another: llama.cpp then takes the longest first, other tokenizers the leftmost."""
+    owners: dict[str, set[str]] = {}
+    for symbol in symbols:
+        for end in range(1, len(symbol)):
+            owners.setdefault(symbol[:end], set()).add(symbol)
+    return any(owners.get(symbol[start:], set()) - {symbol} for symbol in symbols for start in range(1, len(symbol)))
 
 
 def _refuse(problems: dict[str, bool], expected: str, where: Path) -> None:
@@ -198,14 +222,16 @@ def tokenizer_files(fields: dict[str, Any], where: Path) -> dict[str, bytes]:
     files = {}
     if isinstance(template := fields.get("tokenizer.chat_template"), str):
         files[CHAT_TEMPLATE] = template.encode()
-    if max(special["eot"], special["eom"]) >= 0:
-        ends = sorted({special[name] for name in ("eos", "eot", "eom") if special[name] >= 0})
-        files[GENERATION_CONFIG] = json.dumps({"eos_token_id": ends}).encode()
+    ends = {special[name] for name in ("eos", "eot", "eom") if special[name] >= 0}
+    ends |= {i for i, token in enumerate(tokens) if token in ENDS}
+    if ends != {special["eos"]}:
+        files[GENERATION_CONFIG] = json.dumps({"eos_token_id": sorted(ends)}).encode()
     if model == "llama":
         scores = get("scores", np.ndarray, np.empty(0)).tolist()
         if len(scores) != len(tokens):
             raise InputError("damaged tokenizer", expected="as many scores as tokens", where=where, do=AGAIN)
         prefix = get("add_space_prefix", bool, True)
+        tokens = [t.replace(" ", SPACE) if kind == USER_DEFINED else t for t, kind in zip(tokens, types, strict=True)]
         if prefix and USER_DEFINED in types:
             example = tokens[types.index(USER_DEFINED)]
             say(f"after tokens such as {example[:60]!r} in a text llama.cpp puts a space: here none is put")
@@ -233,7 +259,7 @@ def _sentencepiece(
     special: dict[str, int],
     add_space_prefix: bool,
 ) -> bytes:
-    proto = _ModelProto()
+    proto = ModelProto()
     trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
     trainer.model_type, trainer.vocab_size = trainer.BPE, len(tokens)
     trainer.byte_fallback = BYTE in types

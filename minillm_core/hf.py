@@ -26,7 +26,15 @@ from minillm_core.interchange import (
 )
 from minillm_core.params import check_shapes, param_table
 from minillm_core.rope import inverse_frequencies
-from minillm_core.tokenizer import BOS_ID, EOS_ID, GENERATION_CONFIG, PAD_ID, copy_tokenizer, read_generation_config
+from minillm_core.tokenizer import (
+    BOS_ID,
+    EOS_ID,
+    GENERATION_CONFIG,
+    PAD_ID,
+    check_special_ids,
+    copy_tokenizer,
+    read_generation_config,
+)
 
 SHARD_BYTES = 5_000_000_000
 """Largest file of an export, as in transformers; a single tensor may be larger."""
@@ -121,7 +129,7 @@ def from_hf_config(data: Any, where: object) -> ModelConfig:
         fits: bool = isinstance(value, (int, float) if kind is float else kind)
         if isinstance(value, bool) is not (kind is bool) or not fits:
             if key in data:  # otherwise it is missing, which has been said
-                problems.append(f"{key}: expected {kind.__name__}, found {str(value)[:60]}")
+                problems.append(f"{key}: expected {kind.__name__}, found {repr(value)[:60]}")
             return kind(1)
         if kind is int and value > LARGEST:
             problems.append(f"{key}: expected at most {LARGEST}, found {str(value)[:60]}")
@@ -223,11 +231,14 @@ def open_hf(folder: Path) -> HFCheckpoint:
     Raises:
         InputError: it is no such folder, or damaged, or has what this architecture cannot express.
     """
+    if not folder.exists():
+        raise InputError("no such folder", expected="a Hugging Face checkpoint", where=folder, do="check the path")
     if not (folder / "config.json").is_file():
         do = "give the folder of a downloaded checkpoint (config.json, *.safetensors)"
         raise InputError("not a Hugging Face checkpoint", expected="config.json", where=folder, do=do)
     config = from_hf_config(_read_json(folder / "config.json"), folder / "config.json")
     read_generation_config(folder)
+    check_special_ids(_read_json(folder / "config.json"), folder / "config.json")
     layout: dict[str, tuple[tuple[int, ...], str]] = {}
     files: dict[str, Path] = {}
     for path, expected in _shards(folder).items():
@@ -306,7 +317,8 @@ def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text())
     except (ValueError, OSError, RecursionError) as error:
-        raise InputError("damaged JSON", found=str(error)[:200], where=path, do="get the file again") from error
+        do = "check its permissions" if isinstance(error, PermissionError) else "get the file again"
+        raise InputError("damaged JSON", found=str(error)[:200], where=path, do=do) from error
 
 
 def write_hf_weights(

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import numpy as np
 import safetensors
 
 from minillm_core.errors import InputError
+from minillm_core.files import first_bytes
 
 PART_BYTES = 1 << 24
 """Of a tensor that is read, rounded or written at a time."""
@@ -134,5 +136,9 @@ def safetensors_layout(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
 
 
 def _damaged(error: Exception, path: Path) -> InputError:
-    found = str(error)[:200]
-    return InputError("missing or damaged safetensors file", found=found, where=path, do="get the file again")
+    found, do = str(error)[:200], "get the file again"
+    if path.is_file() and not os.access(path, os.R_OK):
+        found, do = "no permission to read it", "change its permissions"
+    elif first_bytes(path, 20) == b"version https://git-":
+        found, do = "a pointer to the file, of Git LFS", "git lfs pull"
+    return InputError("missing or damaged safetensors file", found=found, where=path, do=do)

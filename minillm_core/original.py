@@ -23,7 +23,7 @@ from minillm_core.errors import InputError
 from minillm_core.interchange import checked_weight, numpy_dtype, read_tensor, safetensors_layout
 from minillm_core.params import check_shapes, param_table
 from minillm_core.rope import half_split, inverse_frequencies
-from minillm_core.tokenizer import copy_tokenizer
+from minillm_core.tokenizer import TOKENIZER_JSON, TOKENIZER_MODEL, copy_tokenizer
 
 NAMES = {
     "model.embed_tokens": "tok_embeddings.emb",
@@ -78,8 +78,11 @@ class OriginalCheckpoint:
             yield name, array
 
     def write_tokenizer(self, folder: Path) -> None:
-        """Copies the tokenizer's files as they are."""
+        """Copies the tokenizer's files. Of a tokenizer.model and a tokenizer.json, which in the original give other
+        ids, the second, with which it was trained."""
         copy_tokenizer(self.folder, folder)
+        if (folder / TOKENIZER_JSON).is_file():
+            (folder / TOKENIZER_MODEL).unlink(missing_ok=True)
 
 
 def original_name(name: str) -> str:
@@ -151,8 +154,12 @@ def _config(arguments: Any, where: Path) -> ModelConfig:
     fields = ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of", "max_seq_len")
     values: list[Any] = [arguments.get(field) for field in fields] if isinstance(arguments, dict) else [None]
     if not all(type(value) is int and 0 < value < 1 << 24 for value in values):
-        expected, do = f"whole numbers {fields}", "only the original's own checkpoints can be read"
-        raise InputError("not the original's model_args", expected=expected, found=values, where=where, do=do)
+        expected, do = (
+            f"whole numbers {fields}",
+            "only the original's own checkpoints can be read ('hf->jax' reads others)",
+        )
+        kinds = [type(value).__name__ for value in values]  # what is in them may have no end
+        raise InputError("not the original's model_args", expected=expected, found=kinds, where=where, do=do)
     dim, n_layers, n_heads, n_kv_heads, vocab_size, multiple_of, max_seq_len = values
     return ModelConfig(
         vocab_size=vocab_size,
@@ -197,6 +204,11 @@ class PickledTensor:
 
 
 _PythonUnpickler: Any = vars(pickle)["_Unpickler"]
+
+
+def _no_items() -> OrderedDict[str, Any]:
+    """Stands for OrderedDict, whose items come after."""
+    return OrderedDict()
 
 
 class _ModelArgs:
@@ -258,7 +270,7 @@ class _Unpickler(_PythonUnpickler):
         if module == "torch" and name in STORAGES:
             return STORAGES[name]
         if (module, name) == ("collections", "OrderedDict"):
-            return OrderedDict
+            return _no_items
         if (module, name) == ("model.config", "ModelArgs"):
             return _ModelArgs
         raise InputError(
@@ -277,16 +289,33 @@ class _Unpickler(_PythonUnpickler):
 
     dispatch[pickle.BUILD[0]] = load_build
 
+    def load_setitem(self) -> None:
+        """Keys of dicts are names: the hash of nested tuples may take for ever."""
+        self._check_names(self.stack[-2:])
+        super().load_setitem()
+
+    dispatch[pickle.SETITEM[0]] = load_setitem
+
+    def load_setitems(self) -> None:
+        self._check_names(self.stack)
+        super().load_setitems()
+
+    dispatch[pickle.SETITEMS[0]] = load_setitems
+
+    def _check_names(self, items: list[Any]) -> None:
+        if not all(type(key) in (str, int) for key in items[::2]):
+            raise ValueError("a dict whose keys are not names")
+
     def persistent_load(self, reference: Any) -> tuple[str, str]:
         _, dtype, key, _, _ = reference
-        if dtype not in STORAGES.values():
-            raise ValueError(f"a storage of {dtype!r}")
+        if dtype not in STORAGES.values() or type(key) is not str:
+            raise ValueError("a storage of no such kind or name")
         return self._entries[f"data/{key}"], dtype
 
     def _tensor(self, storage: tuple[str, str], offset: int, shape: Any, strides: Any, *_: Any) -> PickledTensor:
         numbers = (offset, *shape, *strides)
         if len(shape) != len(strides) or not all(type(x) is int and 0 <= x < 1 << 48 for x in numbers):
-            raise ValueError(f"a tensor of shape {shape}, strides {strides}, offset {offset}")
+            raise ValueError("a tensor of no such shape, strides or offset")
         return PickledTensor(self._file, *storage, offset, tuple(shape), tuple(strides))
 
 

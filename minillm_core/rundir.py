@@ -102,13 +102,17 @@ def require_same_data(known: dict[str, str], found: dict[str, str], where: Path)
     """
     names = {"train": "another training text", "val": "another held-out text", "weights": "other weights"}
     differing = [key for key in known | found if known.get(key) != found.get(key)]
+    if differing and ("weights" in known) != ("weights" in found):
+        kinds = ["an imported model" if "weights" in hashes else "a model that is trained" for hashes in (known, found)]
+        do = "give another run directory: an imported model is not trained on"
+        raise InputError(f"the run is that of {kinds[0]}", expected=kinds[0], found=kinds[1], where=where, do=do)
     if differing:
         raise InputError(
             f"the run belongs to {' and '.join(names.get(key, f'another {key}') for key in differing)}",
             expected=", ".join(f"{key} {known.get(key)}" for key in differing),
             found=", ".join(f"{key} {found.get(key)}" for key in differing),
             where=where,
-            do="give another run directory: an imported model is not trained on"
+            do="give another run directory, or remove this one if an import in it was never finished"
             if "weights" in known
             else "use the data of that run (--data.dir), or another run directory (--train.out_dir)",
         )

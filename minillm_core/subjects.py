@@ -1,9 +1,9 @@
 """Any checkpoint of any supported kind, opened so that it can be run and compared."""
 
-import contextlib
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +19,7 @@ from minillm_core.checkpoints import (
     read_info,
     verify_checkpoint,
 )
+from minillm_core.cli import say
 from minillm_core.config import ModelConfig
 from minillm_core.errors import InputError
 from minillm_core.tokenizer import Tokenizer
@@ -44,6 +45,8 @@ class Subject:
     run: Run
     tokenizer: Tokenizer | None = None
     """None if it has none that can be used."""
+    oracle: Callable[[str], list[int]] | None = None
+    """Ids of a text by what runs it, if that has a tokenizer of its own."""
 
     @property
     def label(self) -> str:
@@ -75,9 +78,13 @@ def open_subject(
     opened = OPENERS[kind](path)
     weights = dict(opened.tensors())
     with tempfile.TemporaryDirectory() as folder:
-        with contextlib.suppress(InputError):
+        try:
             opened.write_tokenizer(Path(folder))
-        tokenizer = _tokenizer(Path(folder), opened.config)
+        except InputError as error:
+            say(f"without its tokenizer, {' '.join(str(error).split())}")
+            tokenizer = None
+        else:
+            tokenizer = _tokenizer(Path(folder), opened.config)
     if kind in oracles:
         return Subject(kind, path, opened.config, weights, "transformers", oracles[kind](path), tokenizer)
     try:
@@ -88,14 +95,17 @@ def open_subject(
 
 
 def compare_tokenizers(a: Subject, b: Subject, texts: Sequence[str]) -> str:
-    """Whether two models read text alike, in words: the ids of every text, its beginning, and what ends one."""
+    """Whether two models read text alike, in words: the ids of every text, its beginning, and what ends one; each by
+    what runs it, or else as they are read here."""
     if a.tokenizer is None or b.tokenizer is None:
         missing = " and ".join(name for name, subject in (("A", a), ("B", b)) if subject.tokenizer is None)
         return f"not compared: none that can be used in {missing}"
+    encoders = [x.oracle or partial(x.tokenizer.encode, bos=True) for x in (a, b) if x.tokenizer is not None]
     for text in texts:
-        ours, theirs = (tokenizer.encode(text, bos=True) for tokenizer in (a.tokenizer, b.tokenizer))
+        ours, theirs = (encode(text) for encode in encoders)
         if ours != theirs:
-            at = next((i for i, (x, y) in enumerate(zip(ours, theirs, strict=False)) if x != y), -1)
+            shorter = min(len(ours), len(theirs))
+            at = next((i for i in range(shorter) if ours[i] != theirs[i]), shorter)
             return f"differ: {text[:60]!r} has {len(ours)} and {len(theirs)} ids, {ours[at:][:5]} and {theirs[at:][:5]}"
     ends = [sorted(tokenizer.end_ids) for tokenizer in (a.tokenizer, b.tokenizer)]
     return "the same" if ends[0] == ends[1] else f"differ: texts end with {ends[0]} and {ends[1]}"
@@ -104,7 +114,8 @@ def compare_tokenizers(a: Subject, b: Subject, texts: Sequence[str]) -> str:
 def _tokenizer(folder: Path, config: ModelConfig) -> Tokenizer | None:
     try:
         return load_tokenizer(folder, config.vocab_size)
-    except InputError:
+    except InputError as error:
+        say(f"without its tokenizer, {' '.join(str(error).split())}")
         return None
 
 

@@ -8,19 +8,23 @@ from pathlib import Path
 from typing import Any
 
 import sentencepiece
+from sentencepiece import sentencepiece_model_pb2
 
 from minillm_core.errors import InputError
+
+ModelProto: Any = sentencepiece_model_pb2.ModelProto  # type: ignore[attr-defined]  # made when imported
 
 UNK_ID, BOS_ID, EOS_ID, PAD_ID = 0, 1, 2, 3
 
 TOKENIZER_MODEL, TOKENIZER_JSON = "tokenizer.model", "tokenizer.json"
 TOKENIZER_CONFIG, GENERATION_CONFIG = "tokenizer_config.json", "generation_config.json"
-CHAT_TEMPLATE = "chat_template.jinja"
+SPECIAL_TOKENS_MAP = "special_tokens_map.json"
+CHAT_TEMPLATE, CHAT_TEMPLATES = "chat_template.jinja", "additional_chat_templates"
 TOKENIZER_FILES = (
     TOKENIZER_MODEL,
     TOKENIZER_JSON,
     TOKENIZER_CONFIG,
-    "special_tokens_map.json",
+    SPECIAL_TOKENS_MAP,
     GENERATION_CONFIG,
     CHAT_TEMPLATE,
 )
@@ -32,19 +36,23 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
+    for path in (source / CHAT_TEMPLATES).glob("*.jinja"):
+        (folder / CHAT_TEMPLATES).mkdir(exist_ok=True)
+        shutil.copyfile(path, folder / CHAT_TEMPLATES / path.name)
 
 
-def read_tokenizer_config(folder: Path) -> dict[str, Any]:
-    """tokenizer_config.json; empty if there is none.
+def read_tokenizer_config(folder: Path, name: str = TOKENIZER_CONFIG) -> dict[str, Any]:
+    """tokenizer_config.json, or another JSON object beside a tokenizer; empty if there is none.
 
     Raises:
         InputError: the file is damaged.
     """
-    path = folder / TOKENIZER_CONFIG
+    path = folder / name
     try:
         data: Any = json.loads(path.read_text()) if path.is_file() else {}
         if not isinstance(data, dict):
             raise ValueError(type(data).__name__)
+        json.dumps(data, ensure_ascii=False).encode()  # half a surrogate pair is no text
     except (ValueError, RecursionError) as error:
         do = "get the file again, or remove it"
         raise InputError("damaged file", expected="a JSON object", found=error, where=path, do=do) from error
@@ -57,17 +65,18 @@ def read_generation_config(folder: Path) -> dict[str, Any]:
     Raises:
         InputError: the file is damaged.
     """
-    path = folder / GENERATION_CONFIG
-    try:
-        data: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
-        ids = data.get("eos_token_id")
-        if not all(i is None or type(i) is int for i in (ids if isinstance(ids, list) else [ids])):
-            raise ValueError(f"eos_token_id: {ids!r}")
-    except (ValueError, AttributeError, RecursionError) as error:
-        expected = "a JSON object whose eos_token_id is an id, several, or null"
-        do = "get the file again, or remove it"
-        raise InputError("damaged file", expected=expected, found=error, where=path, do=do) from error
+    data = read_tokenizer_config(folder, GENERATION_CONFIG)
+    check_special_ids(data, folder / GENERATION_CONFIG)
     return data
+
+
+def check_special_ids(data: dict[str, Any], where: Path) -> None:
+    """Raises InputError unless the special ids of a configuration are what they may be."""
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        ids = data.get(name)
+        if not all(i is None or type(i) is int for i in (ids if isinstance(ids, list) else [ids])):
+            expected, do = "an id, several, or null", "correct it, or get the file again"
+            raise InputError(f"not token ids: {name}", expected=expected, found=repr(ids)[:60], where=where, do=do)
 
 
 def read_end_ids(folder: Path, eos_id: int) -> frozenset[int]:
@@ -121,7 +130,11 @@ def train_tokenizer(lines: Iterable[str], vocab_size: int, path: Path) -> None:
 
 
 class Tokenizer:
-    """A trained SentencePiece model."""
+    """A trained SentencePiece model; `add_bos_token` and `add_prefix_space` in a tokenizer_config.json beside it are
+    heeded if they are false."""
+
+    content: bytes
+    """The model's file, as those settings have it."""
 
     def __init__(self, path: str | Path):
         """Raises InputError if `path` is missing or is not a SentencePiece model."""
@@ -130,18 +143,25 @@ class Tokenizer:
             do = "prepare the data first; of an imported model: import it with its tokenizer files beside its weights"
             raise InputError("tokenizer not found", where=self.path, do=do)
         try:
-            self._pieces = sentencepiece.SentencePieceProcessor(model_proto=self.path.read_bytes())
+            settings = read_tokenizer_config(self.path.parent)
+            self.content = self.path.read_bytes()
+            self._pieces = sentencepiece.SentencePieceProcessor(model_proto=self.content)
+            if settings.get("add_prefix_space") is False:
+                proto = ModelProto.FromString(self.content)
+                proto.normalizer_spec.add_dummy_prefix = False
+                self.content = proto.SerializeToString()
+                self._pieces = sentencepiece.SentencePieceProcessor(model_proto=self.content)
         except RuntimeError as error:
             raise InputError("not a SentencePiece model", where=self.path, do="prepare the data again") from error
         self.vocab_size: int = self._pieces.get_piece_size()
         self.bos_id: int = self._pieces.bos_id()
         self.eos_id: int = self._pieces.eos_id()
-        self.adds_bos = self.bos_id >= 0 and read_tokenizer_config(self.path.parent).get("add_bos_token") is not False
+        self.adds_bos = self.bos_id >= 0 and settings.get("add_bos_token") is not False
         self.end_ids = read_end_ids(self.path.parent, self.eos_id)
 
     def fits(self, vocab_size: int) -> bool:
-        """Whether a model with that many rows in its embedding can use it."""
-        return self.vocab_size == vocab_size
+        """Whether a model can use it; imported ones pad their embedding with rows that no token uses."""
+        return self.vocab_size <= vocab_size
 
     def encode(self, text: str, *, bos: bool = False) -> list[int]:
         """Token ids of a text, preceded by the begin-of-document token if `bos` and this tokenizer adds one."""
@@ -151,8 +171,8 @@ class Tokenizer:
         return self._pieces.encode(list(texts), num_threads=-1)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of token ids; control tokens (begin, end, padding) are left out."""
-        return self._pieces.decode([int(i) for i in ids])
+        """Text of token ids; control tokens (begin, end, padding) are left out, and rows that no token uses."""
+        return self._pieces.decode([int(i) for i in ids if i < self.vocab_size])
 
     def decode_after(self, ids: Sequence[int]) -> str:
         """Text of token ids that go on after other text: tokenizers that put a space before a text leave it out of what

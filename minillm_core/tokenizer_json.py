@@ -9,15 +9,21 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from sentencepiece import sentencepiece_model_pb2
-
 from minillm_core.errors import InputError
-from minillm_core.tokenizer import TOKENIZER_CONFIG, Tokenizer, read_end_ids, read_tokenizer_config
+from minillm_core.tokenizer import (
+    SPECIAL_TOKENS_MAP,
+    TOKENIZER_CONFIG,
+    TOKENIZER_JSON,
+    TOKENIZER_MODEL,
+    ModelProto,
+    Tokenizer,
+    read_end_ids,
+    read_tokenizer_config,
+)
 
 SPACE = "\u2581"
 
-_ModelProto: Any = sentencepiece_model_pb2.ModelProto  # type: ignore[attr-defined]  # made when imported
-_Piece = _ModelProto.SentencePiece
+_Piece = ModelProto.SentencePiece
 
 
 class JsonTokenizer(Tokenizer):
@@ -38,7 +44,7 @@ class JsonTokenizer(Tokenizer):
             text = self.path.read_text()
             _check_merges(json.loads(text)["model"])
             self._json = tokenizers.Tokenizer.from_str(text)
-        settings = read_tokenizer_config(self.path.parent)
+        settings = read_tokenizer_config(self.path.parent, SPECIAL_TOKENS_MAP) | read_tokenizer_config(self.path.parent)
         bos, eos = (self._named(settings.get(key)) for key in ("bos_token", "eos_token"))
         if eos is None:
             expected, found = "an eos_token that is in tokenizer.json", settings.get("eos_token")
@@ -47,10 +53,14 @@ class JsonTokenizer(Tokenizer):
         self._json.no_truncation()
         self._json.no_padding()
         self._json.encode_special_tokens = True  # text is text; a special token is given as an id
-        self.vocab_size = max(self._json.get_vocab().values()) + 1
+        self.vocab_size = max(self.vocabulary().values()) + 1
         self.bos_id, self.eos_id = eos if bos is None else bos, eos
         self.end_ids = read_end_ids(self.path.parent, eos)
-        self.adds_bos = self.encode("", bos=True) == [self.bos_id]
+        with self._damage():
+            plain, framed = (self._json.encode("a", add_special_tokens=special).ids for special in (False, True))
+        starts = [at for at in range(len(framed)) if framed[at : at + len(plain)] == plain]
+        self._before: list[int] = framed[: starts[0]] if starts else []
+        self.adds_bos = self._before == [self.bos_id]
 
     @contextlib.contextmanager
     def _damage(self) -> Iterator[None]:
@@ -63,19 +73,20 @@ class JsonTokenizer(Tokenizer):
             do = "get tokenizer.json again"
             raise InputError("missing or damaged tokenizer", found=str(error)[:200], where=self.path, do=do) from error
 
+    def vocabulary(self) -> dict[str, int]:
+        """Every token, added ones too, and its id."""
+        vocabulary: dict[str, int] = self._json.get_vocab()
+        return vocabulary
+
     def _named(self, token: Any) -> int | None:
         content = token.get("content") if isinstance(token, dict) else token
         return self._json.token_to_id(content) if isinstance(content, str) else None
 
-    def fits(self, vocab_size: int) -> bool:
-        """Imported models pad their embedding with rows that no token uses."""
-        return self.vocab_size <= vocab_size
-
     def encode(self, text: str, *, bos: bool = False) -> list[int]:
-        """Token ids of a text; `bos` adds what this tokenizer puts before a document, which may be nothing."""
+        """Token ids of a text; `bos` adds what this tokenizer puts before a document (perhaps nothing), but not what it
+        puts after one."""
         with self._damage():
-            ids: list[int] = self._json.encode(text, add_special_tokens=bos).ids
-        return ids[:-1] if bos and ids[-1:] == [self.eos_id] else ids
+            return self._before * bos + self._json.encode(text, add_special_tokens=False).ids
 
     def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
         with self._damage():
@@ -96,21 +107,38 @@ def _check_merges(model: dict[str, Any]) -> None:
                 raise ValueError(f"{merge!r} goes on with a token that does not begin with {prefix!r}")
 
 
+PROBES = ("", " x", "  two  spaces ", "\t\n\n", "e\u0301\u00e9 \u65e5\U0001f469\u200d\U0001f467", "</s><s>", "1234567")
+"""Texts at which tokenizers part, if they do."""
+
+
+def contradicting(folder: Path) -> bool:
+    """Whether there are a SentencePiece model and a tokenizer.json that can both be read, and give other ids."""
+    try:
+        one, other = Tokenizer(folder / TOKENIZER_MODEL), JsonTokenizer(folder / TOKENIZER_JSON)
+    except InputError:
+        return False
+    pieces = (piece.piece for piece in ModelProto.FromString(one.content).pieces)
+    vocabulary = other.vocabulary()
+    return any(vocabulary.get(piece, i) != i for i, piece in enumerate(pieces)) or any(
+        one.encode(text, bos=True) != other.encode(text, bos=True) for text in (*PROBES, "The United States of America")
+    )
+
+
 def load_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:
-    """The tokenizer of a run or a checkpoint: its SentencePiece model, or tokenizer.json if only that has all tokens of
-    a vocabulary.
+    """The tokenizer of a run or a checkpoint: its SentencePiece model, or tokenizer.json if the other lacks tokens of a
+    vocabulary.
 
     Raises:
         InputError: there is none, or it is damaged.
     """
-    if not (folder / "tokenizer.json").is_file():
-        return Tokenizer(folder / "tokenizer.model")
-    if (folder / "tokenizer.model").is_file():
+    if not (folder / TOKENIZER_JSON).is_file():
+        return Tokenizer(folder / TOKENIZER_MODEL)
+    if (folder / TOKENIZER_MODEL).is_file():
         with contextlib.suppress(InputError):  # Llama 3's is of another kind
-            tokenizer = Tokenizer(folder / "tokenizer.model")
-            if tokenizer.fits(vocab_size):
+            tokenizer = Tokenizer(folder / TOKENIZER_MODEL)
+            if tokenizer.vocab_size == vocab_size:
                 return tokenizer
-    return JsonTokenizer(folder / "tokenizer.json")
+    return JsonTokenizer(folder / TOKENIZER_JSON)
 
 
 def bos_template(token: str, id: int) -> dict[str, Any]:
@@ -125,20 +153,29 @@ def bos_template(token: str, id: int) -> dict[str, Any]:
     }
 
 
-def sentencepiece_to_json(path: Path, adds_bos: bool) -> dict[str, Any] | None:
+def special_tokens(content: bytes) -> dict[str, str]:
+    """The special tokens of a SentencePiece model by the names that tokenizer_config.json has for them."""
+    proto = ModelProto.FromString(content)
+    ids = {name: getattr(proto.trainer_spec, f"{name}_id") for name in ("bos", "eos", "unk", "pad")}
+    return {f"{name}_token": proto.pieces[i].piece for name, i in ids.items() if 0 <= i < len(proto.pieces)}
+
+
+def sentencepiece_to_json(content: bytes, adds_bos: bool) -> dict[str, Any] | None:
     """The tokenizer.json of a SentencePiece model as `train_tokenizer` makes them, or as Llama 2's, which puts a space
     before every text; None for other kinds.
 
     Of the two ways to a piece SentencePiece takes the one of the better score, so the merges are every split of every
     piece in the order of scores; pieces made by no merge are symbols of the user, which are matched first.
     """
-    proto = _ModelProto.FromString(path.read_bytes())
+    proto = ModelProto.FromString(content)
     normalizer, trainer = proto.normalizer_spec, proto.trainer_spec
     if (
         trainer.model_type != trainer.BPE
         or not trainer.byte_fallback
         or normalizer.remove_extra_whitespaces
         or normalizer.precompiled_charsmap
+        or any(piece.type == _Piece.UNUSED for piece in proto.pieces)
+        or any(piece.type == _Piece.USER_DEFINED and {" ", SPACE} & {*piece.piece} for piece in proto.pieces)
         # the space would come after each of them
         or (normalizer.add_dummy_prefix and any(piece.type == _Piece.USER_DEFINED for piece in proto.pieces))
     ):

@@ -223,10 +223,7 @@ Change = Callable[[dict[str, Any]], object]
         (lambda data: data.update(normalizer={"type": "NFC"}), "its normalizer"),
         (lambda data: data["model"].update(end_of_word_suffix="</w>"), "prefixes and suffixes"),
         (lambda data: data["added_tokens"][0].update(special=False, lstrip=True), "its added tokens"),
-        (
-            lambda data: data["post_processor"]["single"].append({"SpecialToken": {"id": "<|begin|>", "type_id": 0}}),
-            "what",
-        ),
+        (lambda data: data["post_processor"]["single"].insert(0, data["post_processor"]["single"][0]), "what it puts"),
     ],
 )
 def test_a_tokenizer_json_that_llama_cpp_lacks(change: Change, named: str, tmp_path: Path) -> None:

@@ -52,7 +52,7 @@ HARD = [
 def test_tokenizer_json_is_the_tokenizer(tokenizer: Tokenizer, tmp_path: Path) -> None:
     """Every line of the default corpus, hard Unicode, text that looks like special tokens, and random characters: the
     same ids from SentencePiece, from `tokenizers` and from AutoTokenizer, and the same text back."""
-    data = sentencepiece_to_json(tokenizer.path, adds_bos=True)
+    data = sentencepiece_to_json(tokenizer.content, adds_bos=True)
     assert data is not None
     (tmp_path / "tokenizer.json").write_text(json.dumps(data))
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "split_special_tokens": True}
@@ -201,7 +201,7 @@ def test_a_space_before_a_continuation_stays(tmp_path: Path, corpus: Path) -> No
     ids = tokenizer.encode("the people of the")
     assert tokenizer.decode(ids) == "the people of the"
     assert tokenizer.decode_after(ids) == " the people of the"
-    assert sentencepiece_to_json(tokenizer.path, adds_bos=True) is None  # it also takes spaces away
+    assert sentencepiece_to_json(tokenizer.content, adds_bos=True) is None  # it also takes spaces away
 
 
 def test_llama_2s_kind_is_exported(tmp_path: Path, corpus: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers_engine import transformers_run
 
-from minillm_core.bridge import export_gguf, import_checkpoint
+from minillm_core.bridge import export_gguf, export_hf, import_checkpoint
 from minillm_core.config import ModelConfig
 from minillm_core.doctor import examine
 from minillm_core.errors import InputError
@@ -39,6 +39,7 @@ def home(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Path
         shutil.copyfile(tokenizer.path, folder / name / "tokenizer.model")
     for framework, backend in BACKENDS.items():
         import_checkpoint("hf", folder / "hf", folder / framework, backend)
+    export_hf(folder / "jax" / "jax" / "checkpoints" / "0", folder / "exported", BACKENDS["jax"], "float32")
     export_gguf(folder / "jax" / "jax" / "checkpoints" / "0", folder / "model.gguf", BACKENDS["jax"], "float32")
     file = folder / "faulty" / "model.safetensors"
     weights = dict(read_safetensors(file))
@@ -56,7 +57,7 @@ def exit_code(*arguments: Any, **options: Any) -> int:
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
-@pytest.mark.parametrize("kinds", [("jax", "torch"), ("hf", "jax"), ("torch", "hf"), ("model.gguf", "jax")])
+@pytest.mark.parametrize("kinds", [("jax", "torch"), ("exported", "jax"), ("torch", "exported"), ("model.gguf", "jax")])
 def test_every_kind_is_the_same_model(
     kinds: tuple[str, str], dtype: Any, home: Path, float64: Tier, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -184,13 +185,22 @@ def test_a_model_without_a_tokenizer(tmp_path: Path, float64: Tier, capsys: pyte
 def test_other_tokenizers_are_named(
     tmp_path: Path, home: Path, float64: Tier, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Equal models all the same: another piece, another end of a text."""
-    shutil.copytree(home / "hf", tmp_path / "hf")
-    content = (home / "hf" / "tokenizer.model").read_bytes()
-    (tmp_path / "hf" / "tokenizer.model").write_bytes(content.replace(b"\xe2\x96\x81the", b"\xe2\x96\x81zzz"))
-    assert exit_code(home / "hf", tmp_path / "hf") == 0
+    """Equal models all the same: ids exchanged in the file that transformers reads, beside a tokenizer.model that is
+    right; another end of a text."""
+    folder = tmp_path / "hf"
+    shutil.copytree(home / "exported", folder)
+    right = (folder / "tokenizer.json").read_text()
+    data = json.loads(right)
+    vocab = data["model"]["vocab"]
+    vocab["\u2581the"], vocab["\u2581of"] = vocab["\u2581of"], vocab["\u2581the"]
+    (folder / "tokenizer.json").write_text(json.dumps(data))
+    assert exit_code(home / "jax", folder) == 0
     assert re.search("tokenizers: differ: .* ids, ", capsys.readouterr().out)
-    shutil.copyfile(home / "hf" / "tokenizer.model", tmp_path / "hf" / "tokenizer.model")
-    (tmp_path / "hf" / "generation_config.json").write_text('{"eos_token_id": [2, 5]}')
-    assert exit_code(home / "hf", tmp_path / "hf") == 0
+    import_checkpoint("hf", folder, tmp_path / "run", BACKENDS["torch"])
+    assert "give other ids: the first is taken" in capsys.readouterr().err
+    assert exit_code(folder, tmp_path / "run") == 0
+    assert "tokenizers: the same" in capsys.readouterr().out
+    (folder / "tokenizer.json").write_text(right)
+    (folder / "generation_config.json").write_text('{"eos_token_id": [2, 5]}')
+    assert exit_code(home / "jax", folder) == 0
     assert "tokenizers: differ: texts end with [2] and [2, 5]" in capsys.readouterr().out

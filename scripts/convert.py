@@ -43,6 +43,7 @@ from minillm_core.checkpoints import (
     TrainingState,
     checkpoint_steps,
     find_checkpoint,
+    payload_bytes,
     read_info,
     verify_checkpoint,
 )
@@ -106,7 +107,9 @@ def parse_direction(direction: str) -> tuple[str, str]:
     known |= {(source, target) for source in FRAMEWORKS for target in ("hf", "gguf")}
     if not match or match[1] == match[2] or match.groups() not in known:
         expected = "'torch->jax', 'hf->jax', 'minillm->jax', 'gguf->jax', 'jax->hf', 'jax->gguf' or the like"
-        do = "go by way of a run of one framework"
+        do = f"write 'SOURCE->TARGET', quoted, of {', '.join(FORMATS)}"
+        if match and {*match.groups()} <= {*FORMATS} and match[1] != match[2]:
+            do = f"in two steps: '{match[1]}->jax', then 'jax->{match[2]}'"
         raise InputError("unknown conversion", expected=expected, found=repr(direction), do=do)
     return match[1], match[2]
 
@@ -146,7 +149,7 @@ def convert(source: str, target: str, source_path: str, destination: str | None)
     with open_run(run_dir, info.config, checkpoint, info.data_hashes, info.config.train.compute_dtype):
         result = write(writer, run_dir / target, checkpoint, info, state)
     say(f'try: python scripts/generate.py {run_dir} --backend {target} --prompt "My fellow citizens,"')
-    if info.step < info.config.train.steps:
+    if info.step < info.config.train.steps and "train" in info.data_hashes:  # an imported model is not trained on
         config = f"{run_dir}/config.yaml --train.out_dir {run_dir}"
         say(f"to train on: python scripts/train_{target}.py {config}")
     print(result)
@@ -177,10 +180,11 @@ def write(writer: Backend, folder: Path, checkpoint: Path, info: CheckpointInfo,
         return partial(writer.write_payload, partial_folder, info.config, state)
 
     with CheckpointWriter(folder / "checkpoints") as checkpoints:
-        checkpoints.save(copy, checkpoint, start_payload)
+        n_bytes = payload_bytes(state.weights, state.exp_avg, state.exp_avg_sq)
+        checkpoints.save(copy, checkpoint, start_payload, n_bytes=n_bytes)
     n_moments = len(state.exp_avg) + len(state.exp_avg_sq)
     say(f"converted {checkpoint}: {len(state.weights)} weights, {n_moments} Adam moments, step {info.step}")
-    if not state.exp_avg:
+    if not state.exp_avg and "train" in info.data_hashes:
         say("the source has no optimizer state: training on from here would restart Adam's moments at zero")
     return result
 

@@ -7,6 +7,7 @@ KIND:PATH where a path could mean several. Ends with 0 if they are equal within 
 if they are not.
 """
 
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Annotated, Literal
 import numpy as np
 import tyro
 from backends import load_backend
-from transformers_engine import transformers_run
+from transformers_engine import transformers_encoder, transformers_run
 
 from minillm_core.cli import run, say
 from minillm_core.config import DataConfig
@@ -25,18 +26,9 @@ from minillm_core.errors import InputError
 from minillm_core.files import make_folder, replace_file
 from minillm_core.report import html_report, json_report, text_report
 from minillm_core.subjects import Subject, compare_tokenizers, open_subject
+from minillm_core.tokenizer_json import PROBES
 
 RANDOM_ROWS = 2
-HARD_TEXTS = (
-    "",
-    " x",
-    "  two  spaces ",
-    "\t\n\n",
-    "e\u0301\u00e9 \u65e5\u672c \U0001f469\u200d\U0001f467",
-    "</s><s>",
-    "1234567",
-)
-"""For tokenizers, beside the lines of a text."""
 
 
 def main(
@@ -62,6 +54,10 @@ def main(
     """
     if html is not None and html.is_dir():
         raise InputError("a page is one file", expected="--html FILE", found="a folder", where=html)
+    if html is not None:
+        make_folder(html.absolute().parent)
+        if not os.access(html.absolute().parent, os.W_OK):
+            raise InputError("no permission to write the page", where=html.parent, do="name another file")
     subjects = [open_subject(place, load_backend, {"hf": transformers_run}) for place in (a, b)]
     limit = min(subject.config.context_length for subject in subjects)
     fewest = 64 if dtype == "bfloat16" else 2  # there by shares of positions
@@ -73,13 +69,24 @@ def main(
         say(f"rows of {limit} tokens, the context")
     tokens_BT, rows_of_text = make_tokens(subjects, min(tokens, limit), seed)
     report = examine(*subjects, tokens_BT, dtype, rows_of_text=rows_of_text)
-    report = replace(report, tokenizers=compare_tokenizers(*subjects, [*documents()[0].split("\n"), *HARD_TEXTS]))
+    subjects = [with_oracle(subject) for subject in subjects]
+    report = replace(report, tokenizers=compare_tokenizers(*subjects, [*documents()[0].split("\n"), *PROBES]))
     print(json_report(report) if as_json else text_report(report, color=sys.stdout.isatty()))
     if html is not None:
-        make_folder(html.absolute().parent)
         replace_file(html, html_report(report))
         say(f"wrote {html}")
     sys.exit(0 if report.equal else 1)
+
+
+def with_oracle(subject: Subject) -> Subject:
+    """What transformers runs it also tokenises, if it can."""
+    if subject.engine != "transformers" or subject.tokenizer is None:
+        return subject
+    try:
+        return replace(subject, oracle=transformers_encoder(subject.path))
+    except InputError as error:
+        say(f"its tokenizer is compared as it is read here: {error}")
+        return subject
 
 
 def documents(n: int = 20) -> list[str]:
@@ -100,7 +107,8 @@ def make_tokens(subjects: list[Subject], length: int, seed: int) -> tuple[np.nda
         for document in documents():
             if len(ids) < length:
                 ids += tokenizer.encode(document, bos=True)
-        rows.append(np.array(ids[:length]))
+        if len(ids) >= length:
+            rows.append(np.array(ids[:length]))
     return np.array(rows, np.int32), len(rows) - RANDOM_ROWS
 
 

@@ -1,6 +1,6 @@
 """transformers' Llama as an oracle: what it computes of a Hugging Face folder, under the names that are used here."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -35,6 +35,29 @@ def transformers_run(folder: Path) -> Run:
             do="pip install -c constraints.txt -e '.[test]'; or compare what convert.py 'hf->jax' makes of it",
         ) from error
     return partial(_run, folder)
+
+
+def transformers_encoder(folder: Path) -> Callable[[str], list[int]]:
+    """AutoTokenizer of a folder: ids of a text, what looks like a special token being text, with what comes before a
+    document and without what comes after one.
+
+    Raises:
+        InputError: it cannot be loaded.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, split_special_tokens=True)
+        plain, framed = (tokenizer("a", add_special_tokens=special).input_ids for special in (False, True))
+    except Exception as error:  # whatever the packages raise
+        raise InputError("AutoTokenizer cannot load it", found=str(error)[:200], where=folder) from error
+    n_after = len(framed) - len(plain) - framed.index(plain[0]) if plain else 0
+
+    def encode(text: str) -> list[int]:
+        ids: list[int] = tokenizer(text).input_ids
+        return ids[: len(ids) - n_after]
+
+    return encode
 
 
 def _run(folder: Path, config: ModelConfig, weights: Tensors, tokens_BT: np.ndarray, dtype: str) -> Trace:
