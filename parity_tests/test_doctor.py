@@ -113,6 +113,10 @@ def layers_as_text(config: ModelConfig, weights: Tensors) -> tuple[ModelConfig, 
     return config, {name: weights[source(name)] for name in weights}
 
 
+def layer_copied(config: ModelConfig, weights: Tensors) -> tuple[ModelConfig, Tensors]:
+    return config, {name: weights[name.replace("layers.2", "layers.1")] for name in weights}
+
+
 def rounded(dtype: Any) -> Callable[[np.ndarray], np.ndarray]:
     return lambda w: w.astype(dtype).astype(np.float32)
 
@@ -151,6 +155,7 @@ FILES: dict[str, tuple[str, str, Change]] = {
     "norms swapped": ("swapped", "input_layernorm", swapped("input_layernorm", "post_attention_layernorm")),
     "norms less one": ("norm-weights", "w - 1", weights_changed("norm", lambda w: w - np.float32(1))),
     "norms plus one": ("norm-weights", r"1 \+ w", weights_changed("norm", lambda w: w + np.float32(1))),
+    "layer 2 copied": ("layer-order", "^layer 2 holds layer 1 of A$", layer_copied),
     "layers sorted as text": ("layer-order", "as text", layers_as_text),
     "bfloat16": ("rounding", "bfloat16", weights_changed("", rounded(ml_dtypes.bfloat16))),
     "float16": ("rounding", "float16", weights_changed("_proj", rounded(np.float16))),
@@ -162,6 +167,7 @@ FILES: dict[str, tuple[str, str, Change]] = {
     "other rope_scaling": ("rope-scaling", "factor=32", config_changed(rope_scaling=RopeScaling(32.0, 1.0, 4.0, 64))),
     "other heads": ("head-shape", "head_dim is 16", config_changed(n_heads=4, n_kv_heads=2, head_dim=16)),
     "scale folded into q": ("scale", "q_proj is 0.35355", weights_changed("q_proj", lambda w: w * np.float32(H**-0.5))),
+    "up 1 % too large": ("scale", "up_proj is 1.01 times", weights_changed("up_proj", lambda w: w * np.float32(1.01))),
     "tokens shifted": ("row-order", r"\+1", weights_changed("embed", lambda w: np.concatenate([w[:1], w[:-1]]))),
     "own head lost": ("tied-head", "is the embedding", tied),
 }
@@ -226,6 +232,7 @@ def test_what_no_token_shows(float64: Tier) -> None:
         report = report_of(subject("torch", CONFIG, weights), subject("jax", CONFIG, changed), TOKENS[:, :50], dtype)
         assert not report.equal
         assert [(f.fault, f.place) for f in report.findings] == [("unknown", "weights")]
+        assert f"in rows [{unseen}]" in report.findings[0].evidence
 
 
 def test_other_training_steps_are_no_rounding(float64: Tier) -> None:

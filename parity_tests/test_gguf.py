@@ -12,10 +12,11 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 import minillm_core.gguf as ours
-from minillm_core.bridge import export_gguf, import_checkpoint
+from minillm_core.bridge import export_gguf, export_hf, import_checkpoint
 from minillm_core.checkpoints import Tensors, find_checkpoint, read_info
 from minillm_core.config import ModelConfig, RopeScaling
 from minillm_core.errors import InputError
+from minillm_core.files import lock
 from minillm_core.gguf import gguf_name, open_gguf, write_gguf
 from minillm_core.gguf_tokenizer import NO_TOKENIZER
 from minillm_core.interchange import numpy_dtype
@@ -297,6 +298,11 @@ def test_nothing_is_overwritten_or_left(
     export_gguf(checkpoint, file, BACKENDS["torch"], "float32")
     with pytest.raises(InputError, match="destination exists"):
         export_gguf(checkpoint, file, BACKENDS["torch"], "float32")
+    with lock(file.with_name(".other.gguf.lock")), pytest.raises(InputError, match="another process is at work here"):
+        export_gguf(checkpoint, file.with_name("other.gguf"), BACKENDS["torch"], "float32")
+    with lock(file.with_name(".hf.lock")), pytest.raises(InputError, match="another process is at work here"):
+        export_hf(checkpoint, file.with_name("hf"), BACKENDS["torch"], "float32")
+    assert not file.with_name("hf").exists()
     with pytest.raises(InputError, match="checkpoints of its own"):
         import_checkpoint("gguf", file, tmp_path / "run", BACKENDS["torch"])
     with pytest.raises(InputError, match=r"another kind(?s:.*)'gguf->torch'"):

@@ -1,5 +1,6 @@
 """Tokenizers in GGUF files: llama.cpp's ids, and those of the tokenizer made of the file."""
 
+import dataclasses
 import io
 import json
 from collections.abc import Callable, Sequence
@@ -15,9 +16,9 @@ from sentencepiece import sentencepiece_model_pb2
 from minillm_core.bridge import export_gguf, import_checkpoint
 from minillm_core.errors import InputError
 from minillm_core.gguf import open_gguf, write_gguf
-from minillm_core.gguf_tokenizer import NO_TOKENIZER, PRE_TOKENIZERS, _chat_template, tokenizer_fields
+from minillm_core.gguf_tokenizer import ENDS, NO_TOKENIZER, PRE_TOKENIZERS, _chat_template, overlap, tokenizer_fields
 from minillm_core.tokenizer import Tokenizer
-from minillm_core.tokenizer_json import load_tokenizer
+from minillm_core.tokenizer_json import load_tokenizer, sentencepiece_to_json
 from parity_tests.conftest import BACKENDS, TINY, random_weights
 from parity_tests.llama_cpp import LlamaCpp
 from parity_tests.test_hf import text_checkpoint
@@ -100,6 +101,76 @@ def test_settings_of_a_file(changes: dict[str, bool], tokenizer: Tokenizer, tmp_
     assert tokenizer_fields(again, V) == fields
 
 
+def test_overlap() -> None:
+    assert overlap(["#ab", "b##cd"])
+    assert overlap(["<a>", "><a"])
+    assert not overlap(["aa", "<a>", "<a>b"])
+    assert not overlap(["<a>", "x<a>"])
+
+
+def test_a_piece_that_is_not_used(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """SentencePiece passes it by, llama.cpp does not; neither format gets it."""
+    proto = sentencepiece_model_pb2.ModelProto.FromString(tokenizer.content)
+    proto.pieces[400].type = 5
+    (tmp_path / "tokenizer.model").write_bytes(proto.SerializeToString())
+    with pytest.raises(InputError, match="tokens that are not used"):
+        tokenizer_fields(Tokenizer(tmp_path / "tokenizer.model"), V)
+    assert sentencepiece_to_json(proto.SerializeToString(), adds_bos=True) is None
+
+
+def test_symbols_of_spaces(tmp_path: Path) -> None:
+    """llama.cpp's converter writes them with plain spaces."""
+    fields = {key: value for key, value in GOOD_LLAMA.items() if key not in ("tokens", "scores", "token_type")}
+    tokens = ["<unk>", "<s>", "</s>", "    ", "x", "\u2581", *(f"<0x{i:02X}>" for i in range(256))]
+    fields |= {"tokens": tokens, "scores": [0.0] * len(tokens), "add_space_prefix": False}
+    fields["token_type"] = [2, 3, 3, 4, 1, 1] + [6] * 256
+    config = dataclasses.replace(TINY, vocab_size=len(tokens))
+    fields = {f"tokenizer.ggml.{key}": value for key, value in fields.items()}
+    write_gguf(tmp_path / "x.gguf", config, random_weights(config), "float32", fields)
+    open_gguf(tmp_path / "x.gguf").write_tokenizer(tmp_path)
+    llama, again = LlamaCpp(tmp_path / "x.gguf"), load_tokenizer(tmp_path, len(tokens))
+    for text in ("    x", "x     x", " x", "        "):
+        assert again.encode(text) == llama.tokenize(text), text
+
+
+@pytest.mark.parametrize("name", sorted(ENDS))
+def test_ends_by_name(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """llama.cpp ends a text at a token of such a name, whatever the ids say; so does what is imported."""
+    fields = {f"tokenizer.ggml.{key}": value for key, value in GOOD_LLAMA.items()}
+    fields["tokenizer.ggml.tokens"] = ["<unk>", "<s>", "<stop>", "a", "b", name]
+    config = dataclasses.replace(TINY, vocab_size=6)
+    write_gguf(tmp_path / "x.gguf", config, random_weights(config), "float32", fields)
+    open_gguf(tmp_path / "x.gguf").write_tokenizer(tmp_path)
+    llama = LlamaCpp(tmp_path / "x.gguf")
+    assert load_tokenizer(tmp_path, 6).end_ids == {i for i in range(6) if llama.ends(i)} == {2, 5}
+
+
+def test_an_end_that_llama_cpp_adds_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    byte_level(tmp_path, V)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_text((tmp_path / name).read_text().replace("<|begin|>", "<|im_end|>"))
+    data = json.loads((tmp_path / "tokenizer.json").read_text())
+    data["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": PRE_TOKENIZERS["gpt-2"][0]}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(data))
+    tokenizer_fields(load_tokenizer(tmp_path, V), V)
+    assert "llama.cpp will end a text at <|im_end|> too" in capsys.readouterr().err
+
+
+def test_a_begin_token_that_is_the_end_too(texts: list[str], tmp_path: Path) -> None:
+    """As GPT-2's: what the template adds is added, and not taken for the end of a text; nor is a text's own end."""
+    byte_level(tmp_path, V)
+    data = json.loads((tmp_path / "tokenizer.json").read_text())
+    data["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": PRE_TOKENIZERS["gpt-2"][0]}
+    data["added_tokens"][1]["special"] = False
+    (tmp_path / "tokenizer.json").write_text(json.dumps(data))
+    (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "<|begin|>", "eos_token": "<|begin|>"}')
+    tokenizer = load_tokenizer(tmp_path, V)
+    assert tokenizer.encode("", bos=True) == [0]
+    assert tokenizer.encode("<|end|>", bos=True) == [0, 1]
+    (tmp_path / "again").mkdir()
+    assert_same_ids(tokenizer, texts[-100:], tmp_path / "again")
+
+
 def test_what_is_not_as_in_llama_cpp_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A space after symbols of the user, and a token that ends every text."""
     changes = {"token_type": [2, 3, 3, 4, 1, 1], "add_eos_token": True}
@@ -120,6 +191,8 @@ def test_what_is_not_as_in_llama_cpp_is_said(tmp_path: Path, capsys: pytest.Capt
         ({"normalization_rule_name": "nmt_nfkc"}, "text is normalised"),
         ({"remove_extra_whitespaces": True}, "text is normalised"),
         ({"user_defined_symbols": ["\n"]}, "a space before a text, and symbols of the user"),
+        ({"user_defined_symbols": ["    "], "add_dummy_prefix": False}, "symbols of the user with spaces"),
+        ({"user_defined_symbols": ["#ab", "b##cd"], "add_dummy_prefix": False}, "symbols of the user that overlap"),
     ],
 )
 def test_tokenizers_that_llama_cpp_lacks(

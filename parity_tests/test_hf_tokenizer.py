@@ -1,6 +1,7 @@
 """Tokenizers of Hugging Face folders, ours exported and others' imported, and what ends a text."""
 
 import json
+from dataclasses import replace
 from importlib.metadata import files
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,12 @@ import sentencepiece
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from minillm_core.bridge import export_hf, import_checkpoint
+from minillm_core.bridge import export_gguf, export_hf, import_checkpoint
 from minillm_core.errors import InputError
 from minillm_core.tokenizer import Tokenizer
 from minillm_core.tokenizer_json import JsonTokenizer, load_tokenizer, sentencepiece_to_json
 from parity_tests.conftest import BACKENDS, TINY
+from parity_tests.llama_cpp import LlamaCpp
 from parity_tests.test_hf import rewrite, save_llama
 
 HARD = [
@@ -155,6 +157,8 @@ def test_what_ends_a_text_and_the_chat_template_go_along(file: str, framework: s
         rewrite(hf / file, max_length=77)
     template = "{% for m in messages %}<|begin|>{{ m['content'] }}<|end|>{% endfor %}"
     (hf / "chat_template.jinja").write_text(template)
+    (hf / "additional_chat_templates").mkdir()
+    (hf / "additional_chat_templates" / "tools.jinja").write_text("tools")
     expected = AutoModelForCausalLM.from_pretrained(hf).generate(prompt, **options)[0, 3:].tolist()
     assert expected == endless[: endless.index(end) + 1]
     checkpoint = import_checkpoint("hf", hf, tmp_path / "run", BACKENDS[framework])
@@ -170,7 +174,7 @@ def test_what_ends_a_text_and_the_chat_template_go_along(file: str, framework: s
     assert again.config.eos_token_id == again.generation_config.eos_token_id == [1, end]
     if file == "generation_config.json":
         assert json.loads((folder / file).read_text()) == json.loads((hf / file).read_text())
-    assert AutoTokenizer.from_pretrained(folder).chat_template == template
+    assert AutoTokenizer.from_pretrained(folder).chat_template == {"default": template, "tools": "tools"}
 
 
 def test_special_ids_without_a_tokenizer(tmp_path: Path) -> None:
@@ -220,6 +224,50 @@ def test_llama_2s_kind_is_exported(tmp_path: Path, corpus: Path) -> None:
         assert auto(text).input_ids == tokenizer.encode(text, bos=True) == [1, *ids]
         if "\ufffd" not in tokenizer.decode(ids):  # bytes that are no UTF-8
             assert auto.decode(ids) == tokenizer.decode(ids), repr(text)
+
+
+def test_a_space_that_is_not_put(tmp_path: Path, corpus: Path) -> None:
+    """tokenizer_config.json says that no space comes before a text, and AutoTokenizer, of the source and of the export,
+    and what is exported heed it. Special tokens keep the names that the model has for them."""
+    save_llama(TINY, tmp_path / "hf", torch.float32)
+    options = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False, "bos_piece": "<|start|>"}
+    train(tmp_path / "hf", corpus, eos_piece="<|stop|>", **options)
+    settings = {"tokenizer_class": "LlamaTokenizer", "add_prefix_space": False}
+    (tmp_path / "hf" / "tokenizer_config.json").write_text(json.dumps(settings))
+    checkpoint = import_checkpoint("hf", tmp_path / "hf", tmp_path / "run", BACKENDS["torch"])
+    tokenizer = load_tokenizer(checkpoint, TINY.vocab_size)
+    assert tokenizer.decode_after(tokenizer.encode("the")) == "the"
+    auto = AutoTokenizer.from_pretrained(export_hf(checkpoint, tmp_path / "out", BACKENDS["torch"], "float32"))
+    assert (auto.bos_token, auto.eos_token) == ("<|start|>", "<|stop|>")
+    for text in ("the people", " x", "  two  spaces"):
+        assert tokenizer.encode(text, bos=True) == auto(text).input_ids, text
+
+
+@pytest.mark.parametrize("framework", BACKENDS)
+def test_a_tokenizer_smaller_than_the_vocabulary(
+    framework: str, tmp_path: Path, corpus: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A SentencePiece model under an embedding with rows that no token uses: it generates, and goes to both formats."""
+    config = replace(TINY, vocab_size=TINY.vocab_size + 8)
+    save_llama(config, tmp_path / "hf", torch.float32)
+    train(tmp_path / "hf", corpus, normalization_rule_name="identity", remove_extra_whitespaces=False)
+    checkpoint = import_checkpoint("hf", tmp_path / "hf", tmp_path / "run", BACKENDS[framework])
+    assert "try: python scripts/generate.py" in capsys.readouterr().err
+    tokenizer = load_tokenizer(checkpoint, config.vocab_size)
+    generator = BACKENDS[framework].Generator(BACKENDS[framework].load(checkpoint), tokenizer)
+    assert generator.generate(["the people"], max_new_tokens=20, temperature=1.0, seed=1)
+    auto = AutoTokenizer.from_pretrained(export_hf(checkpoint, tmp_path / "out", BACKENDS[framework], "float32"))
+    file = export_gguf(checkpoint, tmp_path / "x.gguf", BACKENDS[framework], "float32")
+    ids = tokenizer.encode("the people of", bos=True)
+    assert auto("the people of").input_ids == LlamaCpp(file).tokenize("the people of", bos=True) == ids
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json"])
+def test_half_a_surrogate_pair(name: str, tmp_path: Path) -> None:
+    byte_level(tmp_path, TINY.vocab_size)
+    (tmp_path / name).write_text('{"eos_token": "\\ud800"}')
+    with pytest.raises(InputError, match=rf"damaged file(?s:.*){name}"):
+        JsonTokenizer(tmp_path / "tokenizer.json")
 
 
 @pytest.mark.parametrize("framework", BACKENDS)

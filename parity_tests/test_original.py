@@ -1,8 +1,11 @@
 """Checkpoints of the original Mini-LLM, against an independent model of its arithmetic: interleaved rotations."""
 
+import io
+import json
 import os
 import pickle
 import sys
+import time
 import types
 import zipfile
 from collections.abc import Callable, Iterator
@@ -12,6 +15,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import sentencepiece
+import tokenizers
 import torch
 from safetensors.torch import save_file
 from torch.nn import functional as F
@@ -21,6 +26,8 @@ from minillm_core.errors import InputError
 from minillm_core.original import open_original, original_name
 from minillm_core.params import param_table
 from minillm_core.rope import half_split
+from minillm_core.tokenizer import ModelProto, Tokenizer
+from minillm_core.tokenizer_json import load_tokenizer, sentencepiece_to_json
 from parity_tests.conftest import BACKENDS, TIERS, Tier, assert_close
 from parity_tests.test_hf import logits_of
 
@@ -126,8 +133,6 @@ def save_pickle(folder: Path, model_args: Callable[[], Any], tensors: dict[str, 
 
 def save_folder(folder: Path, model_args: Callable[[], Any], tensors: dict[str, Any]) -> Path:
     """As the original's convert_to_safetensors.py does."""
-    import json
-
     save_file({name: tensor.clone() for name, tensor in tensors.items()}, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(ARGS | {"architectures": ["MiniLLM"], "model_type": "mini-llm"}))
     return folder
@@ -150,6 +155,36 @@ def test_imported_is_the_original(
         assert_close(framework, logits_of(framework, checkpoint, "float64", tokens), expected["float64"], 1e-12)
         logits = logits_of(framework, checkpoint, "float32", tokens)
         assert_close(framework, logits, expected["float32"], TIERS["float32"].logits)
+
+
+def test_its_own_tokenizer_is_taken(
+    tmp_path: Path, model_args: Callable[[], Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The original is trained and run with its tokenizer.json, special tokens in special_tokens_map.json; the
+    tokenizer.model that this was made of adds a space, and takes others away."""
+    source = save_pickle(tmp_path, model_args, state_dict())
+    model = io.BytesIO()
+    text = ["Fellow citizens of the Senate and the House of Representatives"] * 50
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(text), model_writer=model, vocab_size=ARGS["vocab_size"] - 7, model_type="bpe",
+        byte_fallback=True, hard_vocab_limit=False, minloglevel=2,
+    )  # fmt: skip
+    proto = ModelProto.FromString(model.getvalue())
+    proto.normalizer_spec.name, proto.normalizer_spec.precompiled_charsmap = "identity", b""
+    proto.normalizer_spec.add_dummy_prefix = proto.normalizer_spec.remove_extra_whitespaces = False
+    data = sentencepiece_to_json(proto.SerializeToString(), adds_bos=True)
+    (tmp_path / "tokenizer.model").write_bytes(model.getvalue())
+    (tmp_path / "tokenizer.json").write_text(json.dumps(data))
+    names = {"bos_token": {"content": "<s>"}, "eos_token": {"content": "</s>"}}
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps(names))
+    checkpoint = import_checkpoint("minillm", source, tmp_path / "run", BACKENDS["torch"])
+    assert "try: python scripts/generate.py" in capsys.readouterr().err
+    tokenizer = load_tokenizer(checkpoint, ARGS["vocab_size"])
+    published = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    other = Tokenizer(tmp_path / "tokenizer.model")
+    for words in ("the House", "of  the"):
+        assert tokenizer.encode(words, bos=True) == published.encode(words).ids != other.encode(words, bos=True)
+    assert (tokenizer.bos_id, tokenizer.end_ids) == (1, {2})
 
 
 def test_unpermuted_is_another_model(tmp_path: Path, model_args: Callable[[], Any], monkeypatch: Any) -> None:
@@ -200,6 +235,19 @@ def test_a_tensor_takes_no_attributes(tmp_path: Path, model_args: Callable[[], A
     torch.save(content, path)
     with pytest.raises(InputError, match="attributes of something else"):
         open_original(path)
+
+
+@pytest.mark.parametrize("place", [b"", b"X\x05\x00\x00\x00model}sX\x0a\x00\x00\x00model_args}X\x03\x00\x00\x00dim"])
+def test_nested_tuples_are_refused_at_once(place: bytes, tmp_path: Path) -> None:
+    """A tuple of two of a tuple of two ... sixty times, a few hundred bytes: neither hashed, as a key, nor shown."""
+    nested = b")" + b"q\x01h\x01\x86" * 60
+    content = b"\x80\x02}" + place + nested + (b"s" if place else b"N") + b"s."
+    with zipfile.ZipFile(tmp_path / "ckpt.pt", "w") as archive:
+        archive.writestr("a/data.pkl", content)
+    before = time.monotonic()
+    with pytest.raises(InputError, match=r"damaged checkpoint|not the original's model_args"):
+        open_original(tmp_path / "ckpt.pt")
+    assert time.monotonic() - before < 2
 
 
 def test_a_small_file_asks_for_much(tmp_path: Path, model_args: Callable[[], Any]) -> None:

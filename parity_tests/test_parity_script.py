@@ -182,6 +182,18 @@ def test_a_model_without_a_tokenizer(tmp_path: Path, float64: Tier, capsys: pyte
     assert "tokenizers: not compared: none that can be used in A and B" in captured.out
 
 
+def test_a_text_of_few_tokens(home: Path, float64: Tier) -> None:
+    """A tokenizer that gives less than a row of ids: random rows alone."""
+
+    class Short(Tokenizer):
+        def encode(self, text: str, *, bos: bool = False) -> list[int]:
+            return []
+
+    short = replace(subject("torch", TINY, {}), tokenizer=Short(home / "hf" / "tokenizer.model"))
+    tokens_BT, rows_of_text = parity.make_tokens([short, short], 20, 0)
+    assert (tokens_BT.shape, rows_of_text) == ((2, 20), 0)
+
+
 def test_other_tokenizers_are_named(
     tmp_path: Path, home: Path, float64: Tier, capsys: pytest.CaptureFixture[str]
 ) -> None:
