@@ -216,16 +216,10 @@ def _explain_weights(a: Subject, b: Subject) -> list[Finding]:
         for key in ((fault, says), ("rounding", form)):
             if key[1]:
                 explained.setdefault(key, []).append(name)
-    findings = [
-        Finding(
-            fault,
-            "B",
-            "weights",
-            _order(moved, a.config.n_layers) if fault == "layer-order" else says,
-            f"so planted in A, {_names(names)} is B's",
-        )
-        for (fault, says), names in explained.items()
-    ]
+    findings = []
+    for (fault, says), names in explained.items():
+        words = _order(moved, a.config.n_layers) if fault == "layer-order" else says
+        findings.append(Finding(fault, "B", "weights", words, f"so planted in A, {_names(names)} is B's"))
     if last_bits:
         evidence = f"{_names(list(last_bits))}; by at most {max(last_bits.values()):.1e} of its norm"
         findings.append(Finding("rounding", "B", "weights", "weights differ in the last bits of float32", evidence))
