@@ -9,6 +9,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in the background of a 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the suite needs no GPU; scripts/benchmark.py compares on one
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # JAX and torch share the cores: see scripts/backends.py
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's threads wait spinning, in the way of the other worker
 
 from collections.abc import Iterator
 from dataclasses import dataclass
