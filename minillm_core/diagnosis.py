@@ -251,7 +251,9 @@ def _forms(a: Subject, name: str, variants: Variants, theirs: np.ndarray) -> Ite
     right = a.weights[name]
     yield "", "", right.astype(np.float64)
     for fault, says, made in variants:
-        if made.weights is not a.weights and (changed := made.weights[name]) is not right and fault != "layer-order":
+        if fault == "layer-order":  # tried below, layer by layer
+            continue
+        if made.weights is not a.weights and (changed := made.weights[name]) is not right:
             yield fault, says, changed.astype(np.float64)
     yield from _heads_moved(a, name, theirs)
     for layer in range(a.config.n_layers):

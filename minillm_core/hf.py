@@ -236,9 +236,10 @@ def open_hf(folder: Path) -> HFCheckpoint:
     if not (folder / "config.json").is_file():
         do = "give the folder of a downloaded checkpoint (config.json, *.safetensors)"
         raise InputError("not a Hugging Face checkpoint", expected="config.json", where=folder, do=do)
-    config = from_hf_config(_read_json(folder / "config.json"), folder / "config.json")
+    data = _read_json(folder / "config.json")
+    config = from_hf_config(data, folder / "config.json")
     read_generation_config(folder)
-    check_special_ids(_read_json(folder / "config.json"), folder / "config.json")
+    check_special_ids(data, folder / "config.json")
     layout: dict[str, tuple[tuple[int, ...], str]] = {}
     files: dict[str, Path] = {}
     for path, expected in _shards(folder).items():

@@ -134,7 +134,7 @@ def test_symbols_of_spaces(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(ENDS))
-def test_ends_by_name(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_ends_by_name(name: str, tmp_path: Path) -> None:
     """llama.cpp ends a text at a token of such a name, whatever the ids say; so does what is imported."""
     fields = {f"tokenizer.ggml.{key}": value for key, value in GOOD_LLAMA.items()}
     fields["tokenizer.ggml.tokens"] = ["<unk>", "<s>", "<stop>", "a", "b", name]
