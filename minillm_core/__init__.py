@@ -1,11 +1,75 @@
-"""What both frameworks share: configuration, parameter table, data, tokenizer, checkpoints' outer form, the train loop.
+"""What both frameworks share: configuration, model, text, data, training, decoding, conversions, the doctor.
 
-Nothing here imports jax or torch.
+Nothing here imports jax or torch. The names below are imported when they are first used.
 """
 
-from importlib.metadata import PackageNotFoundError, version
+import importlib
+from typing import TYPE_CHECKING, Any
 
-try:
-    __version__ = version("minillm")
-except PackageNotFoundError:  # a source tree that was never installed
-    __version__ = "0+unknown"
+from minillm_core.version import __version__
+
+if TYPE_CHECKING:
+    from minillm_core.config import ModelConfig, RunConfig, load_config
+    from minillm_core.data.batches import PreparedData
+    from minillm_core.data.prepare import prepare_data
+    from minillm_core.decoding.generation import Completion
+    from minillm_core.decoding.sampling import SamplingConfig
+    from minillm_core.doctor.compare import compare
+    from minillm_core.errors import InputError
+    from minillm_core.interop.conversion import convert
+    from minillm_core.text.tokenizer import Tokenizer
+    from minillm_core.text.tokenizer_json import load_tokenizer
+    from minillm_core.training.backend import load_backend
+    from minillm_core.training.checkpoints import find_checkpoint
+    from minillm_core.training.loop import train
+    from minillm_core.training.metrics import read_metrics
+
+__all__ = [
+    "Completion",
+    "InputError",
+    "ModelConfig",
+    "PreparedData",
+    "RunConfig",
+    "SamplingConfig",
+    "Tokenizer",
+    "__version__",
+    "compare",
+    "convert",
+    "find_checkpoint",
+    "load_backend",
+    "load_config",
+    "load_tokenizer",
+    "prepare_data",
+    "read_metrics",
+    "train",
+]
+
+_MODULES = {
+    "Completion": "decoding.generation",
+    "InputError": "errors",
+    "ModelConfig": "config",
+    "PreparedData": "data.batches",
+    "RunConfig": "config",
+    "SamplingConfig": "decoding.sampling",
+    "Tokenizer": "text.tokenizer",
+    "compare": "doctor.compare",
+    "convert": "interop.conversion",
+    "find_checkpoint": "training.checkpoints",
+    "load_backend": "training.backend",
+    "load_config": "config",
+    "load_tokenizer": "text.tokenizer_json",
+    "prepare_data": "data.prepare",
+    "read_metrics": "training.metrics",
+    "train": "training.loop",
+}
+"""Public name -> the module that defines it."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

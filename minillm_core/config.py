@@ -19,7 +19,9 @@ import yaml
 
 from minillm_core.errors import InputError
 
-PRESETS_DIR = Path(__file__).resolve().parent.parent / "configs"
+_PACKAGE = Path(__file__).resolve().parent
+PRESETS_DIR = next(folder for folder in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if folder.is_dir())
+"""In an installed wheel the presets are inside the package, in a checkout at the top level."""
 
 ComputeDtype = Literal["auto", "float32", "bfloat16", "float64"]
 Nonfinite = Literal["stop", "skip"]
@@ -102,14 +104,14 @@ class ModelConfig:
                 "model.width is not divisible by model.n_heads",
                 expected=f"a multiple of {self.n_heads}",
                 found=self.width,
-                do="change one of the two, or set model.head_dim",
+                hint="change one of the two, or set model.head_dim",
             )
         _require(
             self.n_heads % self.n_kv_heads == 0,
             "model.n_heads is not divisible by model.n_kv_heads",
             expected=f"a divisor of {self.n_heads} KV heads",
             found=self.n_kv_heads,
-            do="every KV head serves the same number of query heads: change one of the two",
+            hint="every KV head serves the same number of query heads: change one of the two",
         )
         _require(
             self.resolved_head_dim > 0 and self.resolved_head_dim % 2 == 0,
@@ -123,7 +125,7 @@ class ModelConfig:
             "model.context_length is out of range",
             expected=f"at most {LARGEST_TABLE // (8 * self.resolved_head_dim):,}",
             found=f"{self.context_length:,}, a table of rotations of {table / 1e9:,.1f} GB",
-            do="take a shorter context: no weight depends on it",
+            hint="take a shorter context: no weight depends on it",
         )
 
     @property
@@ -253,7 +255,7 @@ class RunConfig:
             "optim.warmup_steps is more than train.steps",
             expected=f"at most {self.train.steps}",
             found=self.optim.warmup_steps,
-            do="lower --optim.warmup_steps too",
+            hint="lower --optim.warmup_steps too",
         )
 
 
@@ -288,7 +290,7 @@ def load_config(name_or_path: str) -> RunConfig:
         raise InputError(
             f"no such configuration: {name_or_path}",
             expected=f"a preset ({', '.join(preset_names())}) or the path of a .yaml file",
-            do="check the spelling",
+            hint="check the spelling",
         )
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))

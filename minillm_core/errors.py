@@ -1,4 +1,4 @@
-"""The exceptions that scripts end with, without a traceback: a user's mistake (exit code 2), a request to stop."""
+"""The exceptions that end a command without a traceback: bad input (exit status 2) and a request to stop."""
 
 import signal
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 class InputError(ValueError):
     """Bad input: what was expected, what was found, where, and what to do about it.
 
-    Several problems found together are raised together, one a line.
+    Several problems found together are raised together, one per line.
     """
 
     def __init__(
@@ -17,23 +17,40 @@ class InputError(ValueError):
         expected: object = None,
         found: object = None,
         where: object = None,
-        do: str | None = None,
+        hint: str | None = None,
+        command: Sequence[str] = (),
     ):
+        """
+        Args:
+            hint: what to do.
+            command: a subcommand of `minillm` and its arguments that do it; the command line shows it.
+        """
         lines = [problem]
-        for label, value in (("expected", expected), ("found", found), ("where", where), ("what to do", do)):
+        for label, value in (("expected", expected), ("found", found), ("where", where), ("what to do", hint)):
             if value is not None:
                 lines.append(f"  {label}: {value}")
         super().__init__("\n".join(lines))
+        self.command = tuple(command)
+
+
+def missing_package(package: str, extra: str, error: ModuleNotFoundError, *, where: object = None) -> InputError:
+    """The InputError for a package that is not installed, and the extra of this project that installs it."""
+    return InputError(
+        f"the package `{package}` is not installed",
+        found=f"no module {error.name}",
+        where=where,
+        hint=f"pip install 'minillm[{extra}]'; in a checkout: pip install -c constraints.txt -e '.[{extra}]'",
+    )
 
 
 def listed(problem: str, items: Sequence[str], limit: int = 20) -> str:
-    """A problem and what it consists of, one a line, the first of them if there are many."""
+    """A problem and its items, one per line; of a long list the first `limit`."""
     more = [f"... and {len(items) - limit} more"] if len(items) > limit else []
     return f"{problem}:\n  " + "\n  ".join([*items[:limit], *more])
 
 
 class Interrupted(Exception):  # noqa: N818 (not an error)
-    """SIGTERM or Ctrl-C asked the run to stop, and it did so in good order."""
+    """SIGTERM, SIGHUP or Ctrl-C asked the run to stop, and it saved first."""
 
     def __init__(self, number: signal.Signals):
         super().__init__(number.name)

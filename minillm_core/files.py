@@ -88,7 +88,7 @@ def written_aside(destination: Path) -> Iterator[Path]:
 def refuse_existing(destination: Path) -> None:
     """Raises InputError if a path is there already."""
     if destination.exists():
-        raise InputError("the destination exists", where=destination, do="give another name, or remove it")
+        raise InputError("the destination exists", where=destination, hint="give another name, or remove it")
 
 
 def _remove(path: Path) -> None:
@@ -141,7 +141,7 @@ def lock(path: Path, *, wait: bool = False) -> Iterator[None]:
                 "another process is at work here",
                 found=file.read().strip() or None,
                 where=path.parent,
-                do="wait for it to end, or work elsewhere",
+                hint="wait for it to end, or work elsewhere",
             ) from None
         file.truncate(0)
         file.write(f"process {os.getpid()}: {' '.join(sys.argv)}\n")

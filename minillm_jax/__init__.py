@@ -1,20 +1,21 @@
 """Mini-LLM in JAX: Flax NNX, optax, Orbax. Same files, same names, same numbers as minillm_torch."""
 
-from minillm_jax.checkpoint import FRAMEWORK, load, open_weights, read_payload, start_payload, write_payload
+from minillm_jax.checkpoint import FRAMEWORK, load, open_weights, read_payload, write_payload
 from minillm_jax.cost import count_forward_flops, count_params
+from minillm_jax.device import describe_device
 from minillm_jax.generate import Generator
 from minillm_jax.kv_cache import KVCache, check_room, init_cache
+from minillm_jax.loss import make_eval_step
 from minillm_jax.model import MiniLLM, abstract_model
+from minillm_jax.precision import auto_dtype
 from minillm_jax.tracing import trace
 from minillm_jax.train import (
-    auto_dtype,
-    describe_device,
     export_state,
     import_state,
     init_state,
-    make_eval_step,
     make_train_step,
     model_of,
+    start_payload,
 )
 from minillm_jax.weights import build_model, to_canonical
 

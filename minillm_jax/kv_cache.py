@@ -99,5 +99,5 @@ def check_room(cache: KVCache, tokens_BT: jax.Array, valid_B: jax.Array | None) 
             "the cache is full",
             expected=f"at most {cache.capacity} tokens",
             found=f"{longest} cached + {T} new",
-            do="start with a larger capacity",
+            hint="start with a larger capacity",
         )

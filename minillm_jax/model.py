@@ -11,12 +11,32 @@ from jax.typing import DTypeLike
 
 from minillm_core.config import ModelConfig
 from minillm_core.errors import InputError
+from minillm_jax.attention import Attention, PositionContext, causal_mask
 from minillm_jax.kv_cache import KVCache, LayerCache, check_room, slots
-from minillm_jax.layers import Block, Embedding, Linear, Places, RMSNorm, at_least_float32, causal_mask, rotation
+from minillm_jax.layers import MLP, Embedding, Linear, RMSNorm, rotation
+from minillm_jax.precision import at_least_float32
 
 
 class RopeTable(nnx.Variable):
     """Cosines or sines of every position: constant, not trained, not saved."""
+
+
+class Block(nnx.Module):
+    """Pre-norm attention and MLP, each added to the residual stream."""
+
+    def __init__(self, config: ModelConfig, *, param_dtype: DTypeLike, compute_dtype: DTypeLike):
+        dtypes = {"param_dtype": param_dtype, "compute_dtype": compute_dtype}
+        self.input_layernorm = RMSNorm(config.width, eps=config.norm_eps, param_dtype=param_dtype)
+        self.self_attn = Attention(config, **dtypes)
+        self.post_attention_layernorm = RMSNorm(config.width, eps=config.norm_eps, param_dtype=param_dtype)
+        self.mlp = MLP(config, **dtypes)
+
+    def __call__(
+        self, x_BTD: jax.Array, positions: PositionContext, cache: LayerCache | None
+    ) -> tuple[jax.Array, LayerCache | None]:
+        attended_BTD, cache = self.self_attn(self.input_layernorm(x_BTD), positions, cache)
+        x_BTD = x_BTD + attended_BTD
+        return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD)), cache
 
 
 class Decoder(nnx.Module):
@@ -37,7 +57,7 @@ class Decoder(nnx.Module):
         _, T = tokens_BT.shape
         position_BT = jnp.arange(T)[None] + (0 if cache is None else cache.length_B[:, None])
         x_BTD = self.embed_tokens(tokens_BT)
-        places = Places(
+        positions = PositionContext(
             *rotation(self.cos_SH[...][position_BT], self.sin_SH[...][position_BT]),
             causal_mask(position_BT, T if cache is None else cache.capacity, x_BTD.dtype),
             None if cache is None else slots(cache, position_BT),
@@ -45,7 +65,7 @@ class Decoder(nnx.Module):
         layer_caches: list[LayerCache] = []
         for i, block in enumerate(self.layers):
             layer_cache = None if cache is None else cache.layers[i]
-            x_BTD, layer_cache = block(x_BTD, places, layer_cache)
+            x_BTD, layer_cache = block(x_BTD, positions, layer_cache)
             if layer_cache is not None:
                 layer_caches.append(layer_cache)
         if cache is not None:
@@ -86,7 +106,9 @@ class MiniLLM(nnx.Module):
         if cache is not None:
             check_room(cache, tokens_BT, valid_B)
         elif valid_B is not None:
-            raise InputError("valid_B needs a cache", do="leave it out: padding to the right changes nothing before it")
+            raise InputError(
+                "valid_B needs a cache", hint="leave it out: padding to the right changes nothing before it"
+            )
         x_BTD, cache = self.model(tokens_BT, cache, valid_B)
         return self.head(x_BTD), cache
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from minillm_core.config import ModelConfig, OptimConfig
-from minillm_core.params import param_table
+from minillm_core.model.params import param_table
 from minillm_jax.weights import Params, param_paths
 
 

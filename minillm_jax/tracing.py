@@ -7,12 +7,11 @@ import jax
 import numpy as np
 from flax import nnx
 
-from minillm_core.backend import Trace
-from minillm_core.checkpoints import Tensors
 from minillm_core.config import ModelConfig
-from minillm_core.reference import stage_names
-from minillm_jax.loss import token_losses
-from minillm_jax.train import mean_loss, param_dtype, resolve_dtype
+from minillm_core.model.stages import Trace, stage_names
+from minillm_core.tensors import Tensors
+from minillm_jax.loss import mean_loss, token_losses
+from minillm_jax.precision import param_dtype, resolve_dtype
 from minillm_jax.weights import Params, from_canonical, merge_model, model_structure, to_canonical
 
 

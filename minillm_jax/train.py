@@ -1,22 +1,30 @@
-"""Train state, train step, evaluation step."""
+"""Train state and train step.
+
+Shapes: B batch, T time.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from minillm_core.backend import EvalStep, TrainStep
-from minillm_core.checkpoints import Tensors, TrainingState
 from minillm_core.config import RunConfig
-from minillm_core.params import init_params
-from minillm_jax.loss import token_losses
+from minillm_core.model.params import init_params
+from minillm_core.tensors import Tensors
+from minillm_core.training.backend import TrainStep
+from minillm_core.training.checkpoints import TrainingState
+from minillm_jax.device import compiler_options
+from minillm_jax.loss import mean_loss
 from minillm_jax.model import MiniLLM
 from minillm_jax.optim import apply_update, clip_by_global_norm, make_optimizer
-from minillm_jax.weights import Params, from_canonical, merge_model, model_structure, split_model, to_canonical
+from minillm_jax.payload import start_writing
+from minillm_jax.precision import param_dtype, resolve_dtype
+from minillm_jax.weights import Params, from_canonical, merge_model, model_structure, to_canonical
 
 
 @jax.tree_util.register_dataclass
@@ -26,23 +34,6 @@ class TrainState:
 
     params: Params
     opt_state: optax.OptState
-
-
-def auto_dtype() -> str:
-    """What `train.compute_dtype: auto` means here."""
-    return "bfloat16" if jax.default_backend() == "gpu" else "float32"
-
-
-def resolve_dtype(name: str) -> jnp.dtype:
-    """The dtype of a name, or of `auto`."""
-    if name == "float64" and not jax.config.read("jax_enable_x64"):
-        jax.config.update("jax_enable_x64", True)  # without it JAX would silently compute in float32
-    return jnp.dtype(auto_dtype() if name == "auto" else name)
-
-
-def param_dtype(compute_dtype: jnp.dtype) -> jnp.dtype:
-    """Master parameters are float32; float64 runs keep them in float64."""
-    return jnp.promote_types(compute_dtype, jnp.float32)
 
 
 def init_state(config: RunConfig) -> TrainState:
@@ -72,17 +63,17 @@ def export_state(config: RunConfig, state: TrainState) -> TrainingState:
     return TrainingState(export(state.params), export(adam.mu), export(adam.nu))
 
 
+def start_payload(folder: Path, config: RunConfig, state: TrainState) -> Callable[[], None]:
+    """Copies the state off the device and starts writing it; the returned function waits for the end."""
+    adam = state.opt_state[0]
+    return start_writing(folder, config.model, {"weights": state.params, "exp_avg": adam.mu, "exp_avg_sq": adam.nu})
+
+
 def model_of(config: RunConfig, state: TrainState) -> MiniLLM:
     """The model inside a state, valid until the next step."""
     dtype = resolve_dtype(config.train.compute_dtype)
     graphdef, rope = model_structure(config.model, param_dtype=param_dtype(dtype), compute_dtype=dtype)
     return merge_model(graphdef, state.params, rope)
-
-
-def mean_loss(model: MiniLLM, tokens_BT: jax.Array) -> jax.Array:
-    """Mean loss in nats of predicting tokens 1 to T - 1 of each row from those before."""
-    logits_BTV, _ = model(tokens_BT[:, :-1])
-    return token_losses(logits_BTV, tokens_BT[:, 1:]).mean()
 
 
 def make_train_step(config: RunConfig) -> TrainStep:
@@ -106,7 +97,7 @@ def make_train_step(config: RunConfig) -> TrainStep:
         total, _ = jax.lax.scan(add, zero, tokens_BT.reshape(n_micro, -1, tokens_BT.shape[1]))
         return jax.tree.map(lambda x: x / n_micro, total)
 
-    @partial(jax.jit, donate_argnums=0, compiler_options=_compiler_options(config.train.deterministic))
+    @partial(jax.jit, donate_argnums=0, compiler_options=compiler_options(deterministic=config.train.deterministic))
     def step(
         state: TrainState, rope: Params, tokens_BT: jax.Array, learning_rate: jax.Array
     ) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -117,29 +108,3 @@ def make_train_step(config: RunConfig) -> TrainStep:
         return TrainState(params, opt_state), {"loss": loss, "grad_norm": grad_norm, "updates": opt_state[0].count}
 
     return lambda state, tokens_BT, learning_rate: step(state, rope, tokens_BT, learning_rate)
-
-
-def make_eval_step(model: MiniLLM, *, deterministic: bool = False) -> EvalStep:
-    """The compiled losses of a batch. See core's EvalStep for its signature."""
-    graphdef, params, rope = split_model(model)
-    losses = _jit_losses(graphdef, deterministic)
-    return lambda tokens_BT: losses(params, rope, tokens_BT)
-
-
-@lru_cache
-def _jit_losses(graphdef: Any, deterministic: bool) -> Callable[..., jax.Array]:
-    def losses(params: Params, rope: Params, tokens_BT: jax.Array) -> jax.Array:
-        logits_BTV, _ = merge_model(graphdef, params, rope)(tokens_BT[:, :-1])
-        return token_losses(logits_BTV, tokens_BT[:, 1:])
-
-    return jax.jit(losses, compiler_options=_compiler_options(deterministic))
-
-
-def _compiler_options(deterministic: bool) -> dict[str, bool]:
-    """The same bits in every run on one kind of GPU: deterministic kernels, chosen without timing them."""
-    return {"xla_gpu_deterministic_ops": True} if deterministic else {}
-
-
-def describe_device() -> str:
-    """Framework and device, for the log."""
-    return f"jax {jax.__version__} on {jax.devices()[0].device_kind}"

@@ -12,10 +12,10 @@ import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
-from minillm_core.checkpoints import Tensors
 from minillm_core.config import ModelConfig
-from minillm_core.params import check_shapes, param_table
-from minillm_core.rope import rope_table
+from minillm_core.model.params import check_shapes, param_table
+from minillm_core.model.rope import rope_table
+from minillm_core.tensors import Tensors
 from minillm_jax.model import MiniLLM, RopeTable, abstract_model
 
 SUFFIXES: dict[str, tuple[str, Callable[[np.ndarray], np.ndarray]]] = {

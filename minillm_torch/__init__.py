@@ -1,20 +1,21 @@
 """Mini-LLM in PyTorch. Same files, same names, same numbers as minillm_jax."""
 
-from minillm_torch.checkpoint import FRAMEWORK, load, open_weights, read_payload, start_payload, write_payload
+from minillm_torch.checkpoint import FRAMEWORK, load, open_weights, read_payload, write_payload
 from minillm_torch.cost import count_forward_flops, count_params
+from minillm_torch.device import describe_device
 from minillm_torch.generate import Generator
 from minillm_torch.kv_cache import KVCache, check_room, init_cache
+from minillm_torch.loss import make_eval_step
 from minillm_torch.model import MiniLLM, abstract_model
+from minillm_torch.precision import auto_dtype
 from minillm_torch.tracing import trace
 from minillm_torch.train import (
-    auto_dtype,
-    describe_device,
     export_state,
     import_state,
     init_state,
-    make_eval_step,
     make_train_step,
     model_of,
+    start_payload,
 )
 from minillm_torch.weights import build_model, to_canonical
 

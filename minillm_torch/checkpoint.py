@@ -1,78 +1,73 @@
-"""The payload of a checkpoint: `model.safetensors` and `config.json`, which transformers loads, and
-`optimizer.safetensors`.
+"""The tensors of a checkpoint, framework-free: written, read, loaded as a model.
 
-core's checkpoints.py commits, lists and verifies; here tensors are written and read.
+core's checkpoints.py commits, lists and verifies checkpoints; payload.py knows the files.
 """
 
-from collections.abc import Callable
 from pathlib import Path
 
-from minillm_core.checkpoints import LazyTensors, TrainingState, find_checkpoint, read_info, verify_checkpoint
+import numpy as np
+
 from minillm_core.config import RunConfig
-from minillm_core.hf import write_hf_config
-from minillm_core.interchange import read_safetensors, read_tensor, safetensors_layout, write_safetensors
-from minillm_core.params import check_shapes, param_table
+from minillm_core.model.params import check_shapes
+from minillm_core.tensors import LazyTensors, Tensors
+from minillm_core.training.checkpoints import TrainingState, find_checkpoint, read_info, verify_checkpoint
+from minillm_torch import payload
+from minillm_torch.device import default_device
 from minillm_torch.model import MiniLLM
-from minillm_torch.train import TrainState, default_device, export_state, resolve_dtype
-from minillm_torch.weights import build_model
+from minillm_torch.precision import resolve_dtype
+from minillm_torch.weights import build_model, canonical_name, change_layout, param_paths, to_framework
 
 FRAMEWORK = "torch"
 
 
-def start_payload(folder: Path, config: RunConfig, state: TrainState) -> Callable[[], None]:
-    """Copies the state off the device; the returned function writes it."""
-    snapshot = export_state(config, state)
-    if default_device().type == "cpu":  # then these arrays are the parameters' own memory, which steps change in place
-        groups = (snapshot.weights, snapshot.exp_avg, snapshot.exp_avg_sq)
-        snapshot = TrainingState(*({name: array.copy() for name, array in group.items()} for group in groups))
-    return lambda: write_payload(folder, config, snapshot)
-
-
 def write_payload(folder: Path, config: RunConfig, state: TrainingState) -> None:
     """Writes framework-free tensors, bit for bit; an empty moment group is left out."""
-    write_safetensors(folder / "model.safetensors", state.weights)
-    dtype = next(iter(state.weights.values())).dtype.name
-    write_hf_config(folder / "config.json", config.model, dtype)
-    if state.exp_avg:
-        moments = {f"exp_avg.{name}": array for name, array in state.exp_avg.items()}
-        moments |= {f"exp_avg_sq.{name}": array for name, array in state.exp_avg_sq.items()}
-        write_safetensors(folder / "optimizer.safetensors", moments)
+    groups = {group: to_framework(config.model, tensors) for group, tensors in vars(state).items() if tensors}
+    payload.start_writing(folder, config.model, groups)()
 
 
 def read_payload(checkpoint: Path, config: RunConfig) -> TrainingState:
-    """A checkpoint's tensors, framework-free; of an imported one there are no moments.
+    """A checkpoint's tensors, framework-free; an imported checkpoint has no moments.
 
     Raises:
-        InputError: the payload is missing or damaged, or does not fit `config`, every differing tensor named.
+        InputError: the payload is missing or damaged, or does not fit `config`; every differing tensor is named.
     """
-    state = TrainingState(dict(read_safetensors(checkpoint / "model.safetensors")), {}, {})
-    if (checkpoint / "optimizer.safetensors").is_file():
-        groups = {"exp_avg": state.exp_avg, "exp_avg_sq": state.exp_avg_sq}
-        for key, array in read_safetensors(checkpoint / "optimizer.safetensors"):
-            group, _, name = key.partition(".")
-            groups[group][name] = array
-    for tensors in (state.weights, state.exp_avg, state.exp_avg_sq):
-        if tensors:
-            check_shapes(config.model, {name: array.shape for name, array in tensors.items()}, checkpoint)
-    return state
+
+    def read(group: str) -> Tensors:
+        return dict(_open_group(checkpoint, group, config)) if payload.has_group(checkpoint, group) else {}
+
+    weights = dict(open_weights(checkpoint, config))
+    return TrainingState(weights, read("exp_avg"), read("exp_avg_sq"))
 
 
 def open_weights(checkpoint: Path, config: RunConfig) -> LazyTensors:
     """A checkpoint's weights, framework-free, each read when it is asked for.
 
     Raises:
-        InputError: the payload is missing or damaged, or does not fit `config`, every differing tensor named.
+        InputError: the payload is missing or damaged, or does not fit `config`; every differing tensor is named.
     """
-    file = checkpoint / "model.safetensors"
-    check_shapes(config.model, {name: shape for name, (shape, _) in safetensors_layout(file).items()}, checkpoint)
-    return LazyTensors(param_table(config.model), lambda name: read_tensor(file, name))
+    return _open_group(checkpoint, "weights", config)
+
+
+def _open_group(checkpoint: Path, group: str, config: RunConfig) -> LazyTensors:
+    paths = param_paths(config.model)
+    shapes = {
+        canonical_name(path): change_layout(path, np.broadcast_to(0, shape)).shape
+        for path, shape in payload.saved_shapes(checkpoint, group).items()
+    }
+    check_shapes(config.model, shapes, checkpoint)
+
+    def read(name: str) -> np.ndarray:
+        return change_layout(paths[name], payload.read_tensor(checkpoint, group, paths[name]))
+
+    return LazyTensors(paths, read)
 
 
 def load(path: str | Path, dtype: str = "float32") -> MiniLLM:
     """Loads the model of a checkpoint for inference.
 
     Args:
-        path: a run (`runs/quickstart`), its framework folder (`runs/quickstart/torch`): the newest checkpoint; or one
+        path: a run (`runs/quickstart`) or its framework folder (`runs/quickstart/torch`): the newest checkpoint; or one
             checkpoint folder.
         dtype: of parameters and computation: float32, bfloat16 or float64.
 

@@ -10,14 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minillm_core.generation import BaseGenerator
-from minillm_core.sampling import SamplingConfig
-from minillm_core.tokenizer import Tokenizer
+from minillm_core.decoding.generation import BaseGenerator
+from minillm_core.decoding.sampling import SamplingConfig
+from minillm_core.text.tokenizer import Tokenizer
 from minillm_torch.kv_cache import KVCache, init_cache, take_rows
-from minillm_torch.layers import at_least_float32
-from minillm_torch.loss import token_losses
+from minillm_torch.loss import make_eval_step, token_losses
 from minillm_torch.model import MiniLLM
-from minillm_torch.train import make_eval_step
+from minillm_torch.precision import at_least_float32
 
 DecodeState = tuple[Tensor, KVCache]
 """Logits (B, V) of the next token, and the cache of all before it."""
@@ -146,13 +145,13 @@ def _drop(logits_BV: Tensor, weights_BV: Tensor, limit: float) -> Tensor:
     The logit that divides them is found by bisection over all numbers of the dtype, as integers in the same order:
     exact, and without sorting (XLA:CPU sorts 32,000 logits in 7 ms, and bisects them in 0.5).
     """
-    kind = {4: torch.int32, 8: torch.int64}[logits_BV.dtype.itemsize]
-    bits_BV = logits_BV.view(kind)
-    ordered_BV = torch.where(bits_BV < 0, bits_BV ^ torch.iinfo(kind).max, bits_BV)
+    int_dtype = {4: torch.int32, 8: torch.int64}[logits_BV.dtype.itemsize]
+    bits_BV = logits_BV.view(int_dtype)
+    ordered_BV = torch.where(bits_BV < 0, bits_BV ^ torch.iinfo(int_dtype).max, bits_BV)
     shape = (logits_BV.shape[0], 1)
     low_B1, high_B1 = (
-        torch.full(shape, bound, dtype=kind, device=logits_BV.device)
-        for bound in (torch.iinfo(kind).min, torch.iinfo(kind).max)
+        torch.full(shape, bound, dtype=int_dtype, device=logits_BV.device)
+        for bound in (torch.iinfo(int_dtype).min, torch.iinfo(int_dtype).max)
     )  # dropped, kept
     for _ in range(8 * logits_BV.dtype.itemsize):
         middle_B1 = (low_B1 & high_B1) + ((low_B1 ^ high_B1) >> 1)

@@ -111,5 +111,5 @@ def check_room(cache: KVCache, tokens_BT: Tensor, valid_B: Tensor | None) -> Non
             "the cache is full",
             expected=f"at most {cache.capacity} tokens",
             found=f"{longest} cached + {T} new",
-            do="start with a larger capacity",
+            hint="start with a larger capacity",
         )

@@ -8,12 +8,33 @@ from torch import Tensor, nn
 
 from minillm_core.config import ModelConfig
 from minillm_core.errors import InputError
+from minillm_torch.attention import Attention, PositionContext, causal_mask
 from minillm_torch.kv_cache import KVCache, LayerCache, check_room, slots, writable
-from minillm_torch.layers import Block, Embedding, Linear, Places, RMSNorm, at_least_float32, causal_mask, rotation
+from minillm_torch.layers import MLP, Embedding, Linear, RMSNorm, rotation
+from minillm_torch.precision import at_least_float32
 
 
 class RopeTable(nn.Buffer):
     """Cosines or sines of every position: constant, not trained, not saved."""
+
+
+class Block(nn.Module):
+    """Pre-norm attention and MLP, each added to the residual stream."""
+
+    def __init__(self, config: ModelConfig, *, param_dtype: torch.dtype, compute_dtype: torch.dtype):
+        super().__init__()
+        dtypes = {"param_dtype": param_dtype, "compute_dtype": compute_dtype}
+        self.input_layernorm = RMSNorm(config.width, eps=config.norm_eps, param_dtype=param_dtype)
+        self.self_attn = Attention(config, **dtypes)
+        self.post_attention_layernorm = RMSNorm(config.width, eps=config.norm_eps, param_dtype=param_dtype)
+        self.mlp = MLP(config, **dtypes)
+
+    def forward(
+        self, x_BTD: Tensor, positions: PositionContext, cache: LayerCache | None
+    ) -> tuple[Tensor, LayerCache | None]:
+        attended_BTD, cache = self.self_attn(self.input_layernorm(x_BTD), positions, cache)
+        x_BTD = x_BTD + attended_BTD
+        return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD)), cache
 
 
 class Decoder(nn.Module):
@@ -37,7 +58,7 @@ class Decoder(nn.Module):
         if cache is not None:
             position_BT = position_BT + cache.length_B[:, None].to(tokens_BT.device, non_blocking=True)
         x_BTD = self.embed_tokens(tokens_BT)
-        places = Places(
+        positions = PositionContext(
             *rotation(self.cos_SH[position_BT], self.sin_SH[position_BT]),
             causal_mask(position_BT, T if cache is None else cache.capacity, x_BTD.dtype),
             None if cache is None else slots(cache, position_BT),
@@ -45,7 +66,7 @@ class Decoder(nn.Module):
         layer_caches: list[LayerCache] = []
         for i, block in enumerate(self.layers):
             layer_cache = None if cache is None else cache.layers[i]
-            x_BTD, layer_cache = block(x_BTD, places, layer_cache)
+            x_BTD, layer_cache = block(x_BTD, positions, layer_cache)
             if layer_cache is not None:
                 layer_caches.append(layer_cache)
         if cache is not None:
@@ -90,7 +111,9 @@ class MiniLLM(nn.Module):
             check_room(cache, tokens_BT, valid_B)
             cache = writable(cache)
         elif valid_B is not None:
-            raise InputError("valid_B needs a cache", do="leave it out: padding to the right changes nothing before it")
+            raise InputError(
+                "valid_B needs a cache", hint="leave it out: padding to the right changes nothing before it"
+            )
         x_BTD, cache = self.model(tokens_BT, cache, valid_B)
         return self.head(x_BTD), cache
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from minillm_core.config import OptimConfig
-from minillm_core.params import param_table
+from minillm_core.model.params import param_table
 from minillm_torch.model import MiniLLM
 from minillm_torch.weights import Params, param_paths
 

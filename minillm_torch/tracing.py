@@ -8,14 +8,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from minillm_core.backend import Trace
-from minillm_core.checkpoints import Tensors
 from minillm_core.config import ModelConfig
-from minillm_core.reference import stage_names
-from minillm_torch.layers import Attention
-from minillm_torch.loss import token_losses
+from minillm_core.model.stages import Trace, stage_names
+from minillm_core.tensors import Tensors
+from minillm_torch.attention import Attention
+from minillm_torch.device import default_device
+from minillm_torch.loss import mean_loss, token_losses
 from minillm_torch.model import MiniLLM
-from minillm_torch.train import default_device, mean_loss, param_dtype, resolve_dtype
+from minillm_torch.precision import param_dtype, resolve_dtype
 from minillm_torch.weights import Params, build_model, to_canonical
 
 

@@ -8,7 +8,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in the background of a 
     signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the suite needs no GPU; scripts/benchmark.py compares on one
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # JAX and torch share the cores: see scripts/backends.py
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # JAX and torch share the cores: see minillm_cli/backends.py
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's threads wait spinning, in the way of the other worker
 
 from collections.abc import Iterator
@@ -25,16 +25,18 @@ import torch
 
 import minillm_jax
 import minillm_torch
-from minillm_core import loop
-from minillm_core.checkpoints import Tensors, TrainingState, read_info
 from minillm_core.config import DataConfig, ModelConfig, OptimConfig, RopeScaling, RunConfig, TrainConfig
-from minillm_core.corpus import list_documents
-from minillm_core.data import PreparedData, prepare_data
+from minillm_core.data.batches import PreparedData
+from minillm_core.data.corpus import list_documents
+from minillm_core.data.prepare import prepare_data
 from minillm_core.errors import Interrupted
-from minillm_core.metrics import read_metrics
-from minillm_core.params import param_table
-from minillm_core.tokenizer import Tokenizer
-from minillm_core.tolerance import BFLOAT16_MODULE, TOLERANCES
+from minillm_core.model.params import param_table
+from minillm_core.model.tolerance import BFLOAT16_MODULE, TOLERANCES
+from minillm_core.tensors import Tensors
+from minillm_core.text.tokenizer import Tokenizer
+from minillm_core.training import loop
+from minillm_core.training.checkpoints import TrainingState, read_info
+from minillm_core.training.metrics import read_metrics
 from minillm_jax.weights import Params, merge_model, split_model
 
 BACKENDS: dict[str, Any] = {"jax": minillm_jax, "torch": minillm_torch}

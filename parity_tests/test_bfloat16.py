@@ -6,10 +6,10 @@ import torch
 
 import minillm_jax
 import minillm_torch
-from minillm_core.checkpoints import TrainingState
 from minillm_core.config import ModelConfig, OptimConfig
-from minillm_core.params import init_params
-from minillm_core.tolerance import BFLOAT16_GRADIENT_COSINE, BFLOAT16_MEAN_KL, BFLOAT16_TOP1_AGREEMENT
+from minillm_core.model.params import init_params
+from minillm_core.model.tolerance import BFLOAT16_GRADIENT_COSINE, BFLOAT16_MEAN_KL, BFLOAT16_TOP1_AGREEMENT
+from minillm_core.training.checkpoints import TrainingState
 from minillm_jax.loss import token_losses as jax_token_losses
 from minillm_torch.loss import token_losses as torch_token_losses
 from parity_tests.conftest import BFLOAT16, MODELS, Pair, random_tokens, random_weights, run_config, to_numpy, to_torch

@@ -14,11 +14,12 @@ from pathlib import Path
 
 import pytest
 
-from minillm_core.checkpoints import FRAMEWORKS, checkpoint_steps, verify_checkpoint
 from minillm_core.config import ModelConfig
 from minillm_core.files import hash_file
-from minillm_core.hf import to_hf_config, write_hf_weights
-from minillm_core.params import count_params, init_params, param_table
+from minillm_core.interop.hf import write_hf_weights
+from minillm_core.interop.hf_config import to_hf_config
+from minillm_core.model.params import count_params, init_params, param_table
+from minillm_core.training.checkpoints import FRAMEWORKS, checkpoint_steps, verify_checkpoint
 from parity_tests.conftest import ROOT
 from parity_tests.test_scripts import environment
 

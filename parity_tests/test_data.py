@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 
 from minillm_core.config import DataConfig, OptimConfig
-from minillm_core.corpus import list_documents
-from minillm_core.data import PreparedData, permute, prepare_data
+from minillm_core.data.batches import PreparedData, permute
+from minillm_core.data.corpus import list_documents
+from minillm_core.data.prepare import prepare_data
 from minillm_core.errors import InputError
-from minillm_core.metrics import bits_per_byte, perplexity
-from minillm_core.schedule import learning_rate
-from minillm_core.tokenizer import BOS_ID, EOS_ID, Tokenizer
+from minillm_core.text.tokenizer import BOS_ID, EOS_ID, Tokenizer
+from minillm_core.training.metrics import bits_per_byte, perplexity
+from minillm_core.training.schedule import learning_rate
 from parity_tests.conftest import TINY
 
 
@@ -95,9 +96,9 @@ def test_every_epoch_reads_every_window_once(data_config: DataConfig) -> None:
 
 def test_held_out_windows_cover_every_token_once(data_config: DataConfig) -> None:
     data = PreparedData(data_config.dir, TINY.vocab_size)
-    targets = [w.tokens[:, 1:][w.mask] for w in data.windows("val", batch_size=7, seq_len=33)]
+    targets = [w.tokens[:, 1:][w.mask] for w in data.eval_batches("val", batch_size=7, seq_len=33)]
     assert np.concatenate(targets).tolist() == data.tokens["val"][1:].tolist()
-    few = list(data.windows("val", batch_size=3, seq_len=33, n_batches=2))
+    few = list(data.eval_batches("val", batch_size=3, seq_len=33, n_batches=2))
     assert [w.tokens.shape for w in few] == [(3, 34)] * 2
     last_start = (len(data.tokens["val"]) - 2) // 33 * 33
     assert few[0].tokens[0, 0] == data.tokens["val"][0]

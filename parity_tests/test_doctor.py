@@ -10,12 +10,12 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from minillm_core.checkpoints import Tensors
 from minillm_core.config import ModelConfig, RopeScaling
-from minillm_core.doctor import Report, examine
-from minillm_core.reference import Reference
-from minillm_core.rope import half_split, interleaved
-from minillm_core.subjects import Subject
+from minillm_core.doctor.examine import Report, examine
+from minillm_core.doctor.subjects import Subject
+from minillm_core.model.reference import Reference
+from minillm_core.model.rope import half_split, interleaved
+from minillm_core.tensors import Tensors
 from parity_tests.conftest import (
     BACKENDS,
     MODELS,

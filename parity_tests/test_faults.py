@@ -18,11 +18,11 @@ import numpy as np
 import pytest
 import yaml
 
-from minillm_core import loop
-from minillm_core.checkpoints import checkpoint_steps, verify_checkpoint
 from minillm_core.config import DataConfig, OptimConfig, RunConfig, to_dict
 from minillm_core.errors import InputError
-from minillm_core.metrics import read_metrics
+from minillm_core.training import loop
+from minillm_core.training.checkpoints import checkpoint_steps, verify_checkpoint
+from minillm_core.training.metrics import read_metrics
 from parity_tests.conftest import BACKENDS, ROOT, TINY, assert_same_bits, metrics_of, run_config, state_at
 
 FRAMEWORKS = ("jax", "torch")
@@ -165,7 +165,7 @@ def test_a_damaged_checkpoint_is_passed_over(
     finished: Path,
     data_config: DataConfig,
     tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Named, left where it is until its step comes again, and the run ends as it would have."""
     shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
@@ -174,9 +174,9 @@ def test_a_damaged_checkpoint_is_passed_over(
     damage(victim)
     left = {path: path.read_bytes() for path in newest.rglob("*") if path.is_file()}
     loop.train(short_run(tmp_path, data_config), BACKENDS[framework])
-    said = capsys.readouterr().err
+    said = caplog.text
     named = "" if (damage, pattern) == (flip, "manifest.json") else victim.name  # a changed hash blames its own file
-    assert re.search(f"(?s)left aside.*: damaged checkpoint.*{named}.*where: {newest}", said)
+    assert re.search(f"(?s)skipping a damaged checkpoint.*: damaged checkpoint.*{named}.*where: {newest}", said)
     assert f"resuming from {newest.with_name('8')}" in said
     moved = newest.with_suffix(".damaged")
     assert {moved / path.relative_to(newest): content for path, content in left.items()} == {
@@ -296,7 +296,7 @@ def test_a_full_disk(framework: str, kilobytes: int, data_config: DataConfig, tm
         df --output=pcent . >&2; ls -A run/{framework}/checkpoints >&2
         "{sys.executable}" - <<'end'
 from pathlib import Path
-from minillm_core.checkpoints import checkpoint_steps, verify_checkpoint
+from minillm_core.training.checkpoints import checkpoint_steps, verify_checkpoint
 folder = Path("run/{framework}/checkpoints")
 for step in checkpoint_steps(folder):
     verify_checkpoint(folder / str(step))

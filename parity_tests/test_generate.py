@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 
 import minillm_jax
 import minillm_torch
-from minillm_core import generation
 from minillm_core.config import ModelConfig
+from minillm_core.decoding import generation
+from minillm_core.decoding.generation import BLOCK, BaseGenerator, Completion, bucket
+from minillm_core.decoding.sampling import SamplingConfig, row_key
 from minillm_core.errors import InputError
-from minillm_core.generation import BLOCK, BaseGenerator, Completion, bucket
-from minillm_core.sampling import SamplingConfig, row_key
-from minillm_core.tokenizer import Tokenizer
+from minillm_core.text.tokenizer import Tokenizer
 from minillm_jax import generate as jax_generate
 from minillm_jax.weights import split_model
 from parity_tests.conftest import (

@@ -11,19 +11,21 @@ import numpy as np
 import pytest
 from transformers import AutoModelForCausalLM
 
-import minillm_core.gguf as ours
-from minillm_core.bridge import export_gguf, export_hf, import_checkpoint
-from minillm_core.checkpoints import Tensors, find_checkpoint, read_info
+import minillm_core.interop.gguf as ours
 from minillm_core.config import ModelConfig, RopeScaling
 from minillm_core.errors import InputError
 from minillm_core.files import lock
-from minillm_core.gguf import gguf_name, open_gguf, write_gguf
-from minillm_core.gguf_tokenizer import NO_TOKENIZER
-from minillm_core.interchange import numpy_dtype
-from minillm_core.params import param_table
-from minillm_core.rope import half_split, interleaved
-from minillm_core.tokenizer import Tokenizer
-from minillm_core.tokenizer_json import load_tokenizer
+from minillm_core.interop.exports import export_gguf, export_hf
+from minillm_core.interop.gguf import gguf_name, open_gguf, write_gguf
+from minillm_core.interop.gguf_tokenizer import NO_TOKENIZER
+from minillm_core.interop.imports import import_checkpoint
+from minillm_core.interop.safetensors_files import numpy_dtype
+from minillm_core.model.params import param_table
+from minillm_core.model.rope import half_split, interleaved
+from minillm_core.tensors import Tensors
+from minillm_core.text.tokenizer import Tokenizer
+from minillm_core.text.tokenizer_json import load_tokenizer
+from minillm_core.training.checkpoints import find_checkpoint, read_info
 from parity_tests.conftest import (
     BACKENDS,
     MODELS,
@@ -305,13 +307,15 @@ def test_nothing_is_overwritten_or_left(
     assert not file.with_name("hf").exists()
     with pytest.raises(InputError, match="checkpoints of its own"):
         import_checkpoint("gguf", file, tmp_path / "run", BACKENDS["torch"])
-    with pytest.raises(InputError, match=r"another kind(?s:.*)'gguf->torch'"):
+    with pytest.raises(InputError, match=r"different kind(?s:.*)gguf->torch") as raised:
         import_checkpoint("hf", file, tmp_path / "new", BACKENDS["torch"])
-    with pytest.raises(InputError, match=r"of the kind gguf(?s:.*)'gguf->jax' \S+ RUN"):
+    assert raised.value.command == ("convert", "gguf->torch", str(file), str(tmp_path / "new"))
+    with pytest.raises(InputError, match=r"of the kind gguf(?s:.*)gguf->jax") as raised:
         find_checkpoint(file, "jax")
+    assert raised.value.command == ("convert", "gguf->jax", str(file), "RUN")
     fails("gguf has no float64", "convert", "torch->gguf", str(tmp_path / "run"), "--dtype", "float64", cwd=tmp_path)
     fails("hf has no q8_0", "convert", "torch->hf", str(tmp_path / "run"), "--dtype", "q8_0", cwd=tmp_path)
-    fails("a path is missing.*no RUN", "convert", "gguf->torch", str(file), cwd=tmp_path)
+    fails("a path is missing.*no run directory", "convert", "gguf->torch", str(file), cwd=tmp_path)
 
 
 def test_commands(text_checkpoint: Callable[[str], Path], tmp_path: Path) -> None:

@@ -9,14 +9,14 @@ import gguf
 import numpy as np
 import pytest
 
-import minillm_core.gguf as ours
-from minillm_core.bridge import import_checkpoint
-from minillm_core.checkpoints import Tensors
+import minillm_core.interop.gguf as ours
 from minillm_core.errors import InputError
-from minillm_core.gguf import gguf_name, open_gguf, rope_factors, write_gguf
-from minillm_core.gguf_tokenizer import NO_TOKENIZER, tokenizer_fields
-from minillm_core.tokenizer import Tokenizer
-from minillm_core.tokenizer_json import load_tokenizer
+from minillm_core.interop.gguf import gguf_name, open_gguf, rope_factors, write_gguf
+from minillm_core.interop.gguf_tokenizer import NO_TOKENIZER, tokenizer_fields
+from minillm_core.interop.imports import import_checkpoint
+from minillm_core.tensors import Tensors
+from minillm_core.text.tokenizer import Tokenizer
+from minillm_core.text.tokenizer_json import load_tokenizer
 from parity_tests.conftest import (
     BACKENDS,
     TINY,

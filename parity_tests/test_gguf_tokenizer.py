@@ -13,12 +13,20 @@ import pytest
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 
-from minillm_core.bridge import export_gguf, import_checkpoint
 from minillm_core.errors import InputError
-from minillm_core.gguf import open_gguf, write_gguf
-from minillm_core.gguf_tokenizer import ENDS, NO_TOKENIZER, PRE_TOKENIZERS, _chat_template, overlap, tokenizer_fields
-from minillm_core.tokenizer import Tokenizer
-from minillm_core.tokenizer_json import load_tokenizer, sentencepiece_to_json
+from minillm_core.interop.exports import export_gguf
+from minillm_core.interop.gguf import open_gguf, write_gguf
+from minillm_core.interop.gguf_tokenizer import (
+    ENDS,
+    NO_TOKENIZER,
+    PRE_TOKENIZERS,
+    _chat_template,
+    overlap,
+    tokenizer_fields,
+)
+from minillm_core.interop.imports import import_checkpoint
+from minillm_core.text.tokenizer import Tokenizer
+from minillm_core.text.tokenizer_json import load_tokenizer, sentencepiece_to_json
 from parity_tests.conftest import BACKENDS, TINY, random_weights
 from parity_tests.llama_cpp import LlamaCpp
 from parity_tests.test_hf import text_checkpoint
@@ -145,7 +153,7 @@ def test_ends_by_name(name: str, tmp_path: Path) -> None:
     assert load_tokenizer(tmp_path, 6).end_ids == {i for i in range(6) if llama.ends(i)} == {2, 5}
 
 
-def test_an_end_that_llama_cpp_adds_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_end_that_llama_cpp_adds_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     byte_level(tmp_path, V)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / name).write_text((tmp_path / name).read_text().replace("<|begin|>", "<|im_end|>"))
@@ -153,7 +161,7 @@ def test_an_end_that_llama_cpp_adds_is_said(tmp_path: Path, capsys: pytest.Captu
     data["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": PRE_TOKENIZERS["gpt-2"][0]}
     (tmp_path / "tokenizer.json").write_text(json.dumps(data))
     tokenizer_fields(load_tokenizer(tmp_path, V), V)
-    assert "llama.cpp will end a text at <|im_end|> too" in capsys.readouterr().err
+    assert "llama.cpp will end a text at <|im_end|> too" in caplog.text
 
 
 def test_a_begin_token_that_is_the_end_too(texts: list[str], tmp_path: Path) -> None:
@@ -171,13 +179,13 @@ def test_a_begin_token_that_is_the_end_too(texts: list[str], tmp_path: Path) -> 
     assert_same_ids(tokenizer, texts[-100:], tmp_path / "again")
 
 
-def test_what_is_not_as_in_llama_cpp_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_not_as_in_llama_cpp_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """A space after symbols of the user, and a token that ends every text."""
     changes = {"token_type": [2, 3, 3, 4, 1, 1], "add_eos_token": True}
     fields = {f"tokenizer.ggml.{key}": value for key, value in (GOOD_LLAMA | changes).items()}
     write_gguf(tmp_path / "x.gguf", TINY, random_weights(TINY), "float32", fields)
     open_gguf(tmp_path / "x.gguf").write_tokenizer(tmp_path)
-    said = capsys.readouterr().err
+    said = caplog.text
     assert "after tokens such as 'a' in a text llama.cpp puts a space" in said
     assert "end-of-document token after every text" in said
 
@@ -309,7 +317,7 @@ def test_a_tokenizer_json_that_llama_cpp_lacks(change: Change, named: str, tmp_p
 
 
 def test_a_model_without_its_tokenizer(
-    text_checkpoint: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    text_checkpoint: Callable[[str], Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Goes both ways, and it is said."""
     checkpoint = text_checkpoint("torch")
@@ -320,10 +328,10 @@ def test_a_model_without_its_tokenizer(
     )
     (checkpoint / "tokenizer.model").unlink()
     file = export_gguf(checkpoint, tmp_path / "x.gguf", BACKENDS["torch"], "float32")
-    assert "the tokenizer is left out" in capsys.readouterr().err
+    assert "the tokenizer is left out" in caplog.text
     assert len(LlamaCpp(file).logits([1, 2])) == 2
     import_checkpoint("gguf", file, tmp_path / "again", BACKENDS["torch"])
-    assert "no tokenizer of a kind known here" in capsys.readouterr().err
+    assert "no tokenizer of a kind known here" in caplog.text
 
 
 GOOD_LLAMA = {

@@ -12,15 +12,15 @@ import torch
 
 import minillm_jax
 import minillm_torch
-from minillm_core.checkpoints import TrainingState
 from minillm_core.config import OptimConfig, RunConfig
-from minillm_core.params import init_params
-from minillm_core.schedule import learning_rate
+from minillm_core.model.params import init_params
+from minillm_core.training.checkpoints import TrainingState
+from minillm_core.training.schedule import learning_rate
 from minillm_jax import weights as jax_weights
+from minillm_jax.loss import mean_loss as jax_mean_loss
 from minillm_jax.optim import clip_by_global_norm as jax_clip_by_global_norm
-from minillm_jax.train import mean_loss as jax_mean_loss
+from minillm_torch.loss import mean_loss as torch_mean_loss
 from minillm_torch.optim import clip_by_global_norm as torch_clip_by_global_norm
-from minillm_torch.train import mean_loss as torch_mean_loss
 from parity_tests.conftest import (
     MODELS,
     Pair,

@@ -14,13 +14,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from minillm_core.bridge import export_hf, import_checkpoint
-from minillm_core.checkpoints import Tensors, read_info
 from minillm_core.config import ModelConfig
 from minillm_core.errors import InputError
-from minillm_core.hf import from_hf_config, open_hf, to_hf_config, write_hf_weights
-from minillm_core.tokenizer import Tokenizer
-from minillm_core.tokenizer_json import load_tokenizer
+from minillm_core.interop.exports import export_hf
+from minillm_core.interop.hf import open_hf, write_hf_weights
+from minillm_core.interop.hf_config import from_hf_config, to_hf_config
+from minillm_core.interop.imports import import_checkpoint
+from minillm_core.tensors import Tensors
+from minillm_core.text.tokenizer import Tokenizer
+from minillm_core.text.tokenizer_json import load_tokenizer
+from minillm_core.training.checkpoints import read_info
 from parity_tests.conftest import BACKENDS, MODELS, TIERS, TINY, Tier, assert_close, random_tokens, random_weights
 from parity_tests.test_transformers import CONFIGS, llama_logits, without_casts
 

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from minillm_core.params import init_params
+from minillm_core.model.params import init_params
 from minillm_jax import weights
+from minillm_jax.loss import mean_loss as jax_mean_loss
 from minillm_jax.loss import token_losses as jax_token_losses
-from minillm_jax.train import mean_loss as jax_mean_loss
+from minillm_torch.loss import mean_loss as torch_mean_loss
 from minillm_torch.loss import token_losses as torch_token_losses
-from minillm_torch.train import mean_loss as torch_mean_loss
 from parity_tests.conftest import (
     LENGTHS,
     MODELS,

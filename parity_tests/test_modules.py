@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from minillm_core.rope import rope_table
+from minillm_core.model.rope import rope_table
+from minillm_jax import attention as jax_attention
 from minillm_jax import layers as jax_layers
+from minillm_torch import attention as torch_attention
 from minillm_torch import layers as torch_layers
 from parity_tests.conftest import Pair, assert_close, assert_close_norm, random_tokens, to_numpy, to_torch
 
@@ -29,16 +31,18 @@ def both(pair: Pair, *shape: int, seed: int = 0) -> tuple[jax.Array, torch.Tenso
     return jnp.asarray(array, pair.tier.jax), to_torch(array, pair.tier.torch)
 
 
-def places(module_pair: Pair) -> tuple[jax_layers.Places, torch_layers.Places]:
+def positions(module_pair: Pair) -> tuple[jax_attention.PositionContext, torch_attention.PositionContext]:
     table = [table[None, :LENGTH] for table in rope_table(module_pair.config)]
     position = np.arange(LENGTH)[None]
     high_jax = jax_layers.at_least_float32(module_pair.tier.jax)
     high_torch = torch_layers.at_least_float32(module_pair.tier.torch)
-    mask_jax = jax_layers.causal_mask(jnp.asarray(position), LENGTH, module_pair.tier.jax)
-    mask_torch = torch_layers.causal_mask(to_torch(position), LENGTH, module_pair.tier.torch)
-    ours = jax_layers.Places(*jax_layers.rotation(*(jnp.asarray(x, high_jax) for x in table)), mask_jax, None)
+    mask_jax = jax_attention.causal_mask(jnp.asarray(position), LENGTH, module_pair.tier.jax)
+    mask_torch = torch_attention.causal_mask(to_torch(position), LENGTH, module_pair.tier.torch)
+    ours = jax_attention.PositionContext(
+        *jax_layers.rotation(*(jnp.asarray(x, high_jax) for x in table)), mask_jax, None
+    )
     theirs = torch_layers.rotation(*(to_torch(x, high_torch) for x in table))
-    return ours, torch_layers.Places(*theirs, mask_torch, None)
+    return ours, torch_attention.PositionContext(*theirs, mask_torch, None)
 
 
 def test_embedding(module_pair: Pair) -> None:
@@ -89,7 +93,7 @@ def test_rotary_tables_are_the_shared_ones(module_pair: Pair) -> None:
 
 def test_rope(module_pair: Pair) -> None:
     x_jax, x_torch = both(module_pair, 2, LENGTH, 3, module_pair.config.resolved_head_dim)
-    where_jax, where_torch = places(module_pair)
+    where_jax, where_torch = positions(module_pair)
     ours = jax_layers.apply_rope(x_jax, where_jax.cos_BT1H, where_jax.sin_BT1H)
     theirs = torch_layers.apply_rope(x_torch, where_torch.cos_BT1H, where_torch.sin_BT1H)
     agree(module_pair, "apply_rope", to_numpy(ours), to_numpy(theirs))
@@ -112,8 +116,10 @@ def test_attend(module_pair: Pair) -> None:
     )
     position = np.array([[0, 1, 2, 3, 4], [3, 4, 5, 6, 7]])
     k_j, v_j, k_t, v_t = k_j.swapaxes(1, 2), v_j.swapaxes(1, 2), k_t.transpose(1, 2), v_t.transpose(1, 2)
-    ours = to_numpy(jax_layers.attend(q_j, k_j, v_j, jax_layers.causal_mask(jnp.asarray(position), S, q_j.dtype)))
-    theirs = to_numpy(torch_layers.attend(q_t, k_t, v_t, torch_layers.causal_mask(to_torch(position), S, q_t.dtype)))
+    ours = to_numpy(jax_attention.attend(q_j, k_j, v_j, jax_attention.causal_mask(jnp.asarray(position), S, q_j.dtype)))
+    theirs = to_numpy(
+        torch_attention.attend(q_t, k_t, v_t, torch_attention.causal_mask(to_torch(position), S, q_t.dtype))
+    )
     agree(module_pair, "attend", ours, theirs)
     q, k, v = to_numpy(q_t), to_numpy(k_t), to_numpy(v_t)
     expected = np.zeros_like(q)
@@ -132,9 +138,9 @@ def test_fused_attention_is_attention(module_pair: Pair, monkeypatch: pytest.Mon
     heads = (c.n_heads, c.n_kv_heads, c.n_kv_heads)
     inputs = [both(module_pair, 2, 64, n, c.resolved_head_dim, seed=i) for i, n in enumerate(heads)]
     q, k, v = (theirs for _, theirs in inputs)
-    causal = torch_layers.causal_mask(torch.arange(64)[None], 64, q.dtype)
-    plain = to_numpy(torch_layers.attend(q, k.transpose(1, 2), v.transpose(1, 2), causal))
-    agree(module_pair, "torch", to_numpy(torch_layers.attend_fused(q, k, v)), plain)
+    causal = torch_attention.causal_mask(torch.arange(64)[None], 64, q.dtype)
+    plain = to_numpy(torch_attention.attend(q, k.transpose(1, 2), v.transpose(1, 2), causal))
+    agree(module_pair, "torch", to_numpy(torch_attention.attend_fused(q, k, v)), plain)
 
     def in_xla(*args: jax.Array, implementation: str, **options: bool) -> jax.Array:
         assert implementation == "cudnn"
@@ -142,7 +148,7 @@ def test_fused_attention_is_attention(module_pair: Pair, monkeypatch: pytest.Mon
 
     attention = jax.nn.dot_product_attention
     monkeypatch.setattr(jax.nn, "dot_product_attention", in_xla)
-    fused = to_numpy(jax_layers.attend_fused(*(ours for ours, _ in inputs)))
+    fused = to_numpy(jax_attention.attend_fused(*(ours for ours, _ in inputs)))
     assert_close("jax", fused, plain, max(module_pair.tier.module, 1e-5))
 
 
@@ -157,17 +163,17 @@ def test_fused_attention_is_attention(module_pair: Pair, monkeypatch: pytest.Mon
     ],
 )
 def test_when_to_fuse(shape: tuple[int, ...], dtype: str, fits: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not jax_layers.can_fuse(jnp.zeros(shape, dtype)), "there is no GPU here"
-    assert not torch_layers.can_fuse(torch.zeros(shape, dtype=getattr(torch, dtype)))
+    assert not jax_attention.can_fuse(jnp.zeros(shape, dtype)), "there is no GPU here"
+    assert not torch_attention.can_fuse(torch.zeros(shape, dtype=getattr(torch, dtype)))
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(compute_capability="9.0")])
-    assert jax_layers.can_fuse(jnp.zeros(shape, dtype)) == fits
+    assert jax_attention.can_fuse(jnp.zeros(shape, dtype)) == fits
 
 
 @pytest.mark.parametrize("layer", [0, 1])
 def test_attention_and_block(module_pair: Pair, layer: int) -> None:
     x_jax, x_torch = both(module_pair, 2, LENGTH, module_pair.config.width)
-    where_jax, where_torch = places(module_pair)
+    where_jax, where_torch = positions(module_pair)
     block_jax, block_torch = module_pair.jax.model.layers[layer], module_pair.torch.model.layers[layer]
     ours, _ = block_jax.self_attn(x_jax, where_jax, None)
     theirs, _ = block_torch.self_attn(x_torch, where_torch, None)

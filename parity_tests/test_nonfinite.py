@@ -13,11 +13,11 @@ import torch
 
 import minillm_jax
 import minillm_torch
-from minillm_core import loop
-from minillm_core.checkpoints import checkpoint_steps, read_info
 from minillm_core.config import DataConfig, RunConfig
-from minillm_core.data import PreparedData
+from minillm_core.data.batches import PreparedData
 from minillm_core.errors import InputError
+from minillm_core.training import loop
+from minillm_core.training.checkpoints import checkpoint_steps, read_info
 from parity_tests.conftest import (
     BACKENDS,
     TINY,

@@ -21,13 +21,14 @@ import torch
 from safetensors.torch import save_file
 from torch.nn import functional as F
 
-from minillm_core.bridge import import_checkpoint
 from minillm_core.errors import InputError
-from minillm_core.original import open_original, original_name
-from minillm_core.params import param_table
-from minillm_core.rope import half_split
-from minillm_core.tokenizer import ModelProto, Tokenizer
-from minillm_core.tokenizer_json import load_tokenizer, sentencepiece_to_json
+from minillm_core.interop import convert
+from minillm_core.interop.imports import import_checkpoint
+from minillm_core.interop.original import open_original, original_name
+from minillm_core.model.params import param_table
+from minillm_core.model.rope import half_split
+from minillm_core.text.tokenizer import ModelProto, Tokenizer
+from minillm_core.text.tokenizer_json import load_tokenizer, sentencepiece_to_json
 from parity_tests.conftest import BACKENDS, TIERS, Tier, assert_close
 from parity_tests.test_hf import logits_of
 
@@ -157,9 +158,7 @@ def test_imported_is_the_original(
         assert_close(framework, logits, expected["float32"], TIERS["float32"].logits)
 
 
-def test_its_own_tokenizer_is_taken(
-    tmp_path: Path, model_args: Callable[[], Any], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_its_own_tokenizer_is_taken(tmp_path: Path, model_args: Callable[[], Any]) -> None:
     """The original is trained and run with its tokenizer.json, special tokens in special_tokens_map.json; the
     tokenizer.model that this was made of adds a space, and takes others away."""
     source = save_pickle(tmp_path, model_args, state_dict())
@@ -177,8 +176,9 @@ def test_its_own_tokenizer_is_taken(
     (tmp_path / "tokenizer.json").write_text(json.dumps(data))
     names = {"bos_token": {"content": "<s>"}, "eos_token": {"content": "</s>"}}
     (tmp_path / "special_tokens_map.json").write_text(json.dumps(names))
-    checkpoint = import_checkpoint("minillm", source, tmp_path / "run", BACKENDS["torch"])
-    assert "try: python scripts/generate.py" in capsys.readouterr().err
+    conversion = convert("minillm->torch", source, tmp_path / "run")
+    assert conversion.generates
+    checkpoint = conversion.result
     tokenizer = load_tokenizer(checkpoint, ARGS["vocab_size"])
     published = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     other = Tokenizer(tmp_path / "tokenizer.model")
@@ -190,7 +190,7 @@ def test_its_own_tokenizer_is_taken(
 def test_unpermuted_is_another_model(tmp_path: Path, model_args: Callable[[], Any], monkeypatch: Any) -> None:
     """The fault this import is known for, planted: a short prompt of random tokens hides little, a long one nothing."""
     source = save_pickle(tmp_path, model_args, state_dict())
-    monkeypatch.setattr("minillm_core.original.half_split", lambda array, head_dim: array)
+    monkeypatch.setattr("minillm_core.interop.original.half_split", lambda array, head_dim: array)
     checkpoint = import_checkpoint("minillm", source, tmp_path / "run", BACKENDS["torch"])
     tokens = np.random.default_rng(1).integers(0, ARGS["vocab_size"], (2, 500))
     expected = original_logits(state_dict(), tokens, torch.float32)

@@ -8,7 +8,7 @@ import minillm_jax
 import minillm_torch
 from minillm_core.config import ModelConfig, load_config, preset_names
 from minillm_core.errors import InputError
-from minillm_core.params import count_params, forward_flops, init_param, init_params, param_table
+from minillm_core.model.params import count_params, forward_flops, init_param, init_params, param_table
 from minillm_jax import weights as jax_weights
 from minillm_torch import weights as torch_weights
 from parity_tests.conftest import MODELS, random_weights, run_config

@@ -8,21 +8,24 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import parity
 import pytest
 import torch
-from transformers_engine import transformers_run
 
-from minillm_core.bridge import export_gguf, export_hf, import_checkpoint
+from minillm_cli.parity import parity
+from minillm_cli.transformers_engine import transformers_run
 from minillm_core.config import ModelConfig
-from minillm_core.doctor import examine
+from minillm_core.doctor.compare import make_tokens
+from minillm_core.doctor.examine import examine
+from minillm_core.doctor.report import html_report, json_report, text_report
+from minillm_core.doctor.subjects import Subject
 from minillm_core.errors import InputError
-from minillm_core.hf import open_hf, to_hf_config, write_hf_weights
-from minillm_core.interchange import read_safetensors, write_safetensors
-from minillm_core.report import html_report, json_report, text_report
-from minillm_core.rope import interleaved
-from minillm_core.subjects import Subject
-from minillm_core.tokenizer import Tokenizer
+from minillm_core.interop.exports import export_gguf, export_hf
+from minillm_core.interop.hf import open_hf, write_hf_weights
+from minillm_core.interop.hf_config import to_hf_config
+from minillm_core.interop.imports import import_checkpoint
+from minillm_core.interop.safetensors_files import read_safetensors, write_safetensors
+from minillm_core.model.rope import interleaved
+from minillm_core.text.tokenizer import Tokenizer
 from parity_tests.conftest import BACKENDS, MODELS, TINY, Tier, random_tokens, random_weights
 from parity_tests.test_doctor import CONFIG, subject
 from parity_tests.test_hf import save_llama
@@ -52,7 +55,7 @@ def home(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Path
 
 def exit_code(*arguments: Any, **options: Any) -> int:
     with pytest.raises(SystemExit) as raised:
-        parity.main(*map(str, arguments), tokens=300, **options)
+        parity(*map(str, arguments), tokens=300, **options)
     return int(str(raised.value.code))
 
 
@@ -167,18 +170,21 @@ def test_bad_input(
     other_shapes(tmp_path / "other")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match=message):
-        parity.main(a, b, **options)
+        parity(a, b, **options)
 
 
-def test_a_model_without_a_tokenizer(tmp_path: Path, float64: Tier, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_model_without_a_tokenizer(
+    tmp_path: Path, float64: Tier, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
     """Random ids alone, up to the smaller context."""
     config: ModelConfig = replace(TINY, context_length=64)
     tmp_path.joinpath("config.json").write_text(json.dumps(to_hf_config(config, "float32")))
     write_hf_weights(tmp_path, config, random_weights(config, sharpness=1.0), "float32")
+    caplog.set_level("INFO")
     assert exit_code(tmp_path, tmp_path) == 0
     captured = capsys.readouterr()
     assert "float64, 2 x 64 tokens: 2 rows of random ids, 0 of text" in captured.out
-    assert "rows of 64 tokens" in captured.err
+    assert "rows of 64 tokens" in caplog.text
     assert "tokenizers: not compared: none that can be used in A and B" in captured.out
 
 
@@ -190,12 +196,12 @@ def test_a_text_of_few_tokens(home: Path, float64: Tier) -> None:
             return []
 
     short = replace(subject("torch", TINY, {}), tokenizer=Short(home / "hf" / "tokenizer.model"))
-    tokens_BT, rows_of_text = parity.make_tokens([short, short], 20, 0)
+    tokens_BT, rows_of_text = make_tokens([short, short], 20, 0)
     assert (tokens_BT.shape, rows_of_text) == ((2, 20), 0)
 
 
 def test_other_tokenizers_are_named(
-    tmp_path: Path, home: Path, float64: Tier, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, home: Path, float64: Tier, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     """Equal models all the same: ids exchanged in the file that transformers reads, beside a tokenizer.model that is
     right; another end of a text."""
@@ -209,7 +215,8 @@ def test_other_tokenizers_are_named(
     assert exit_code(home / "jax", folder) == 0
     assert re.search("tokenizers: differ: .* ids, ", capsys.readouterr().out)
     import_checkpoint("hf", folder, tmp_path / "run", BACKENDS["torch"])
-    assert "give other ids: the first is taken" in capsys.readouterr().err
+    assert "give different ids: using tokenizer.json" in caplog.text
+    capsys.readouterr()
     assert exit_code(folder, tmp_path / "run") == 0
     assert "tokenizers: the same" in capsys.readouterr().out
     (folder / "tokenizer.json").write_text(right)

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from minillm_core.decoding.prompts import read_prompts
 from minillm_core.errors import InputError
-from minillm_core.prompts import read_prompts
-from minillm_core.tokenizer import Tokenizer
+from minillm_core.text.tokenizer import Tokenizer
 from parity_tests.conftest import BACKENDS, ROOT, train_until
 from parity_tests.test_generate import complete
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from minillm_core.config import load_config, preset_names
-from minillm_core.params import count_params
+from minillm_core.model.params import count_params
 from parity_tests.conftest import ROOT
 from parity_tests.test_scripts import STEPS, succeeds
 

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from minillm_core.decoding.generation import BaseGenerator, Prefix
 from minillm_core.errors import InputError
-from minillm_core.generation import BaseGenerator, Prefix
-from minillm_core.tokenizer import Tokenizer
+from minillm_core.text.tokenizer import Tokenizer
 from parity_tests.conftest import (
     BACKENDS,
     MODELS,

@@ -15,13 +15,13 @@ import pytest
 
 import minillm_jax
 import minillm_torch
-from minillm_core import loop, progress
-from minillm_core.checkpoints import checkpoint_steps
 from minillm_core.config import DataConfig, RunConfig
-from minillm_core.data import PreparedData
+from minillm_core.data.batches import PreparedData
 from minillm_core.errors import InputError, Interrupted
-from minillm_core.metrics import read_metrics
-from minillm_core.progress import peak_flops
+from minillm_core.training import loop, progress
+from minillm_core.training.checkpoints import checkpoint_steps
+from minillm_core.training.metrics import read_metrics
+from minillm_core.training.progress import peak_flops
 from parity_tests.conftest import (
     BACKENDS,
     assert_same_bits,
@@ -59,17 +59,17 @@ def undisturbed(data_config: DataConfig, tmp_path_factory: pytest.TempPathFactor
 def test_stopped_while_evaluating(framework: str, data_config: DataConfig, tmp_path: Path, undisturbed: Path) -> None:
     """The step before is saved at once, and the evaluation made up for when the run is resumed."""
     backend, config = BACKENDS[framework], text_run(data_config, tmp_path, log_every=3, grad_accum=2)
-    windows = PreparedData.windows
+    eval_batches = PreparedData.eval_batches
 
     def interrupting(self: PreparedData, *arguments: Any) -> Iterator[Any]:
-        for n, window in enumerate(windows(self, *arguments)):
+        for n, window in enumerate(eval_batches(self, *arguments)):
             if n == 2:
                 os.kill(os.getpid(), signal.SIGINT)
             yield window
 
     for step in (10, 20, 30):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(PreparedData, "windows", interrupting)
+            patch.setattr(PreparedData, "eval_batches", interrupting)
             with pytest.raises(Interrupted):
                 loop.train(config, backend)
         assert checkpoint_steps(tmp_path / framework / "checkpoints")[-1] == step

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from minillm_core.config import ModelConfig, RopeScaling
-from minillm_core.rope import inverse_frequencies, rope_table
+from minillm_core.model.rope import inverse_frequencies, rope_table
 
 _SHAPE = {"vocab_size": 8, "n_layers": 1, "n_heads": 1, "n_kv_heads": 1, "hidden": 8, "width": 8}
 LLAMAS = {

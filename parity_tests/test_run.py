@@ -13,13 +13,13 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import minillm_torch
-from minillm_core import loop
-from minillm_core.checkpoints import CheckpointWriter, checkpoint_steps
 from minillm_core.config import DataConfig, OptimConfig, RunConfig
-from minillm_core.data import PreparedData
+from minillm_core.data.batches import PreparedData
 from minillm_core.errors import InputError
-from minillm_core.metrics import read_metrics
-from minillm_core.params import init_params
+from minillm_core.model.params import init_params
+from minillm_core.training import loop
+from minillm_core.training.checkpoints import CheckpointWriter, checkpoint_steps
+from minillm_core.training.metrics import read_metrics
 from parity_tests.conftest import BACKENDS, TINY, run_config
 
 STEPS = 6

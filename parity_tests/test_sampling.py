@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from scipy import stats
 from transformers.generation import logits_process as hf
 
+from minillm_core.decoding.sampling import SamplingConfig, row_key, uniforms
 from minillm_core.errors import InputError
-from minillm_core.sampling import SamplingConfig, row_key, uniforms
 from minillm_jax import generate as jax_generate
 from minillm_torch import generate as torch_generate
 from parity_tests.conftest import TIERS, Tier, to_numpy

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 import yaml
 
-from minillm_core.checkpoints import TrainingState, checkpoint_steps, read_info, verify_checkpoint
 from minillm_core.config import DataConfig, OptimConfig, run_config_from_dict, to_dict
 from minillm_core.errors import InputError
-from minillm_core.metrics import read_metrics
+from minillm_core.training.checkpoints import TrainingState, checkpoint_steps, read_info, verify_checkpoint
+from minillm_core.training.metrics import read_metrics
 from parity_tests.conftest import BACKENDS, ROOT, TINY, assert_same_bits, random_tokens, run_config, to_numpy, to_torch
 
 STEPS = 6
@@ -172,7 +172,7 @@ def test_convert_without_paths_and_quotes(home: Path, tmp_path: Path) -> None:
     done = subprocess.run(
         command, shell=True, cwd=tmp_path, capture_output=True, text=True, env=environment(), check=True
     )
-    assert "your file `jax` was there before" in done.stderr
+    assert "your file `jax` existed before" in done.stderr
     assert (tmp_path / "jax").read_text() == ""
     assert_same_bits(payload(folder / "torch/checkpoints/6", "torch"), payload(folder / "jax/checkpoints/6", "jax"))
 
@@ -183,7 +183,7 @@ def test_convert_keeps_a_run_of_its_own(home: Path) -> None:
     done = succeeds("convert", "torch->jax", "runs/tiny", cwd=home)
     assert done.stdout.strip() == "runs/tiny-from-torch/jax/checkpoints/6"
     assert (home / "runs/tiny/jax/checkpoints/6/manifest.json").read_bytes() == before
-    fails("holds another checkpoint of this step", "convert", "torch->jax", "runs/tiny", "runs/tiny", cwd=home)
+    fails("holds a different checkpoint of this step", "convert", "torch->jax", "runs/tiny", "runs/tiny", cwd=home)
 
 
 def test_generate_is_the_same_text(home: Path) -> None:
@@ -346,5 +346,5 @@ def test_without_torch(command: list[str], home: Path, tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 2, done.stderr
-    assert "torch is not installed" in done.stderr
+    assert "the package `torch` is not installed" in done.stderr
     assert "pip install" in done.stderr

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minillm_core.generation import shown
-from minillm_core.tokenizer import Tokenizer
+from minillm_core.decoding.generation import shown
+from minillm_core.text.tokenizer import Tokenizer
 from parity_tests.conftest import (
     BACKENDS,
     TIERS,

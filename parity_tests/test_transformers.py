@@ -7,14 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import transformers_engine
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import minillm_torch
-from minillm_core.checkpoints import Tensors, TrainingState
+from minillm_cli.transformers_engine import without_casts as lift_casts
 from minillm_core.config import ModelConfig, RopeScaling
-from minillm_core.hf import to_hf_config
-from minillm_core.rope import inverse_frequencies
+from minillm_core.interop.hf_config import to_hf_config
+from minillm_core.model.rope import inverse_frequencies
+from minillm_core.tensors import Tensors
+from minillm_core.training.checkpoints import TrainingState
 from parity_tests.conftest import (
     MODELS,
     TIERS,
@@ -93,7 +94,7 @@ def test_float32(any_config: ModelConfig, tmp_path: Path) -> None:
 def without_casts() -> Iterator[Callable[[ModelConfig], None]]:
     """Lifts the two hard-coded float32 casts of transformers' Llama, until the test ends."""
     with ExitStack() as stack:
-        yield lambda config: stack.enter_context(transformers_engine.without_casts(config))
+        yield lambda config: stack.enter_context(lift_casts(config))
 
 
 def test_float64(

@@ -23,19 +23,21 @@ import torch
 
 import minillm_jax
 import minillm_torch
-from minillm_core.checkpoints import CheckpointInfo, CheckpointWriter, Tensors, TrainingState
-from minillm_core.cli import parse_run_config, run, say
+from minillm_cli.console import parse_run_config, run, say
 from minillm_core.config import RunConfig
-from minillm_core.data import PreparedData, prepare_data
+from minillm_core.data.batches import PreparedData
+from minillm_core.data.prepare import prepare_data
 from minillm_core.errors import InputError
-from minillm_core.params import forward_flops, init_params
-from minillm_core.schedule import learning_rate
-from minillm_core.tolerance import (
+from minillm_core.model.params import forward_flops, init_params
+from minillm_core.model.tolerance import (
     BFLOAT16_GRADIENT_COSINE,
     BFLOAT16_MEAN_KL,
     BFLOAT16_TOP1_AGREEMENT,
     TOLERANCES,
 )
+from minillm_core.tensors import Tensors
+from minillm_core.training.checkpoints import CheckpointInfo, CheckpointWriter, TrainingState
+from minillm_core.training.schedule import learning_rate
 
 BACKENDS = (minillm_jax, minillm_torch)
 PARITY_LENGTH = 512
@@ -231,8 +233,8 @@ def build(backend: Any, config: RunConfig, weights: Tensors, dtype: str) -> Any:
     if backend is minillm_jax:
         return backend.build_model(config.model, weights, param_dtype=jnp.dtype(dtype), compute_dtype=jnp.dtype(dtype))
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    kind = getattr(torch, dtype)
-    return backend.build_model(config.model, weights, param_dtype=kind, compute_dtype=kind, device=device)
+    torch_dtype = getattr(torch, dtype)
+    return backend.build_model(config.model, weights, param_dtype=torch_dtype, compute_dtype=torch_dtype, device=device)
 
 
 def decode_speed(generator: Any, prompts: list[list[int]], n_tokens: int) -> float:

@@ -15,12 +15,12 @@ from typing import Any, Literal
 
 import numpy as np
 import tyro
-from backends import load_backend
 
-from minillm_core.cli import run, say
+from minillm_cli.backends import load_backend
+from minillm_cli.console import run, say
 from minillm_core.config import ModelConfig, load_config
-from minillm_core.hf import to_hf_config
-from minillm_core.params import init_params
+from minillm_core.interop.hf_config import to_hf_config
+from minillm_core.model.params import init_params
 
 ENGINES = ("transformers", "jax", "torch")
 

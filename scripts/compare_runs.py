@@ -1,56 +1,7 @@
-"""Draws the loss curves of two runs and their difference into one picture."""
+"""`minillm compare-runs`: draws the loss curves of two runs and their difference."""
 
-from pathlib import Path
-
-import tyro
-
-from minillm_core.checkpoints import FRAMEWORKS
-from minillm_core.cli import run, say
-from minillm_core.errors import InputError
-from minillm_core.metrics import Row, read_metrics
-from minillm_core.plots import plot_two_losses
-
-
-def main(
-    a: tyro.conf.Positional[str] = "runs/quickstart",
-    b: tyro.conf.Positional[str | None] = None,
-    out: str = "curves.png",
-) -> None:
-    """Compares two runs.
-
-    Args:
-        a: a framework's folder of a run (`runs/x/jax`); or, without `b`, a run that was trained in both frameworks.
-        b: a framework's folder of another run.
-        out: the picture to write.
-    """
-    folders = [Path(a), Path(b)] if b is not None else [Path(a) / name for name in FRAMEWORKS]
-    runs = {str(folder): read_rows(folder) for folder in folders}
-    if len(runs) < 2:
-        raise InputError("a run compared with itself", found=a, do="name two folders")
-    differences = plot_two_losses(runs, Path(out))
-    if not any(differences.values()):
-        raise InputError("the runs have no logged step in common", found=" and ".join(runs))
-    ours, theirs = runs.values()
-    if copied := sum(row in theirs for row in ours):
-        say(f"{copied} rows are the same to the last digit, speeds too: one log was copied with a converted checkpoint")
-    for split, apart in differences.items():
-        if apart:
-            worst = max(apart, key=lambda step: apart[step])
-            print(f"{split}: {len(apart)} common steps, largest difference {apart[worst]:.3g} at step {worst}")
-    say(f"drew {out}")
-
-
-def read_rows(folder: Path) -> list[Row]:
-    path = folder / "metrics.jsonl"
-    if not path.is_file():
-        raise InputError(
-            "no metrics there",
-            expected="metrics.jsonl",
-            where=folder,
-            do="name a framework's folder of a run, as runs/quickstart/jax, or train first",
-        )
-    return read_metrics(path)
-
+from minillm_cli.compare_runs import main
+from minillm_cli.console import run
 
 if __name__ == "__main__":
-    run(lambda: tyro.cli(main))
+    run(main)

@@ -1,0 +1,119 @@
+"""What the commands share: printing, parsing a RunConfig, and turning bad input into a message and an exit status."""
+
+import contextlib
+import logging
+import os
+import shlex
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import tyro
+
+from minillm_core.config import RunConfig, load_config, preset_names
+from minillm_core.errors import InputError, Interrupted
+from minillm_core.files import is_disk_full
+
+C = TypeVar("C", bound=RunConfig)
+
+SCRIPTS = {"prepare": "prepare_data", "compare-runs": "compare_runs"}
+"""Commands whose script has a different name."""
+
+
+def say(message: str = "") -> None:
+    """Prints for the person at the terminal (stderr), if there is still one; stdout carries results alone."""
+    with contextlib.suppress(BrokenPipeError):
+        print(message, file=sys.stderr, flush=True)
+
+
+def print_stream(prompt: str, pieces: Iterable[str]) -> None:
+    """Prints a prompt and its continuation to stdout as it comes."""
+    print(prompt, end="", flush=True)
+    for piece in pieces:
+        print(piece, end="", flush=True)
+    print()
+
+
+def command_line(command: Sequence[str]) -> str:
+    """A command as the user would type it: as a script, if this process was started as one, or with `minillm`."""
+    name, *arguments = command
+    if not sys.argv[0].endswith(".py") or Path(sys.argv[0]).name == "__main__.py":
+        return shlex.join(["minillm", name, *arguments])
+    if name == "train":
+        at = arguments.index("--backend")
+        name = f"train_{arguments[at + 1]}"
+        del arguments[at : at + 2]
+    return shlex.join(["python", f"scripts/{SCRIPTS.get(name, name)}.py", *arguments])
+
+
+class _Console(logging.Handler):
+    """Shows what the libraries log."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        say(record.getMessage())
+
+
+def show_progress() -> None:
+    """Sends the libraries' messages to stderr, and keeps those of other packages from it."""
+    for library in ("absl", "asyncio"):  # Orbax reports every file that it writes, and every error that it raises too
+        logging.getLogger(library).setLevel(logging.CRITICAL)
+    core = logging.getLogger("minillm_core")
+    core.setLevel(logging.INFO)
+    core.propagate = False
+    if not any(isinstance(handler, _Console) for handler in core.handlers):
+        core.addHandler(_Console())
+
+
+def run(main: Callable[[], None]) -> None:
+    """Calls a command's main. Ends with status 2 and a plain message on an InputError or a full disk, with 130 on
+    Ctrl-C."""
+    show_progress()
+    try:
+        main()
+    except InputError as error:
+        say(f"error: {error}" + (f"\n  command: {command_line(error.command)}" if error.command else ""))
+        sys.exit(2)
+    except Interrupted as request:
+        sys.exit(128 + request.signal)
+    except KeyboardInterrupt:
+        say("interrupted")
+        sys.stdout.flush()
+        os._exit(130)  # at once: taking Python down while XLA compiles in a thread has ended in a segmentation fault
+    except BrokenPipeError:  # the reader of our stdout went away, as in `| head`
+        sys.stderr.close()
+        sys.exit(141)
+    except OSError as error:
+        if is_disk_full(error):
+            problem = "the disk is full, or a file may not be so large"
+            hint = "free some space; nothing that was saved is lost"
+        elif error.filename is None:
+            raise
+        else:
+            problem, hint = error.strerror or str(error), "check the paths given"
+        say(f"error: {InputError(problem, where=error.filename, hint=hint)}")
+        sys.exit(2)
+
+
+def parse_run_config(description: str | None, config_class: type[C], preset: str = "quickstart") -> C:
+    """Reads `[PRESET|FILE.yaml] [--section.field value ...]` from the command line.
+
+    Args:
+        config_class: RunConfig, or a subclass whose further fields, which need defaults, become options too.
+        preset: taken if the command line names none.
+    """
+    # As in YAML: true, false; tyro knows Python's.
+    arguments = [word.capitalize() if word in ("true", "false") else word for word in sys.argv[1:]]
+    named = bool(arguments) and not arguments[0].startswith("-")
+    loaded = load_config(arguments[0] if named else preset)
+    description = (
+        f"{description}\n\nFirst argument: a preset ({', '.join(preset_names())}) or a .yaml file; "
+        f"the options below change single fields of it. Without it: {preset}."
+    )
+    return tyro.cli(
+        config_class,
+        default=config_class(loaded.model, loaded.optim, loaded.data, loaded.train),
+        args=arguments[named:],
+        description=description,
+        config=(tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands),
+    )

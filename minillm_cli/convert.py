@@ -1,0 +1,108 @@
+"""Converts a checkpoint.
+
+    'torch->jax' [SRC [DST]]
+
+Between the frameworks (also 'jax->torch'), bit for bit: weights, Adam moments, step, configuration. SRC is a run or a
+checkpoint (default: runs/quickstart); DST is a run directory. Without DST the copy goes into the same run, or into
+RUN-from-torch if that run was itself trained in the target framework.
+
+    'hf->jax' FOLDER RUN
+    'jax->hf' [SRC [FOLDER]]
+
+From and to Hugging Face's format, in either framework: weights and tokenizer of any model of the Llama architecture.
+Anything that the architecture lacks is refused by name.
+
+    'minillm->jax' ckpt.pt RUN
+
+From the original Mini-LLM's ckpt.pt, or from the folder of its model.safetensors and config.json.
+
+    'jax->gguf' [SRC [FILE.gguf]] [--dtype q8_0]
+    'gguf->jax' FILE.gguf RUN
+
+To and from llama.cpp's format (default file: RUN/NAME-DTYPE.gguf). Quantised weights are read as the float32 numbers
+that they stand for.
+"""
+
+import os
+import sys
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from minillm_cli.backends import let_threads_sleep
+from minillm_cli.console import command_line, say
+from minillm_core.errors import InputError
+from minillm_core.interop import Conversion, convert
+from minillm_core.interop.conversion import FORMATS, parse_direction
+from minillm_core.interop.imports import OPENERS
+from minillm_core.training.checkpoints import FRAMEWORKS, foreign_kind
+
+DEFAULT_RUN = "runs/quickstart"
+
+
+def main() -> None:
+    arguments = undo_redirection(sys.argv[1:])
+    direction, source, destination, dtype = tyro.cli(parse, args=arguments, description=__doc__)
+    source_format, target_format = parse_direction(direction)
+    if source is None and source_format in OPENERS:
+        expected = f"'{source_format}->{target_format}' SRC RUN"
+        raise InputError("a path is missing", expected=expected, found="no SRC", hint="name both, e.g. runs/imported")
+    let_threads_sleep()
+    conversion = convert(direction, source or DEFAULT_RUN, destination, dtype=dtype)
+    for command in next_commands(conversion):
+        say(f"next: {command_line(command)}")
+    print(conversion.result)
+
+
+def parse(
+    direction: tyro.conf.Positional[str],
+    src: tyro.conf.Positional[str | None] = None,
+    dst: tyro.conf.Positional[str | None] = None,
+    dtype: Literal["float32", "bfloat16", "float16", "float64", "q8_0"] = "float32",
+) -> tuple[str, str | None, str | None, str]:
+    """Converts a checkpoint.
+
+    Args:
+        direction: 'torch->jax', 'hf->jax', 'jax->gguf' or the like, quoted; torch-to-jax needs no quotes.
+        src: a run, a run's framework folder, or one checkpoint (default: runs/quickstart); or what is imported.
+        dst: the run directory, the Hugging Face folder or the GGUF file to write (default: in the same run).
+        dtype: of the weights for hf (not q8_0) or gguf (not float64).
+    """
+    return direction, src, dst, dtype
+
+
+def next_commands(conversion: Conversion) -> list[tuple[str, ...]]:
+    """What a user may want to do with the result."""
+    source_format, target_format = conversion.source_format, conversion.target_format
+    source, result, run = str(conversion.source), str(conversion.result), str(conversion.run_dir)
+    if source_format in OPENERS and foreign_kind(conversion.source) != source_format:
+        source = f"{source_format}:{source}"
+    commands: list[tuple[str, ...]] = []
+    if not {source_format, target_format} <= {*FRAMEWORKS}:
+        commands.append(("parity", source, result))
+    if conversion.generates:
+        commands.append(("generate", run, "--backend", target_format))
+    if conversion.unfinished:
+        commands.append(("train", f"{run}/config.yaml", "--backend", target_format, "--train.out_dir", run))
+    return commands
+
+
+def undo_redirection(arguments: list[str]) -> list[str]:
+    """Unquoted, a shell turns `torch->jax` into the argument `torch-` and sends our output to a file `jax`: does what
+    was meant, prints to the terminal, and removes that file if the shell has made it."""
+    if not arguments or arguments[0].removesuffix("-") not in FORMATS or not arguments[0].endswith("-"):
+        return arguments
+    source = arguments[0].removesuffix("-")
+    strays = [Path(name) for name in FORMATS if Path(name).is_file()]
+    ours = [path for path in strays if path.stat().st_size == 0 and os.path.samestat(os.fstat(1), path.stat())]
+    target = ours[0].name if ours else next(name for name in FRAMEWORKS if name != source)
+    say(f"reading `{arguments[0]}` as '{source}->{target}': the shell takes an unquoted > as a redirection; quote it")
+    for stray in ours:
+        os.dup2(2, 1)
+        if stray.stat().st_atime_ns == stray.stat().st_mtime_ns:  # emptying a file does not change when it was read
+            stray.unlink()
+            say(f"removed the empty file `{stray}`, which that redirection made")
+        else:
+            say(f"your file `{stray}` existed before: that redirection has emptied it")
+    return [f"{source}->{target}", *arguments[1:]]

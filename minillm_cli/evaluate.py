@@ -1,0 +1,59 @@
+"""Loss, perplexity and bits per byte of any checkpoint on a prepared split."""
+
+from typing import Literal
+
+import tyro
+
+from minillm_cli.backends import load_backend
+from minillm_cli.console import say
+from minillm_core.data.batches import PreparedData
+from minillm_core.decoding.evaluation import score_split
+from minillm_core.errors import InputError
+from minillm_core.files import hash_file
+from minillm_core.training.checkpoints import find_checkpoint, read_info
+from minillm_core.training.metrics import bits_per_byte, perplexity
+
+
+def main() -> None:
+    tyro.cli(evaluate)
+
+
+def evaluate(
+    path: tyro.conf.Positional[str] = "runs/quickstart",
+    backend: Literal["jax", "torch"] = "jax",
+    split: Literal["val", "train"] = "val",
+    data_dir: str | None = None,
+    seq_len: int | None = None,
+    dtype: Literal["float32", "bfloat16", "float64"] = "float32",
+) -> None:
+    """Evaluates a checkpoint on every token of a split.
+
+    Args:
+        path: a run, a run's framework folder, or one checkpoint.
+        backend: the framework that runs the model.
+        split: the prepared split to read.
+        data_dir: a folder of prepared data; by default the one the run was trained on.
+        seq_len: tokens of a window; each starts without context. By default the run's.
+        dtype: of the parameters and the computation.
+    """
+    framework = load_backend(backend)
+    checkpoint = find_checkpoint(path, backend)
+    config = read_info(checkpoint).config
+    data = PreparedData(data_dir or config.data.dir, config.model.vocab_size)
+    own = checkpoint / "tokenizer.model"
+    if not own.is_file() or hash_file(data.dir / "tokenizer.model") != hash_file(own):
+        raise InputError(
+            "the tokenizer of the data differs from the model's",
+            where=f"{data.dir / 'tokenizer.model'} and {own}",
+            hint="prepare the data with the run's configuration",
+        )
+    length = config.train.seq_len if seq_len is None else seq_len
+    if not 1 <= length <= config.model.context_length:
+        expected = f"1 to {config.model.context_length}, the context"
+        raise InputError("seq_len is out of range", expected=expected, found=length)
+    generator = framework.Generator(framework.load(checkpoint, dtype), data.tokenizer)
+    say(f"evaluating {checkpoint} on {data.dir}, split {split}, {framework.describe_device()}")
+    loss = score_split(generator, data, split, length)
+    print(f"loss {loss:.6f} nats per token")
+    print(f"perplexity {perplexity(loss):.4f}")
+    print(f"bits_per_byte {bits_per_byte(loss, data.tokens_per_byte(split)):.6f}")

@@ -1,0 +1,120 @@
+"""Continues a prompt, or every prompt of a file, from any checkpoint of either framework."""
+
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import tyro
+from tqdm import tqdm
+
+from minillm_cli.backends import load_backend
+from minillm_cli.console import print_stream
+from minillm_core.decoding.prompts import continue_file
+from minillm_core.errors import InputError
+from minillm_core.files import hash_file
+from minillm_core.text.tokenizer_json import load_tokenizer
+from minillm_core.training.checkpoints import find_checkpoint
+
+
+def main() -> None:
+    tyro.cli(generate)
+
+
+class ProgressBar:
+    """A bar that appears with the first report, and starts at what was finished before."""
+
+    def __init__(self) -> None:
+        self._bar: tqdm[Any] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def show(self, done: int, total: int) -> None:
+        if self._bar is None:
+            self._bar = tqdm(total=total, initial=done, unit="prompt", smoothing=0.05)
+        self._bar.update(done - self._bar.n)
+
+
+def generate(
+    path: tyro.conf.Positional[str] = "runs/quickstart",
+    backend: Literal["jax", "torch"] = "jax",
+    prompt: str = "The state of the Union is",
+    prompts: Path | None = None,
+    output: Path | None = None,
+    batch_size: int = 16,
+    max_new_tokens: int = 200,
+    temperature: float = 0.8,
+    top_k: int = 0,
+    top_p: float = 0.95,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    seed: int = 0,
+    n: int = 1,
+    stop: tuple[str, ...] = (),
+    stop_ids: tuple[int, ...] = (),
+    truncate: bool = False,
+    logprobs: bool = False,
+    dtype: Literal["float32", "bfloat16", "float64"] = "float32",
+    compile: bool = False,
+) -> None:
+    """Continues a prompt until the end of the document, a stop, or max_new_tokens; the text goes to stdout as it comes.
+    The same options and seed give the same text in both frameworks.
+
+    With --prompts and --output, continues every prompt of a file, in batches of similar length: one JSON object a line,
+    in the order of the prompts. Stopped, the same command goes on.
+
+    Args:
+        path: a run, a run's framework folder, or one checkpoint.
+        backend: the framework that runs the model.
+        prompt: the text to continue.
+        prompts: a file of prompts: one a line or, if its name ends in .jsonl, one object with a "prompt" a line.
+        output: where their continuations go (JSON lines); it must not exist yet.
+        batch_size: prompts of the file that are continued at a time.
+        max_new_tokens: most tokens to add.
+        temperature: 0 takes the most likely token; 1 leaves the distribution as it is.
+        top_k: keep the k most likely tokens; 0 keeps all.
+        top_p: keep the fewest most likely tokens that together have at least this probability.
+        min_p: keep the tokens at least this many times as likely as the most likely one; 0 keeps all.
+        repetition_penalty: above 1, tokens that are there already become less likely.
+        seed: of the sampling.
+        n: continuations of every prompt of the file.
+        stop: texts that end a continuation.
+        stop_ids: token ids that end a continuation.
+        truncate: drop the beginning of a prompt that does not fit, instead of refusing it.
+        logprobs: add every token and its log-probability to the output file.
+        dtype: of the parameters and the computation.
+        compile: put torch's decoding step through torch.compile (minutes at first, then faster).
+    """
+    if (prompts is None) != (output is None):
+        raise InputError("--prompts and --output go together", found=f"--prompts {prompts} --output {output}")
+    if prompts is None and (n != 1 or logprobs):
+        raise InputError("--n and --logprobs need a file to write to", hint="give --prompts FILE --output FILE.jsonl")
+    if compile and backend == "jax":
+        raise InputError("--compile is for torch; JAX always compiles", hint="leave it out, or add --backend torch")
+    framework = load_backend(backend, decoding=True)
+    checkpoint = find_checkpoint(path, backend)
+    extra = {"compile": True} if compile else {}
+    model = framework.load(checkpoint, dtype)
+    generator = framework.Generator(model, load_tokenizer(checkpoint, model.config.vocab_size), **extra)
+    options = {
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+        "seed": seed,
+        "stop": (*stop, *stop_ids),
+        "truncate": truncate,
+    }
+    if prompts is None or output is None:
+        print_stream(prompt, generator.stream(prompt, **options))
+    else:
+        hashes = hash_file(checkpoint / "manifest.json")  # of all files of the checkpoint
+        setup = {"checkpoint": str(checkpoint), "hashes": hashes, "backend": backend, "dtype": dtype}
+        options |= {"n": n, "logprobs": logprobs}
+        with ProgressBar() as bar:
+            continue_file(generator, prompts, output, batch_size, setup, options, bar.show)

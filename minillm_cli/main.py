@@ -1,0 +1,49 @@
+"""`minillm COMMAND [ARGUMENTS]`: one door to every command."""
+
+import difflib
+import importlib
+import sys
+
+from minillm_cli.console import run
+from minillm_core.errors import InputError
+from minillm_core.version import __version__
+
+COMMANDS = {
+    "train": ("train", "train a model, from raw text to a sample of what it has learnt"),
+    "prepare": ("prepare", "train a tokenizer and write the token files, without training a model"),
+    "generate": ("generate", "continue a prompt, or every prompt of a file"),
+    "evaluate": ("evaluate", "loss, perplexity and bits per byte on a prepared split"),
+    "convert": ("convert", "convert a checkpoint: JAX, PyTorch, Hugging Face, GGUF"),
+    "parity": ("parity", "compare two checkpoints stage by stage, and say why they differ"),
+    "compare-runs": ("compare_runs", "draw the loss curves of two runs and their difference"),
+    "plan": ("plan", "parameters, operations and memory of a configuration of any size"),
+}
+"""Command -> its module, and what it does."""
+
+
+def usage() -> str:
+    width = max(map(len, COMMANDS)) + 2
+    lines = [f"  {name.ljust(width)}{does}" for name, (_, does) in COMMANDS.items()]
+    first = "usage: minillm COMMAND [ARGUMENTS]\n\nOne language model in JAX and PyTorch, proven to be one model.\n"
+    return "\n".join([first, *lines, "", "minillm COMMAND --help lists the arguments of a command."])
+
+
+def main() -> None:
+    run(_dispatch)
+
+
+def _dispatch() -> None:
+    arguments = sys.argv[1:]
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(usage())
+        return
+    if arguments[0] == "--version":
+        print(f"minillm {__version__}")
+        return
+    name = arguments[0].replace("_", "-")
+    if name not in COMMANDS:
+        close = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"did you mean `minillm {close[0]}`?" if close else "minillm --help lists them"
+        raise InputError("unknown command", expected=", ".join(COMMANDS), found=repr(arguments[0]), hint=hint)
+    sys.argv = [f"minillm {name}", *arguments[1:]]
+    importlib.import_module(f"minillm_cli.{COMMANDS[name][0]}").main()

@@ -1,0 +1,55 @@
+"""Trains a model, from raw text to a sample of what it has learnt."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from minillm_cli.backends import load_backend
+from minillm_cli.console import command_line, parse_run_config, print_stream, say
+from minillm_core.config import RunConfig
+from minillm_core.text.tokenizer_json import load_tokenizer
+from minillm_core.training.backend import Backend
+from minillm_core.training.loop import train
+
+SAMPLE_PROMPT = "The state of the Union is"
+
+
+@dataclass(frozen=True)
+class TrainCommand(RunConfig):
+    """A run, and the framework that trains it."""
+
+    backend: Literal["jax", "torch"] = "jax"
+    """The framework to train in."""
+
+
+def main() -> None:
+    command = parse_run_config(__doc__, TrainCommand)
+    train_and_sample(RunConfig(command.model, command.optim, command.data, command.train), command.backend)
+
+
+def main_in(framework: str) -> None:
+    """The command without `--backend`."""
+    train_and_sample(parse_run_config(__doc__, RunConfig), framework)
+
+
+def train_and_sample(config: RunConfig, framework: str) -> None:
+    """Trains, then prints a sample to stdout and the next commands to stderr."""
+    backend = load_backend(framework)
+    checkpoint = train(config, backend)
+    print_sample(checkpoint, config, backend)
+    run, other = config.train.out_dir, "torch" if framework == "jax" else "jax"
+    say("\nnext:")
+    for command in (
+        ("generate", run, "--backend", framework, "--prompt", "My fellow citizens,"),
+        ("evaluate", run, "--backend", framework),
+        ("convert", f"{framework}->{other}", run),
+    ):
+        say(f"  {command_line(command)}")
+
+
+def print_sample(checkpoint: Path, config: RunConfig, backend: Backend) -> None:
+    say("\na sample of the trained model (temperature 0.8, top-p 0.95; greedy decoding would repeat itself):\n")
+    generator = backend.Generator(backend.load(checkpoint), load_tokenizer(checkpoint, config.model.vocab_size))
+    room = config.model.context_length - len(generator.tokenizer.encode(SAMPLE_PROMPT, bos=True))
+    stream = generator.stream(SAMPLE_PROMPT, max_new_tokens=min(120, room), temperature=0.8, top_p=0.95)
+    print_stream(SAMPLE_PROMPT, stream)

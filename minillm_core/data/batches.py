@@ -1,0 +1,182 @@
+"""Prepared data: token files, and batches as a pure function of (seed, step).
+
+There is no iterator state: resuming is asking for the next step.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from minillm_core.errors import InputError
+from minillm_core.files import hash_file
+from minillm_core.text.tokenizer import Tokenizer
+
+SPLITS = ("train", "val")
+FORMAT_VERSION = 1
+
+
+def redo_hint(folder: Path) -> str:
+    """What to do about a folder that cannot be used."""
+    return f"remove {folder}, or give another --data.dir, and prepare the data again"
+
+
+@dataclass(frozen=True)
+class EvalBatch:
+    """A batch of the held-out text: tokens int32 (B, S + 1), and which of the S targets count, bool (B, S)."""
+
+    tokens: np.ndarray
+    mask: np.ndarray
+
+
+class PreparedData:
+    """Memory-mapped tokens of one prepared folder."""
+
+    def __init__(self, folder: str | Path, vocab_size: int):
+        """Opens and checks a folder.
+
+        Raises:
+            InputError: a file is missing or truncated, or the folder was prepared with another vocabulary.
+        """
+        self.dir = Path(folder)
+        redo = redo_hint(self.dir)
+        meta_path = self.dir / "meta.json"
+        if not meta_path.is_file():
+            raise InputError("not a folder of prepared data", expected="meta.json", where=self.dir, hint=redo)
+        try:
+            self.meta: dict[str, Any] = json.loads(meta_path.read_text())
+            dtype = np.dtype(self.meta["dtype"])
+            found = self.meta["vocab_size"]
+            n_tokens = {split: int(self.meta[split]["n_tokens"]) for split in SPLITS}
+            if self.meta["format_version"] != FORMAT_VERSION:
+                raise ValueError(f"format version {self.meta['format_version']}, not {FORMAT_VERSION}")
+            if min(self.meta[split]["n_bytes"] for split in SPLITS) < 1:
+                raise ValueError("n_bytes is not positive")
+            self.hashes()
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError("damaged data file", found=repr(error), where=meta_path, hint=redo) from error
+        if found != vocab_size:
+            problem = "the data was prepared with another vocabulary than the model's"
+            raise InputError(problem, expected=vocab_size, found=found, where=self.dir, hint=redo)
+        self.vocab_size = vocab_size
+        self.tokens: dict[str, np.ndarray] = {}
+        for split in SPLITS:
+            path = self.dir / f"{split}.bin"
+            expected = n_tokens[split] * dtype.itemsize
+            size = path.stat().st_size if path.is_file() else "no file"
+            if size != expected:
+                problem = "missing or truncated data file"
+                raise InputError(problem, expected=f"{expected} bytes", found=size, where=path, hint=redo)
+            self.tokens[split] = np.memmap(path, dtype, mode="r")
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return Tokenizer(self.dir / "tokenizer.model")
+
+    def hashes(self) -> dict[str, str]:
+        """What identifies this data: the tokenizer's and both splits' SHA-256, as recorded when it was prepared."""
+        return {"tokenizer": self.meta["tokenizer_sha256"], **{split: self.meta[split]["sha256"] for split in SPLITS}}
+
+    def verify(self) -> None:
+        """Reads every file and compares it with its hash.
+
+        Raises:
+            InputError: a file was changed after it was prepared.
+        """
+        names = {"tokenizer": "tokenizer.model"} | {split: f"{split}.bin" for split in SPLITS}
+        for key, digest in self.hashes().items():
+            if not (self.dir / names[key]).is_file() or hash_file(self.dir / names[key]) != digest:
+                problem = "a data file is missing or was changed after it was prepared"
+                raise InputError(problem, where=self.dir / names[key], hint=redo_hint(self.dir))
+
+    def tokens_per_byte(self, split: str) -> float:
+        """Predicted tokens per byte of the split's text: turns nats per token into nats per byte."""
+        return (len(self.tokens[split]) - 1) / self.meta[split]["n_bytes"]
+
+    def batch(self, step: int, batch_size: int, seq_len: int, seed: int) -> np.ndarray:
+        """The training batch of one step, int32 (batch_size, seq_len + 1): inputs [:, :-1], targets [:, 1:].
+
+        The split is cut into windows of seq_len tokens; each epoch visits every window once, in an order drawn from
+        (seed, epoch). Memory does not grow with the size of the data.
+        """
+        n_windows = self._count_windows("train", seq_len)
+        position = np.arange(step * batch_size, (step + 1) * batch_size)
+        epoch, index = position // n_windows, position % n_windows
+        for e in np.unique(epoch):
+            index[epoch == e] = permute(index[epoch == e], n_windows, (seed, int(e)))
+        return self._read("train", index * seq_len, seq_len)
+
+    def eval_batches(
+        self, split: str, batch_size: int, seq_len: int, n_batches: int | None = None
+    ) -> Iterator[EvalBatch]:
+        """The split in order, every token but the first predicted once; or `n_batches` spread evenly over it.
+
+        Each window starts without context. The last batch is padded; padding does not count.
+        """
+        tokens = self.tokens[split]
+        n_targets = len(tokens) - 1
+        starts = np.arange(0, n_targets, seq_len)
+        if n_batches is not None and n_batches * batch_size < len(starts):
+            starts = starts[np.linspace(0, len(starts) - 1, n_batches * batch_size).astype(int)]
+        for first in range(0, len(starts), batch_size):
+            rows = starts[first : first + batch_size]
+            rows = np.concatenate([rows, np.full(batch_size - len(rows), n_targets)])
+            mask = rows[:, None] + np.arange(seq_len) < n_targets
+            yield EvalBatch(self._read(split, rows, seq_len), mask)
+
+    def _count_windows(self, split: str, seq_len: int) -> int:
+        n_windows = (len(self.tokens[split]) - 1) // seq_len
+        if n_windows < 1:
+            found = f"{len(self.tokens[split])} tokens"
+            raise InputError(
+                f"the {split} split is shorter than one sequence",
+                expected=f"{seq_len + 1} tokens",
+                found=found,
+                where=self.dir,
+            )
+        return n_windows
+
+    def _read(self, split: str, starts: np.ndarray, seq_len: int) -> np.ndarray:
+        tokens = self.tokens[split]
+        index = np.minimum(starts[:, None] + np.arange(seq_len + 1), len(tokens) - 1)
+        batch = tokens[index].astype(np.int32)
+        if batch.max() >= self.vocab_size:
+            raise InputError(
+                "token id outside the vocabulary",
+                expected=f"below {self.vocab_size}",
+                found=int(batch.max()),
+                where=self.dir / f"{split}.bin",
+                hint="the file is damaged: prepare the data again",
+            )
+        return batch
+
+
+def permute(index: np.ndarray, n: int, key: tuple[int, ...]) -> np.ndarray:
+    """Applies a pseudo-random permutation of range(n), drawn from `key`, to int64 indices: O(1) memory.
+
+    A six-round Feistel network over the next even power of two, walked until it lands below n (Black and Rogaway
+    2002, "Ciphers with arbitrary finite domains").
+    """
+    half = max(1, ((n - 1).bit_length() + 1) // 2)
+    low = np.uint64((1 << half) - 1)
+    shift = np.uint64(half)
+    seed = hashlib.sha256(repr(key).encode()).digest()
+    round_keys = np.random.Philox(key=int.from_bytes(seed[:16], "little")).random_raw(6)
+
+    def encrypt(values: np.ndarray) -> np.ndarray:
+        left, right = values >> shift, values & low
+        for round_key in round_keys:
+            mixed = right + round_key  # splitmix64's finaliser; uint64 wraps by design
+            mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+            mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+            left, right = right, left ^ ((mixed ^ (mixed >> np.uint64(31))) & low)
+        return (left << shift) | right
+
+    values = encrypt(index.astype(np.uint64))
+    while (outside := values >= n).any():
+        values[outside] = encrypt(values[outside])
+    return values.astype(np.int64)

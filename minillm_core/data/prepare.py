@@ -1,0 +1,117 @@
+"""Raw text made into a tokenizer and token files, once."""
+
+import json
+import logging
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from minillm_core.config import DataConfig
+from minillm_core.data.batches import FORMAT_VERSION, SPLITS, PreparedData, redo_hint
+from minillm_core.data.corpus import Document, list_documents
+from minillm_core.errors import InputError
+from minillm_core.files import commit_folder, hash_file, lock
+from minillm_core.text.tokenizer import Tokenizer, train_tokenizer
+
+logger = logging.getLogger(__name__)
+
+
+def open_or_prepare(config: DataConfig, vocab_size: int) -> PreparedData:
+    """The prepared data of a corpus, made if it is missing; every file compared with its hash.
+
+    Raises:
+        InputError: the corpus is unusable, the folder holds other data, or a file was changed.
+    """
+    is_new = prepare_data(config, vocab_size)
+    logger.info(f"prepared {config.corpus} in {config.dir}" if is_new else f"found prepared data in {config.dir}")
+    data = PreparedData(config.dir, vocab_size)
+    data.verify()
+    return data
+
+
+def prepare_data(config: DataConfig, vocab_size: int) -> bool:
+    """Trains the tokenizer and packs the corpus into `config.dir`, unless that is done already.
+
+    Every document becomes BOS, its tokens, EOS. The folder appears whole or not at all.
+
+    Returns:
+        whether there was anything to do.
+
+    Raises:
+        InputError: the corpus is unusable, or the folder holds other data.
+    """
+    target = Path(config.dir)
+    if _is_prepared(target, config, vocab_size):
+        return False
+    documents = list_documents(config)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with lock(target.with_name(f".{target.name}.lock"), wait=True):
+        if _is_prepared(target, config, vocab_size):
+            return False
+        partial = target.with_name(f".{target.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        try:
+            _pack(documents, config, vocab_size, partial)
+            commit_folder(partial, target)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    return True
+
+
+def _is_prepared(target: Path, config: DataConfig, vocab_size: int) -> bool:
+    """Whether the folder holds this corpus, prepared.
+
+    Raises:
+        InputError: it holds something else.
+    """
+    if not target.exists():
+        return False
+    existing = PreparedData(target, vocab_size).meta
+    wanted = {"corpus": config.corpus, "holdout_every": config.holdout_every}
+    found = {key: existing.get(key) for key in wanted}
+    if found != wanted:
+        raise InputError(
+            "the folder was prepared from another corpus",
+            expected=wanted,
+            found=found,
+            where=target,
+            hint=redo_hint(target),
+        )
+    return True
+
+
+def _pack(documents: list[Document], config: DataConfig, vocab_size: int, folder: Path) -> None:
+    """Writes tokenizer.model, the token files and meta.json."""
+    train_texts = (text for document in documents if document.split == "train" for text in document.chunks())
+    train_tokenizer((line for text in train_texts for line in text.split("\n")), vocab_size, folder / "tokenizer.model")
+    tokenizer = Tokenizer(folder / "tokenizer.model")
+    dtype = np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
+    meta: dict[str, Any] = {
+        "format_version": FORMAT_VERSION,
+        "corpus": config.corpus,
+        "holdout_every": config.holdout_every,
+        "vocab_size": vocab_size,
+        "dtype": dtype.str,
+        "tokenizer_sha256": hash_file(folder / "tokenizer.model"),
+    }
+    for split in SPLITS:
+        n_tokens = n_bytes = 0
+        with (folder / f"{split}.bin").open("wb") as file:
+            for document in (document for document in documents if document.split == split):
+                ids = [tokenizer.bos_id]
+                for text in document.chunks():
+                    for part in tokenizer.encode_many(re.findall(r"[^\n]*\n|[^\n]+", text)):
+                        ids += part
+                    file.write(np.array(ids, dtype).tobytes())
+                    n_tokens += len(ids)
+                    ids = []
+                file.write(np.array([*ids, tokenizer.eos_id], dtype).tobytes())
+                n_tokens += len(ids) + 1
+                n_bytes += document.stop - document.start
+        digest = hash_file(folder / f"{split}.bin")
+        meta[split] = {"n_tokens": n_tokens, "n_bytes": n_bytes, "sha256": digest}
+    (folder / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")

@@ -1,0 +1,1 @@
+"""Text generation and scoring, the half that needs no framework."""

@@ -1,0 +1,142 @@
+"""A file of prompts, continued in batches of similar length: stopped at any time, it goes on where it was."""
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from minillm_core.decoding.generation import BaseGenerator
+from minillm_core.errors import InputError
+from minillm_core.files import hash_file, lock, replace_file
+
+
+def continue_file(
+    generator: BaseGenerator,
+    prompts: Path,
+    output: Path,
+    batch_size: int,
+    setup: Mapping[str, Any],
+    options: Mapping[str, Any],
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> None:
+    """Writes one line per prompt to `output`: index, prompt, completions (each with text and finish_reason).
+
+    What is done goes to OUTPUT.partial, whose first line says what is asked; in the end it takes the name OUTPUT, in
+    the order of the prompts.
+
+    Args:
+        batch_size: prompts at a time.
+        setup: what else the result depends on: the checkpoint, the framework, the dtype.
+        options: of BaseGenerator.generate; `n` and `logprobs` among them.
+        on_progress: called with the number of finished prompts, and of all, at the start and after every batch.
+
+    Raises:
+        InputError: OUTPUT exists; OUTPUT.partial is of another request; a prompt or an option is bad. Nothing has been
+            generated then.
+    """
+    if batch_size < 1:
+        raise InputError("batch_size is out of range", expected="1 or more", found=batch_size)
+    texts = read_prompts(prompts)
+    if not output.parent.is_dir():
+        raise InputError("no such folder", where=output.parent, hint="make it, or choose another place")
+    generator.check(texts, **options)
+    request = {"prompts": hash_file(prompts), "setup": dict(setup), "options": dict(options)}
+    request = json.loads(json.dumps(request))  # as it will be read: tuples are lists
+    partial = output.with_name(f"{output.name}.partial")
+    lock_file = output.with_name(f".{output.name}.lock")
+    with lock(lock_file):
+        if output.exists():
+            lock_file.unlink()
+            raise InputError("the output exists already", where=output, hint="choose another name, or remove it")
+        done = _open_partial(partial, request)
+        lengths = [len(generator.tokenizer.encode(text)) for text in texts]
+        waiting = sorted((i for i in range(len(texts)) if i not in done), key=lambda i: -lengths[i])
+        on_progress(len(done), len(texts))
+        with partial.open("a", encoding="utf-8") as file:
+            for start in range(0, len(waiting), batch_size):
+                batch = waiting[start : start + batch_size]
+                for index, line in zip(batch, _continue(generator, [texts[i] for i in batch], options), strict=True):
+                    done[index] = {"index": index, **line}
+                    file.write(json.dumps(done[index], ensure_ascii=False) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+                on_progress(len(done), len(texts))
+        replace_file(output, "".join(json.dumps(done[i], ensure_ascii=False) + "\n" for i in sorted(done)))
+        partial.unlink()
+        lock_file.unlink()
+
+
+def read_prompts(path: Path) -> list[str]:
+    """One prompt a line or, if the file's name ends in .jsonl, one object with a "prompt" a line.
+
+    Raises:
+        InputError: the file is missing, is not UTF-8, or has an empty or malformed line.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        expected, hint = "a UTF-8 text file", "check the path and the encoding"
+        raise InputError("cannot read the prompts", expected=expected, found=error, where=path, hint=hint) from error
+    if lines == [""]:
+        raise InputError("no prompts", expected="at least one line", found="an empty file", where=path)
+    texts = []
+    for number, line in enumerate(lines, 1):
+        text: Any = line.removesuffix("\r")
+        if path.suffix == ".jsonl":
+            try:
+                text = json.loads(line)["prompt"]
+            except (ValueError, TypeError, KeyError):
+                text = None
+        if not isinstance(text, str) or not text:
+            expected = '{"prompt": "..."}' if path.suffix == ".jsonl" else "text"
+            raise InputError("not a prompt", expected=expected, found=repr(line), where=f"{path}, line {number}")
+        texts.append(text)
+    return texts
+
+
+def _open_partial(partial: Path, request: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
+    """The lines that an earlier call finished, by prompt; a line that it was killed in is cut off."""
+    lines = partial.read_bytes().splitlines(keepends=True) if partial.exists() else []
+    whole = [line for line in lines if line.endswith(b"\n")]
+    if not lines:
+        replace_file(partial, json.dumps({"request": request}) + "\n")
+        return {}
+    try:
+        found = json.loads(whole[0])["request"]
+        rows = [json.loads(line) for line in whole[1:]]
+        done = {row["index"]: row for row in rows}
+    except (ValueError, LookupError, TypeError) as error:
+        expected = "the unfinished output of an earlier call"
+        raise InputError("cannot go on with this file", expected=expected, where=partial, hint="remove it") from error
+    if found != request:
+        differing = [
+            f"{name}: {old.get(name)!r}, now {new.get(name)!r}"
+            for part in ("setup", "options")
+            for old, new in [(found[part], request[part])]
+            for name in sorted(old.keys() | new.keys())
+            if old.get(name) != new.get(name)
+        ]
+        raise InputError(
+            "the unfinished output is of another request",
+            found="; ".join(differing) or "other prompts",
+            where=partial,
+            hint="repeat the command that began it, or remove the file",
+        )
+    if len(whole) < len(lines):
+        os.truncate(partial, sum(map(len, whole)))
+    return done
+
+
+def _continue(generator: BaseGenerator, texts: list[str], options: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Each text with its completions, as they are written."""
+    n = options["n"]
+    completions = generator.generate(texts, **{**options, "logprobs": True})
+    for i, text in enumerate(texts):
+        rows = []
+        for completion in completions[i * n : (i + 1) * n]:
+            row: dict[str, Any] = {"text": completion.text, "finish_reason": completion.finish_reason}
+            if options["logprobs"]:
+                row |= {"tokens": completion.tokens, "logprobs": completion.logprobs}
+            rows.append(row)
+        yield {"prompt": text, "completions": rows}

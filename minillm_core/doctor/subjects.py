@@ -1,0 +1,167 @@
+"""Any checkpoint of any supported kind, opened so that it can be run and compared."""
+
+import logging
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from minillm_core.config import ModelConfig
+from minillm_core.errors import InputError
+from minillm_core.interop.imports import OPENERS
+from minillm_core.model.stages import Trace
+from minillm_core.tensors import Tensors
+from minillm_core.text.tokenizer import Tokenizer
+from minillm_core.text.tokenizer_json import load_tokenizer
+from minillm_core.training.backend import load_backend
+from minillm_core.training.checkpoints import (
+    FRAMEWORKS,
+    checkpoint_steps,
+    find_checkpoint,
+    foreign_kind,
+    read_info,
+    verify_checkpoint,
+)
+
+logger = logging.getLogger(__name__)
+
+KINDS = (*FRAMEWORKS, *OPENERS)
+
+Run = Callable[[ModelConfig, Tensors, np.ndarray, str], Trace]
+"""(configuration, weights, tokens (B, T), dtype) -> what the model computes; Backend.trace."""
+
+
+@dataclass(frozen=True)
+class Engine:
+    """An independent implementation that runs checkpoints of one kind."""
+
+    name: str
+    run: Callable[[Path], Run]
+    """Of a folder."""
+    encoder: Callable[[Path], Callable[[str], list[int]]]
+    """Of a folder: its own tokenizer; text -> token ids. Raises InputError if that cannot be loaded."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A checkpoint, and the code that runs it."""
+
+    kind: str
+    path: Path
+    """What holds the weights: a checkpoint, or another project's folder or file."""
+    config: ModelConfig
+    weights: Tensors
+    engine: str
+    """What runs it: jax, torch, transformers."""
+    run: Run
+    tokenizer: Tokenizer | None = None
+    """None if it has none that can be used."""
+    own_encoder: Callable[[Path], Callable[[str], list[int]]] | None = None
+    """The tokenizer of the engine, if it has one."""
+
+    def encoder(self) -> Callable[[str], list[int]]:
+        """Text -> token ids, by the engine's own tokenizer or else as the files are read here."""
+        assert self.tokenizer is not None
+        if self.own_encoder is not None:
+            try:
+                return self.own_encoder(self.path)
+            except InputError as error:
+                logger.warning("comparing its tokenizer as it is read here: %s", error)
+        return partial(self.tokenizer.encode, bos=True)
+
+    @property
+    def label(self) -> str:
+        return f"{self.kind} {self.path}"
+
+
+def open_subject(place: str, engines: Mapping[str, Engine]) -> Subject:
+    """Reads the checkpoint of a path, or of `KIND:PATH` where a path could mean several.
+
+    Args:
+        engines: by kind, an independent implementation to run it with; other imported kinds run in torch, or in JAX
+            where torch is not installed.
+
+    Raises:
+        InputError: there is none, it could be several, or it is damaged.
+    """
+    kind, path = _kind_of(place)
+    if kind in FRAMEWORKS:
+        backend = load_backend(kind)
+        checkpoint = find_checkpoint(path, kind)
+        verify_checkpoint(checkpoint)
+        run_config = read_info(checkpoint).config
+        weights = dict(backend.open_weights(checkpoint, run_config))
+        tokenizer = _tokenizer(checkpoint, run_config.model)
+        return Subject(kind, checkpoint, run_config.model, weights, kind, backend.trace, tokenizer)
+    opened = OPENERS[kind](path)
+    weights = dict(opened.tensors())
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            opened.write_tokenizer(Path(folder))
+        except InputError as error:
+            logger.warning(f"without its tokenizer, {' '.join(str(error).split())}")
+            tokenizer = None
+        else:
+            tokenizer = _tokenizer(Path(folder), opened.config)
+    if engine := engines.get(kind):
+        run = engine.run(path)
+        return Subject(kind, path, opened.config, weights, engine.name, run, tokenizer, engine.encoder)
+    try:
+        backend = load_backend("torch")
+    except InputError:
+        backend = load_backend("jax")
+    return Subject(kind, path, opened.config, weights, backend.FRAMEWORK, backend.trace, tokenizer)
+
+
+def compare_tokenizers(a: Subject, b: Subject, texts: Sequence[str]) -> str:
+    """Whether two models read text alike, in words: the ids of every text, its beginning, and what ends one; each by
+    what runs it, or else as they are read here."""
+    if a.tokenizer is None or b.tokenizer is None:
+        missing = " and ".join(name for name, subject in (("A", a), ("B", b)) if subject.tokenizer is None)
+        return f"not compared: none that can be used in {missing}"
+    encoders = [subject.encoder() for subject in (a, b)]
+    for text in texts:
+        ours, theirs = (encode(text) for encode in encoders)
+        if ours != theirs:
+            shorter = min(len(ours), len(theirs))
+            at = next((i for i in range(shorter) if ours[i] != theirs[i]), shorter)
+            return f"differ: {text[:60]!r} has {len(ours)} and {len(theirs)} ids, {ours[at:][:5]} and {theirs[at:][:5]}"
+    ends = [sorted(tokenizer.end_ids) for tokenizer in (a.tokenizer, b.tokenizer)]
+    return "the same" if ends[0] == ends[1] else f"differ: texts end with {ends[0]} and {ends[1]}"
+
+
+def _tokenizer(folder: Path, config: ModelConfig) -> Tokenizer | None:
+    try:
+        return load_tokenizer(folder, config.vocab_size)
+    except InputError as error:
+        logger.warning(f"without its tokenizer, {' '.join(str(error).split())}")
+        return None
+
+
+def _kind_of(place: str) -> tuple[str, Path]:
+    """The kind and path that a place means; raises InputError if it means none or several."""
+    kind, colon, rest = place.partition(":")
+    if colon and kind in KINDS:
+        return kind, Path(rest)
+    path = Path(place)
+    expected = (
+        f"a run, a checkpoint, a Hugging Face folder, a file of another project; or KIND:PATH ({', '.join(KINDS)})"
+    )
+    if not path.exists():
+        raise InputError("no such checkpoint", expected=expected, where=path, hint="check the path")
+    if (path / "checkpoint.json").is_file():
+        return read_info(path).framework, path
+    if trained := [name for name in FRAMEWORKS if checkpoint_steps(path / name / "checkpoints")]:
+        if len(trained) > 1:
+            expected = " or ".join(str(path / name) for name in trained)
+            problem, hint = "the run has checkpoints of both frameworks", "name one of them"
+            raise InputError(problem, expected=expected, where=path, hint=hint)
+        return trained[0], path
+    if steps := checkpoint_steps(path / "checkpoints"):
+        return read_info(path / "checkpoints" / str(steps[-1])).framework, path
+    if (foreign := foreign_kind(path)) is not None:
+        return foreign, path
+    raise InputError("not a checkpoint", expected=expected, where=path, hint="check the path")

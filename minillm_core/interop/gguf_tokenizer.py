@@ -1,0 +1,337 @@
+"""Tokenizers in GGUF files: SentencePiece BPE (llama.cpp calls it `llama`) and byte-level BPE (`gpt2`), both ways."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import sentencepiece
+
+from minillm_core.errors import InputError
+from minillm_core.text.tokenizer import (
+    CHAT_TEMPLATE,
+    GENERATION_CONFIG,
+    TOKENIZER_CONFIG,
+    ModelProto,
+    Tokenizer,
+    read_tokenizer_config,
+)
+from minillm_core.text.tokenizer_json import SPACE, JsonTokenizer, bos_template
+
+logger = logging.getLogger(__name__)
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
+"""Types of tokens, which GGUF has from SentencePiece."""
+
+# fmt: off
+ENDS = frozenset((
+    "<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|eom_id|>", "<EOT>", "_<EOT>", "[EOT]",
+    "[EOS]", "<|end_of_text|>", "<end_of_utterance>", "<\uff5cend\u2581of\u2581sentence\uff5c>", "<eos>",
+))
+# fmt: on
+"""Tokens at which llama.cpp ends a text whatever the file's ids say, by name (src/llama-vocab.cpp)."""
+
+AGAIN = "get the file again"
+
+NO_TOKENIZER = {"tokenizer.ggml.model": "no_vocab"}
+
+
+def _byte_level(use_regex: bool) -> dict[str, Any]:
+    return {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": use_regex}
+
+
+LLAMA_3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
+PRE_TOKENIZERS: dict[str, tuple[list[dict[str, Any]], bool]] = {
+    "llama-bpe": (
+        [
+            {"type": "Split", "pattern": {"Regex": LLAMA_3}, "behavior": "Isolated", "invert": False},
+            _byte_level(use_regex=False),
+        ],
+        True,
+    ),
+    "smollm": ([{"type": "Digits", "individual_digits": True}, _byte_level(use_regex=True)], False),
+    "gpt-2": ([_byte_level(use_regex=True)], False),
+}
+"""llama.cpp's name -> what it does in the words of tokenizer.json: pre-tokenizers, and whether a word that is a token
+stays whole whatever the merges say."""
+
+ALIASES = {"llama3": "llama-bpe", "llama-v3": "llama-bpe", "gpt2": "gpt-2"}
+
+
+def tokenizer_fields(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
+    """llama.cpp's keys of a tokenizer; rows of the embedding without a token get unused ones.
+
+    Raises:
+        InputError: llama.cpp would give other ids, or a file beside the tokenizer is damaged.
+    """
+    if not tokenizer.fits(vocab_size):
+        hint = "put the model's own tokenizer files into its checkpoint"
+        raise InputError("the tokenizer is another model's", expected=vocab_size, found=tokenizer.vocab_size, hint=hint)
+    make = _of_json if isinstance(tokenizer, JsonTokenizer) else _of_sentencepiece
+    fields = {f"tokenizer.ggml.{key}": value for key, value in make(tokenizer, vocab_size).items()}
+    more_ends = sorted(tokenizer.end_ids - {tokenizer.eos_id})
+    fields |= {f"tokenizer.ggml.{key}_token_id": i for key, i in zip(("eot", "eom"), more_ends, strict=False)}
+    tokens = fields["tokenizer.ggml.tokens"]
+    if lost := [i for i in more_ends[2:] if tokens[i] not in ENDS]:
+        logger.warning(f"a GGUF file has room for three tokens that end a text: {lost} are left out")
+    if more := [token for i, token in enumerate(tokens) if token in ENDS and i not in tokenizer.end_ids]:
+        logger.warning(
+            f"llama.cpp will end a text at {', '.join(more)} too, as it does wherever there is a token of that name"
+        )
+    if (template := _chat_template(tokenizer.path.parent)) is not None:
+        fields["tokenizer.chat_template"] = template
+    return fields
+
+
+def _chat_template(folder: Path) -> str | None:
+    """The template beside a tokenizer: a file of its own, or in tokenizer_config.json, alone or as the default."""
+    file = folder / CHAT_TEMPLATE
+    try:
+        if file.is_file():
+            return file.read_text()
+        found = read_tokenizer_config(folder).get("chat_template")
+        if isinstance(found, list):
+            found = {item["name"]: item["template"] for item in found}.get("default")
+    except (UnicodeDecodeError, AttributeError, KeyError, TypeError) as error:
+        hint = f"get {CHAT_TEMPLATE} or {TOKENIZER_CONFIG} again"
+        raise InputError("damaged chat template", found=repr(error)[:200], where=folder, hint=hint) from error
+    return found if isinstance(found, str) else None
+
+
+def _of_sentencepiece(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
+    proto = ModelProto.FromString(tokenizer.content)
+    trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
+    symbols = [piece.piece for piece in proto.pieces if piece.type == USER_DEFINED]
+    problems = {
+        "another kind than BPE": trainer.model_type != trainer.BPE,
+        "no bytes to fall back on": not trainer.byte_fallback,
+        "text is normalised": bool(normalizer.precompiled_charsmap or normalizer.remove_extra_whitespaces),
+        "spaces of another form": trainer.treat_whitespace_as_suffix or not normalizer.escape_whitespaces,
+        "tokens that are not used": any(piece.type == UNUSED for piece in proto.pieces),
+        "symbols of the user with spaces": any({" ", SPACE} & {*symbol} for symbol in symbols),
+        "symbols of the user that overlap": overlap(symbols),
+        # llama.cpp puts the space after each of them
+        "a space before a text, and symbols of the user": normalizer.add_dummy_prefix and bool(symbols),
+    }
+    _refuse(problems, "a BPE model that takes text as it is", tokenizer.path)
+    padding = range(len(proto.pieces), vocab_size)
+    ids = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "unknown": trainer.unk_id, "padding": trainer.pad_id}
+    return {
+        "model": "llama",
+        "pre": "default",
+        "tokens": [*(piece.piece for piece in proto.pieces), *(f"[PAD{i}]" for i in padding)],
+        "scores": [*(piece.score for piece in proto.pieces), *(0.0 for _ in padding)],
+        "token_type": [*(piece.type for piece in proto.pieces), *(UNUSED for _ in padding)],
+        **{f"{name}_token_id": i for name, i in ids.items() if i >= 0},
+        "add_bos_token": tokenizer.adds_bos,
+        "add_eos_token": False,
+        "add_space_prefix": normalizer.add_dummy_prefix,
+        "remove_extra_whitespaces": normalizer.remove_extra_whitespaces,
+    }
+
+
+def _of_json(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
+    data = json.loads(tokenizer.path.read_text())
+    model, steps = data["model"], data.get("pre_tokenizer") or {}
+    steps = [
+        {"use_regex": True} | step | {"trim_offsets": True} if step.get("type") == "ByteLevel" else step
+        for step in steps.get("pretokenizers", [steps])
+    ]
+    found = (steps, bool(model.get("ignore_merges")))
+    name = next((name for name, known in PRE_TOKENIZERS.items() if known == found), None)
+    begin = tokenizer.encode("", bos=True)
+    symbols = [token["content"] for token in data.get("added_tokens") or [] if not token["special"]]
+    added = data.get("added_tokens") or []
+    problems = {
+        "its pre-tokenizer": name is None,
+        "its normalizer": data.get("normalizer") is not None,
+        "its model": model.get("type") != "BPE" or any(model.get(key) for key in ("dropout", "byte_fallback")),
+        "its prefixes and suffixes": any(model.get(key) for key in ("continuing_subword_prefix", "end_of_word_suffix")),
+        "what it puts before a document": begin not in ([], [tokenizer.bos_id]),
+        "its added tokens": any(
+            not token["special"] and any(token[key] for key in ("lstrip", "rstrip", "single_word")) for token in added
+        )
+        or overlap(symbols),
+    }
+    _refuse(problems, f"a byte-level BPE as one of {', '.join(PRE_TOKENIZERS)}", tokenizer.path)
+    tokens, types = [f"[PAD{i}]" for i in range(vocab_size)], [UNUSED] * vocab_size
+    for text, i in model["vocab"].items():
+        tokens[i], types[i] = text, NORMAL
+    for token in added:
+        tokens[token["id"]], types[token["id"]] = token["content"], CONTROL if token["special"] else USER_DEFINED
+    return {
+        "model": "gpt2",
+        "pre": name,
+        "tokens": tokens,
+        "token_type": types,
+        "merges": [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]] or [""],
+        "bos_token_id": tokenizer.bos_id,
+        "eos_token_id": tokenizer.eos_id,
+        "add_bos_token": tokenizer.adds_bos,
+        "add_eos_token": False,
+    }
+
+
+def overlap(symbols: list[str]) -> bool:
+    """Whether one can begin within another: llama.cpp then takes the longest first, other tokenizers the leftmost."""
+    owners: dict[str, set[str]] = {}
+    for symbol in symbols:
+        for end in range(1, len(symbol)):
+            owners.setdefault(symbol[:end], set()).add(symbol)
+    return any(owners.get(symbol[start:], set()) - {symbol} for symbol in symbols for start in range(1, len(symbol)))
+
+
+def _refuse(problems: dict[str, bool], expected: str, where: Path) -> None:
+    if found := ", ".join(problem for problem, is_there in problems.items() if is_there):
+        problem, hint = (
+            "llama.cpp would not give this tokenizer's ids",
+            "tokenise elsewhere, and give llama.cpp token ids",
+        )
+        raise InputError(problem, expected=expected, found=found, where=where, hint=hint)
+
+
+def tokenizer_files(fields: dict[str, Any], where: Path) -> dict[str, bytes]:
+    """The files that `load_tokenizer` reads, by name, made of a GGUF file's keys.
+
+    Raises:
+        InputError: there is no tokenizer, or one of another kind, or its keys contradict each other.
+    """
+
+    def get(key: str, kind: type, default: Any) -> Any:
+        value = fields.get(f"tokenizer.ggml.{key}", default)
+        if value is not default and type(value) is not kind:
+            expected, found = kind.__name__, str(value)[:60]
+            raise InputError(f"damaged tokenizer: {key}", expected=expected, found=found, where=where, hint=AGAIN)
+        return value
+
+    model, tokens = get("model", str, "no_vocab"), get("tokens", list, [])
+    if get("add_eos_token", bool, False):
+        logger.warning(
+            "the file wants its end-of-document token after every text: what is to be continued gets none here"
+        )
+    types = get("token_type", np.ndarray, np.full(len(tokens), NORMAL)).tolist()
+    special = {name: get(f"{name}_token_id", int, -1) for name in ("bos", "eos", "unknown", "padding", "eot", "eom")}
+    if model not in ("llama", "gpt2"):
+        expected = "llama (SentencePiece BPE) or gpt2 (byte-level BPE)"
+        problem, hint = "no tokenizer of a kind known here", "import the Hugging Face checkpoint that it was made of"
+        raise InputError(problem, expected=expected, found=model[:60], where=where, hint=hint)
+    if len(types) != len(tokens) or len(set(tokens)) != len(tokens) or max(special.values()) >= len(tokens):
+        expected = "as many types as tokens, no token twice, and special ids below their number"
+        raise InputError("damaged tokenizer", expected=expected, where=where, hint=AGAIN)
+    if special["eos"] < 0:
+        expected = "tokenizer.ggml.eos_token_id"
+        raise InputError("no end-of-document token", expected=expected, where=where, hint=AGAIN)
+    files = {}
+    if isinstance(template := fields.get("tokenizer.chat_template"), str):
+        files[CHAT_TEMPLATE] = template.encode()
+    ends = {special[name] for name in ("eos", "eot", "eom") if special[name] >= 0}
+    ends |= {i for i, token in enumerate(tokens) if token in ENDS}
+    if ends != {special["eos"]}:
+        files[GENERATION_CONFIG] = json.dumps({"eos_token_id": sorted(ends)}).encode()
+    if model == "llama":
+        scores = get("scores", np.ndarray, np.empty(0)).tolist()
+        if len(scores) != len(tokens):
+            raise InputError("damaged tokenizer", expected="as many scores as tokens", where=where, hint=AGAIN)
+        prefix = get("add_space_prefix", bool, True)
+        tokens = [t.replace(" ", SPACE) if kind == USER_DEFINED else t for t, kind in zip(tokens, types, strict=True)]
+        if prefix and USER_DEFINED in types:
+            example = tokens[types.index(USER_DEFINED)]
+            logger.warning(f"after tokens such as {example[:60]!r} in a text llama.cpp puts a space: here none is put")
+        if not get("add_bos_token", bool, True):
+            files[TOKENIZER_CONFIG] = json.dumps({"add_bos_token": False}).encode()
+        return files | {"tokenizer.model": _sentencepiece(tokens, scores, types, special, prefix)}
+    pre = get("pre", str, "missing")
+    if ALIASES.get(pre, pre) not in PRE_TOKENIZERS:
+        expected = ", ".join(PRE_TOKENIZERS)
+        problem, hint = (
+            "a pre-tokenizer that is not known here",
+            "import the Hugging Face checkpoint that it was made of",
+        )
+        raise InputError(problem, expected=expected, found=pre[:60], where=where, hint=hint)
+    merges = [merge.split(" ", 2) for merge in get("merges", list, []) if merge]
+    if not all(len(merge) == 2 for merge in merges):
+        raise InputError("damaged tokenizer", expected="merges of two tokens", where=where, hint=AGAIN)
+    add_bos = get("add_bos_token", bool, ALIASES.get(pre, pre) == "llama-bpe") and special["bos"] >= 0
+    data, settings = _tokenizer_json(tokens, types, merges, ALIASES.get(pre, pre), special, add_bos)
+    files[TOKENIZER_CONFIG] = json.dumps(settings).encode()
+    return files | {"tokenizer.json": json.dumps(data).encode()}
+
+
+def _sentencepiece(
+    tokens: list[str],
+    scores: list[float],
+    types: list[int],
+    special: dict[str, int],
+    add_space_prefix: bool,
+) -> bytes:
+    proto = ModelProto()
+    trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
+    trainer.model_type, trainer.vocab_size = trainer.BPE, len(tokens)
+    trainer.byte_fallback = BYTE in types
+    normalizer.name = "identity"
+    # llama.cpp takes no spaces away, whatever its key of that says
+    normalizer.add_dummy_prefix, normalizer.remove_extra_whitespaces = add_space_prefix, False
+    try:
+        for token, score, kind in zip(tokens, scores, types, strict=True):
+            proto.pieces.add(piece=token, score=score, type=kind)
+    except (ValueError, TypeError) as error:  # an unknown type
+        raise InputError("damaged tokenizer", found=error, hint=AGAIN) from error
+    for ours, theirs in {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}.items():
+        i = special[theirs]
+        if theirs == "unknown" and i < 0 and UNKNOWN in types:
+            i = types.index(UNKNOWN)
+        setattr(trainer, f"{ours}_id", i)
+        if i >= 0:
+            setattr(trainer, f"{ours}_piece", tokens[i])
+    content: bytes = proto.SerializeToString()
+    try:
+        made = sentencepiece.SentencePieceProcessor(model_proto=content)
+    except RuntimeError as error:
+        raise InputError("damaged tokenizer", found=error, hint=AGAIN) from error
+    if (made.bos_id(), made.eos_id()) != (special["bos"], special["eos"]):
+        expected = "control tokens that begin and end a document"
+        raise InputError("damaged tokenizer", expected=expected, found=special, hint=AGAIN)
+    return content
+
+
+def _tokenizer_json(
+    tokens: list[str], types: list[int], merges: list[list[str]], pre: str, special: dict[str, int], add_bos: bool
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """tokenizer.json and tokenizer_config.json."""
+    steps, ignore_merges = PRE_TOKENIZERS[pre]
+    post = bos_template(tokens[special["bos"]], special["bos"]) if add_bos else _byte_level(use_regex=True)
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    added = [
+        {"id": i, "content": token, **flags, "special": kind != USER_DEFINED}
+        for i, (token, kind) in enumerate(zip(tokens, types, strict=True))
+        if kind in (CONTROL, UNKNOWN, USER_DEFINED)
+    ]
+    data = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": added,
+        "normalizer": None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps},
+        "post_processor": post,
+        "decoder": _byte_level(use_regex=True),
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": ignore_merges,
+            "vocab": {token: i for i, (token, kind) in enumerate(zip(tokens, types, strict=True)) if kind != UNUSED},
+            "merges": merges,
+        },
+    }
+    settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    settings |= {f"{name}_token": tokens[special[name]] for name in ("bos", "eos") if special[name] >= 0}
+    return data, settings

@@ -1,0 +1,188 @@
+"""A Hugging Face checkpoint of the Llama architecture: config.json, safetensors in shards or not, tokenizer files.
+
+hf_config.py reads and writes config.json.
+"""
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from minillm_core.config import ModelConfig
+from minillm_core.errors import InputError
+from minillm_core.interop.hf_config import from_hf_config
+from minillm_core.interop.safetensors_files import (
+    DTYPES,
+    checked_weight,
+    numpy_dtype,
+    read_tensor,
+    safetensors_layout,
+    stream_safetensors,
+)
+from minillm_core.model.params import check_shapes, param_table
+from minillm_core.model.rope import inverse_frequencies
+from minillm_core.text.tokenizer import (
+    GENERATION_CONFIG,
+    check_special_ids,
+    copy_tokenizer,
+    read_generation_config,
+)
+
+SHARD_BYTES = 5_000_000_000
+"""Largest file of an export, as in transformers; a single tensor may be larger."""
+
+
+@dataclass(frozen=True)
+class HFCheckpoint:
+    """A folder that has been looked at, but whose weights have not been read."""
+
+    folder: Path
+    config: ModelConfig
+    files: dict[str, Path]
+    """Where each parameter is, in the order of the table."""
+
+    def tensors(self) -> Iterator[tuple[str, np.ndarray]]:
+        """Every parameter, one at a time: float64 as it is, smaller types as float32, which holds them exactly.
+
+        Raises:
+            InputError: a tensor has numbers that are not finite, or a file is damaged.
+        """
+        for name, path in self.files.items():
+            yield name, checked_weight(read_tensor(path, name), name, path)
+
+    def write_tokenizer(self, folder: Path) -> None:
+        """Copies the tokenizer's files; special ids that only config.json has become a generation_config.json."""
+        copy_tokenizer(self.folder, folder)
+        config = _read_json(self.folder / "config.json")
+        ids = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in config}
+        if ids and not (folder / GENERATION_CONFIG).is_file():
+            (folder / GENERATION_CONFIG).write_text(json.dumps(ids) + "\n")
+
+
+def open_hf(folder: Path) -> HFCheckpoint:
+    """Reads the configuration and the headers of a checkpoint's files, and compares every name, shape and dtype.
+
+    Raises:
+        InputError: it is no such folder, or damaged, or has what this architecture cannot express.
+    """
+    if not folder.exists():
+        raise InputError("no such folder", expected="a Hugging Face checkpoint", where=folder, hint="check the path")
+    if not (folder / "config.json").is_file():
+        hint = "give the folder of a downloaded checkpoint (config.json, *.safetensors)"
+        raise InputError("not a Hugging Face checkpoint", expected="config.json", where=folder, hint=hint)
+    data = _read_json(folder / "config.json")
+    config = from_hf_config(data, folder / "config.json")
+    read_generation_config(folder)
+    check_special_ids(data, folder / "config.json")
+    layout: dict[str, tuple[tuple[int, ...], str]] = {}
+    files: dict[str, Path] = {}
+    for path, expected in _shards(folder).items():
+        found = safetensors_layout(path)
+        if lost := (expected or set()) - found.keys():
+            problem, hint = "a shard lacks tensors that the index says are in it", "get the shard and the index again"
+            raise InputError(problem, found=sorted(lost)[:5], where=path, hint=hint)
+        if expected is not None and (more := found.keys() - expected):
+            problem, hint = "a shard has tensors that the index does not name", "get the shard and the index again"
+            raise InputError(problem, found=sorted(more)[:5], where=path, hint=hint)
+        for name in sorted(found):
+            layout[name], files[name] = found[name], path
+    if wrong := [f"{name}: {dtype}" for name, (_, dtype) in layout.items() if dtype not in DTYPES]:
+        problem = "quantised or integer weights are not in this architecture:\n  " + "\n  ".join(wrong[:8])
+        raise InputError(problem, expected=", ".join(DTYPES), where=folder, hint="use the checkpoint's 16-bit original")
+    if config.n_layers > len(layout):  # before tables of that size are made
+        hint = "get config.json and the weights again, of one model"
+        raise InputError("more layers than tensors", expected=f"{config.n_layers} layers", where=folder, hint=hint)
+    _drop_redundant(config, layout, files, folder)
+    check_shapes(config, {name: shape for name, (shape, _) in layout.items()}, folder)
+    return HFCheckpoint(folder, config, {name: files[name] for name in param_table(config)})
+
+
+def _shards(folder: Path) -> dict[Path, set[str] | None]:
+    """The files of a checkpoint, and what the index expects in each (None: there is no index)."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file() and (folder / "model.safetensors").is_file():
+        hint = "remove the one that is out of date"
+        raise InputError("both an index of shards and a model.safetensors", where=folder, hint=hint)
+    if not index.is_file():
+        if (folder / "model.safetensors").is_file():
+            return {folder / "model.safetensors": None}
+        found = ", ".join(sorted(path.name for path in folder.iterdir())[:8])
+        hint = "pickled weights (*.bin, *.pt) may run code: save them as safetensors"
+        raise InputError("no weights", expected="*.safetensors", found=found, where=folder, hint=hint)
+    data = _read_json(index)
+    weight_map = data.get("weight_map") if isinstance(data, dict) else None
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise InputError("damaged index", expected="weight_map: tensor -> file", where=index, hint="get the file again")
+    by_file: dict[Path, set[str]] = {}
+    for name, file in weight_map.items():
+        if Path(file).name != file or not file.endswith(".safetensors"):
+            expected = "names of *.safetensors files in this folder"
+            hint = "do not trust this checkpoint; get it again from its source"
+            raise InputError("the index leads elsewhere", expected=expected, found=file[:200], where=index, hint=hint)
+        by_file.setdefault(folder / file, set()).add(name)
+    if missing := [path.name for path in by_file if not path.is_file()]:
+        raise InputError("missing shards", found=", ".join(missing), where=folder, hint="download the rest")
+    return {**by_file}
+
+
+def _drop_redundant(config: ModelConfig, layout: dict[str, Any], files: dict[str, Path], where: Path) -> None:
+    """Leaves out a tied model's copy of its head, and buffers of the rotary frequencies, if they are what they must be.
+
+    Raises:
+        InputError: they are not.
+    """
+    head, embedding = "lm_head.weight", "model.embed_tokens.weight"
+    if config.tie_embeddings and head in layout and layout[head] == layout.get(embedding):
+        if not np.array_equal(read_tensor(files[head], head), read_tensor(files[embedding], embedding)):
+            hint = 'set "tie_word_embeddings": false in config.json if the head is its own'
+            raise InputError("a tied model whose head differs from its embedding", where=where, hint=hint)
+        del layout[head]
+    for name in [name for name in layout if name.endswith("rotary_emb.inv_freq")]:
+        own = read_tensor(files[name], name).astype(np.float64)
+        expected = inverse_frequencies(config)
+        if own.shape != expected.shape or not np.allclose(own, expected, rtol=1e-2):
+            hint = "correct rope_theta or rope_scaling in config.json"
+            raise InputError(
+                "the file's rotary frequencies are not those of its config", found=name, where=where, hint=hint
+            )
+        del layout[name]
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except (ValueError, OSError, RecursionError) as error:
+        hint = "check its permissions" if isinstance(error, PermissionError) else "get the file again"
+        raise InputError("damaged JSON", found=str(error)[:200], where=path, hint=hint) from error
+
+
+def write_hf_weights(
+    folder: Path,
+    config: ModelConfig,
+    weights: Mapping[str, np.ndarray],
+    dtype: str,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Writes the weights, rounded to `dtype`, in files of at most shard_bytes."""
+    shards: list[dict[str, tuple[tuple[int, ...], str]]] = []
+    room, itemsize = 0, numpy_dtype(dtype).itemsize
+    for name, spec in param_table(config).items():
+        size = math.prod(spec.shape) * itemsize
+        if not shards or size > room:
+            shards.append({})
+            room = shard_bytes
+        shards[-1][name] = (spec.shape, dtype)
+        room -= size
+    names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+    names = ["model.safetensors"] if len(shards) == 1 else names
+    for file, layout in zip(names, shards, strict=True):
+        stream_safetensors(folder / file, layout, ((name, weights[name]) for name in layout))
+    if len(shards) > 1:
+        total = sum(math.prod(spec.shape) for spec in param_table(config).values()) * itemsize
+        weight_map = {name: file for file, layout in zip(names, shards, strict=True) for name in layout}
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")

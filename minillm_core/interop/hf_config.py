@@ -1,0 +1,218 @@
+"""A Hugging Face config.json of the Llama architecture as a ModelConfig, and back.
+
+What the architecture here cannot express is refused by name: nothing in a config.json is ignored unless it is known to
+change no logits.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from minillm_core.config import ModelConfig, RopeScaling
+from minillm_core.errors import InputError, listed
+from minillm_core.text.tokenizer import BOS_ID, EOS_ID, PAD_ID
+
+HARMLESS = frozenset(
+    {
+        "_attn_implementation_autoset",
+        "_name_or_path",
+        "architectures",
+        "attention_dropout",
+        "bos_token_id",
+        "dtype",
+        "eos_token_id",
+        "head_dim",
+        "hidden_act",
+        "hidden_size",
+        "id2label",
+        "initializer_range",
+        "intermediate_size",
+        "is_decoder",
+        "is_llama_config",
+        "label2id",
+        "max_length",
+        "max_position_embeddings",
+        "max_sequence_length",
+        "model_type",
+        "name_or_path",
+        "num_attention_heads",
+        "num_hidden_layers",
+        "num_key_value_heads",
+        "pad_token_id",
+        "pretraining_tp",
+        "rms_norm_eps",
+        "return_dict",
+        "rope_parameters",
+        "rope_scaling",
+        "rope_theta",
+        "tie_word_embeddings",
+        "torch_dtype",
+        "transformers.js_config",
+        "transformers_version",
+        "unk_token_id",
+        "unsloth_fixed",
+        "unsloth_version",
+        "use_cache",
+        "vocab_size",
+    }
+)
+"""Keys of config.json that are read here, or change no logits. Others are refused unless they are null or OFF."""
+
+
+OFF = frozenset(
+    {
+        "attention_bias",
+        "mlp_bias",
+        "output_attentions",
+        "output_hidden_states",
+        "rope_interleaved",
+        "use_sliding_window",
+    }
+)
+"""Keys that change nothing if they are false; others may: `is_causal`."""
+
+
+LARGEST = 1 << 24
+"""Of any size or count; the rotary table alone would take gigabytes."""
+
+
+REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+
+
+def from_hf_config(data: Any, where: object) -> ModelConfig:
+    """The ModelConfig of a `config.json`; what it leaves out has the default of transformers' LlamaConfig.
+
+    Raises:
+        InputError: naming everything that is missing, mistyped, or not in this architecture.
+    """
+    if not isinstance(data, dict):
+        found, hint = type(data).__name__, "get the file again"
+        raise InputError("not a configuration", expected="a JSON object", found=found, where=where, hint=hint)
+    problems = [f"missing: {key}" for key in REQUIRED if key not in data]
+    if data.get("model_type") != "llama":
+        problems.append(f"model_type: expected 'llama', found {data.get('model_type')!r}")
+    if data.get("hidden_act", "silu") != "silu":
+        problems.append(f"hidden_act: expected 'silu', found {data['hidden_act']!r}")
+    for key in sorted(data.keys() - HARMLESS):
+        value = data[key]
+        all_full = key == "layer_types" and isinstance(value, list) and all(x == "full_attention" for x in value)
+        if not (value is None or all_full or (value is False and key in OFF) or (value is True and key == "is_causal")):
+            problems.append(f"{key[:60]}: {str(data[key])[:60]} is not in this architecture")
+    theta, scaling = _rope(data, problems)
+
+    def number(key: str, default: Any, kind: type) -> Any:
+        value = default if data.get(key) is None else data[key]
+        fits: bool = isinstance(value, (int, float) if kind is float else kind)
+        if isinstance(value, bool) is not (kind is bool) or not fits:
+            if key in data:  # otherwise it is missing, which has been said
+                problems.append(f"{key}: expected {kind.__name__}, found {repr(value)[:60]}")
+            return kind(1)
+        if kind is int and value > LARGEST:
+            problems.append(f"{key}: expected at most {LARGEST}, found {str(value)[:60]}")
+        if kind is float and not abs(value) <= sys.float_info.max:
+            problems.append(f"{key}: expected a finite number")
+            return 1.0
+        return kind(value)
+
+    fields = {
+        "vocab_size": number("vocab_size", None, int),
+        "context_length": number("max_position_embeddings", 2048, int),
+        "width": number("hidden_size", None, int),
+        "n_layers": number("num_hidden_layers", None, int),
+        "n_heads": number("num_attention_heads", None, int),
+        "n_kv_heads": number("num_key_value_heads", data.get("num_attention_heads"), int),
+        "head_dim": number("head_dim", 0, int) or None,
+        "hidden": number("intermediate_size", None, int),
+        "tie_embeddings": number("tie_word_embeddings", False, bool),
+        "norm_eps": number("rms_norm_eps", 1e-6, float),
+        "init_std": number("initializer_range", 0.02, float),
+    }
+    if problems:
+        hint = "only models of the Llama architecture can be read; correct config.json if it says otherwise of one"
+        raise InputError(listed("cannot be read as a Llama model", problems), where=where, hint=hint)
+    try:
+        return ModelConfig(**fields, rope_theta=theta, rope_scaling=scaling)
+    except InputError as error:
+        raise InputError(str(error), where=where) from error
+
+
+def _rope(data: dict[str, Any], problems: list[str]) -> tuple[float, RopeScaling | None]:
+    """rope_theta and rope_scaling as transformers 4 writes them, or rope_parameters as 5 does; both if they agree."""
+    found: list[tuple[float, RopeScaling | None]] = []
+    old, new = data.get("rope_scaling"), data.get("rope_parameters")
+    for key, rope in (("rope_scaling", old), ("rope_parameters", new)):
+        if rope is None and (key == "rope_parameters" or new is not None):
+            continue
+        rope = {} if rope is None else rope
+        if not isinstance(rope, dict):
+            problems.append(f"{key}: expected an object, found {rope!r}")
+            continue
+        kind = next((rope[key] for key in ("rope_type", "type") if rope.get(key) is not None), "default")
+        thetas = [x for x in (rope.get("rope_theta"), data.get("rope_theta")) if x is not None] or [10_000.0]
+        theta = thetas[0]
+        if thetas[-1] != theta:
+            problems.append(f"rope_theta: {data['rope_theta']!r}, but {theta!r} in {key}")
+        names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+        values = [theta, *(rope.get(name) for name in names if kind == "llama3")]
+        if kind not in ("default", "llama3"):
+            problems.append(f"{key}: rope_type {kind!r} is not in this architecture (default or llama3)")
+        elif any(isinstance(x, bool) or not isinstance(x, (int, float)) for x in values):
+            problems.append(f"{key}: expected numbers for rope_theta{' and ' + ', '.join(names) * (kind == 'llama3')}")
+        elif not all(0 < x <= sys.float_info.max for x in values) or (kind == "llama3" and not values[2] < values[3]):
+            problems.append(f"{key}: expected numbers above 0, low_freq_factor < high_freq_factor, found {values}")
+        elif kind == "llama3" and values[4] != int(values[4]):
+            problems.append(f"{key}: expected a whole original_max_position_embeddings, found {values[4]}")
+        else:
+            factor, low, high, length = values[1:] or (0, 0, 0, 0)
+            scaling = RopeScaling(factor, low, high, int(length)) if kind == "llama3" else None
+            found.append((float(theta), scaling))
+        for name in sorted(rope.keys() - {"rope_type", "type", "rope_theta", *(names if kind == "llama3" else ())}):
+            if rope[name] is not None and not (name == "partial_rotary_factor" and rope[name] == 1):
+                problems.append(f"{key}.{name}: {rope[name]!r} is not in this architecture")
+    if len(set(found)) > 1:
+        problems.append(f"rope_scaling and rope_parameters differ: {found[0]} and {found[1]}")
+    return found[0] if found else (1.0, None)
+
+
+def to_hf_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
+    """The `config.json` with which `transformers` builds the same model (LlamaForCausalLM)."""
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
+    if config.rope_scaling is not None:
+        rope |= {
+            "rope_type": "llama3",
+            "factor": config.rope_scaling.factor,
+            "low_freq_factor": config.rope_scaling.low_freq_factor,
+            "high_freq_factor": config.rope_scaling.high_freq_factor,
+            "original_max_position_embeddings": config.rope_scaling.original_context_length,
+        }
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": config.vocab_size,
+        "max_position_embeddings": config.context_length,
+        "hidden_size": config.width,
+        "intermediate_size": config.hidden,
+        "num_hidden_layers": config.n_layers,
+        "num_attention_heads": config.n_heads,
+        "num_key_value_heads": config.n_kv_heads,
+        "head_dim": config.resolved_head_dim,
+        "hidden_act": "silu",
+        "rms_norm_eps": config.norm_eps,
+        "rope_theta": config.rope_theta,  # read by transformers 4
+        "rope_scaling": rope if config.rope_scaling is not None else None,
+        "rope_parameters": rope,  # read by transformers 5
+        "tie_word_embeddings": config.tie_embeddings,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "initializer_range": config.init_std,
+        "bos_token_id": BOS_ID,
+        "eos_token_id": EOS_ID,
+        "pad_token_id": PAD_ID,
+        "dtype": dtype,
+        "torch_dtype": dtype,  # read by transformers 4
+    }
+
+
+def write_hf_config(path: Path, config: ModelConfig, dtype: str) -> None:
+    path.write_text(json.dumps(to_hf_config(config, dtype), indent=1) + "\n")

@@ -1,0 +1,1 @@
+"""What the model is, without a framework: parameters, rotary angles, a numpy reference, tolerances."""

@@ -1,0 +1,26 @@
+"""Tensors by canonical name, in numpy: what both frameworks, files and conversions exchange."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+
+import numpy as np
+
+Tensors = dict[str, np.ndarray]
+"""By canonical name, in canonical (out, in) layout."""
+
+
+class LazyTensors(Mapping[str, np.ndarray]):
+    """Tensors by canonical name, each made when it is asked for, and kept by nobody."""
+
+    def __init__(self, names: Iterable[str], make: Callable[[str], np.ndarray]):
+        self._names, self._make = dict.fromkeys(names), make
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._make(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)

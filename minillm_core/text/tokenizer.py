@@ -1,0 +1,181 @@
+"""SentencePiece BPE: train, encode, decode. decode(encode(text)) == text for every text without U+2581."""
+
+import io
+import json
+import shutil
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import sentencepiece
+from sentencepiece import sentencepiece_model_pb2
+
+from minillm_core.errors import InputError
+
+ModelProto: Any = sentencepiece_model_pb2.ModelProto  # type: ignore[attr-defined]  # made when imported
+
+UNK_ID, BOS_ID, EOS_ID, PAD_ID = 0, 1, 2, 3
+
+TOKENIZER_MODEL, TOKENIZER_JSON = "tokenizer.model", "tokenizer.json"
+TOKENIZER_CONFIG, GENERATION_CONFIG = "tokenizer_config.json", "generation_config.json"
+SPECIAL_TOKENS_MAP = "special_tokens_map.json"
+CHAT_TEMPLATE, CHAT_TEMPLATES = "chat_template.jinja", "additional_chat_templates"
+TOKENIZER_FILES = (
+    TOKENIZER_MODEL,
+    TOKENIZER_JSON,
+    TOKENIZER_CONFIG,
+    SPECIAL_TOKENS_MAP,
+    GENERATION_CONFIG,
+    CHAT_TEMPLATE,
+)
+"""What goes along with a model: the first for our own, any of them for imported ones."""
+
+
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    """Copies the tokenizer's files that are in a folder."""
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+    for path in (source / CHAT_TEMPLATES).glob("*.jinja"):
+        (folder / CHAT_TEMPLATES).mkdir(exist_ok=True)
+        shutil.copyfile(path, folder / CHAT_TEMPLATES / path.name)
+
+
+def read_tokenizer_config(folder: Path, name: str = TOKENIZER_CONFIG) -> dict[str, Any]:
+    """tokenizer_config.json, or another JSON object beside a tokenizer; empty if there is none.
+
+    Raises:
+        InputError: the file is damaged.
+    """
+    path = folder / name
+    try:
+        data: Any = json.loads(path.read_text()) if path.is_file() else {}
+        if not isinstance(data, dict):
+            raise ValueError(type(data).__name__)
+        json.dumps(data, ensure_ascii=False).encode()  # half a surrogate pair is no text
+    except (ValueError, RecursionError) as error:
+        hint = "get the file again, or remove it"
+        raise InputError("damaged file", expected="a JSON object", found=error, where=path, hint=hint) from error
+    return data
+
+
+def read_generation_config(folder: Path) -> dict[str, Any]:
+    """generation_config.json; empty if there is none.
+
+    Raises:
+        InputError: the file is damaged.
+    """
+    data = read_tokenizer_config(folder, GENERATION_CONFIG)
+    check_special_ids(data, folder / GENERATION_CONFIG)
+    return data
+
+
+def check_special_ids(data: dict[str, Any], where: Path) -> None:
+    """Raises InputError unless the special ids of a configuration are what they may be."""
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        ids = data.get(name)
+        if not all(i is None or type(i) is int for i in (ids if isinstance(ids, list) else [ids])):
+            expected, hint = "an id, several, or null", "correct it, or get the file again"
+            raise InputError(f"not token ids: {name}", expected=expected, found=repr(ids)[:60], where=where, hint=hint)
+
+
+def read_end_ids(folder: Path, eos_id: int) -> frozenset[int]:
+    """The tokens that end a text: as in transformers those of generation_config.json, or else `eos_id`."""
+    ids = read_generation_config(folder).get("eos_token_id")
+    return frozenset(ids if isinstance(ids, list) and ids else [eos_id if ids in (None, []) else ids])
+
+
+def train_tokenizer(lines: Iterable[str], vocab_size: int, path: Path) -> None:
+    """Trains a BPE model of exactly vocab_size pieces and writes it to `path`.
+
+    Text is kept as it is: no normalisation, no merging of spaces, a newline is a piece of its own, and a character
+    without a piece falls back to its UTF-8 bytes. So bits per byte are those of the text itself.
+
+    Args:
+        lines: text, without newlines.
+
+    Raises:
+        InputError: the text is too small for that many pieces.
+    """
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=(line for line in lines if line),
+            model_writer=model,
+            vocab_size=vocab_size,
+            model_type="bpe",
+            byte_fallback=True,
+            character_coverage=1.0,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            add_dummy_prefix=False,
+            allow_whitespace_only_pieces=True,
+            split_digits=True,
+            user_defined_symbols=["\n"],
+            max_sentence_length=1 << 20,
+            input_sentence_size=2_000_000,  # a random sample of longer corpora
+            unk_id=UNK_ID,
+            bos_id=BOS_ID,
+            eos_id=EOS_ID,
+            pad_id=PAD_ID,
+            minloglevel=2,
+        )
+    except (RuntimeError, OSError) as error:
+        raise InputError(
+            f"SentencePiece cannot train {vocab_size} pieces on this corpus",
+            found=" ".join(str(error).split()),
+            hint="use more text or a smaller model.vocab_size (262 pieces are taken by bytes and control symbols)",
+        ) from error
+    path.write_bytes(model.getvalue())
+
+
+class Tokenizer:
+    """A trained SentencePiece model; `add_bos_token` and `add_prefix_space` in a tokenizer_config.json beside it are
+    heeded if they are false."""
+
+    content: bytes
+    """The model's file, as those settings have it."""
+
+    def __init__(self, path: str | Path):
+        """Raises InputError if `path` is missing or is not a SentencePiece model."""
+        self.path = Path(path)
+        if not self.path.is_file():
+            hint = "prepare the data first; of an imported model: import it with its tokenizer files beside its weights"
+            raise InputError("tokenizer not found", where=self.path, hint=hint)
+        try:
+            settings = read_tokenizer_config(self.path.parent)
+            self.content = self.path.read_bytes()
+            self._pieces = sentencepiece.SentencePieceProcessor(model_proto=self.content)
+            if settings.get("add_prefix_space") is False:
+                proto = ModelProto.FromString(self.content)
+                proto.normalizer_spec.add_dummy_prefix = False
+                self.content = proto.SerializeToString()
+                self._pieces = sentencepiece.SentencePieceProcessor(model_proto=self.content)
+        except RuntimeError as error:
+            raise InputError("not a SentencePiece model", where=self.path, hint="prepare the data again") from error
+        self.vocab_size: int = self._pieces.get_piece_size()
+        self.bos_id: int = self._pieces.bos_id()
+        self.eos_id: int = self._pieces.eos_id()
+        self.adds_bos = self.bos_id >= 0 and settings.get("add_bos_token") is not False
+        self.end_ids = read_end_ids(self.path.parent, self.eos_id)
+
+    def fits(self, vocab_size: int) -> bool:
+        """Whether a model can use it; imported ones pad their embedding with rows that no token uses."""
+        return self.vocab_size <= vocab_size
+
+    def encode(self, text: str, *, bos: bool = False) -> list[int]:
+        """Token ids of a text, preceded by the begin-of-document token if `bos` and this tokenizer adds one."""
+        return [self.bos_id] * (bos and self.adds_bos) + self._pieces.encode(text)
+
+    def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
+        return self._pieces.encode(list(texts), num_threads=-1)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of token ids; control tokens (begin, end, padding) are left out, and rows that no token uses."""
+        return self._pieces.decode([int(i) for i in ids if i < self.vocab_size])
+
+    def decode_after(self, ids: Sequence[int]) -> str:
+        """Text of token ids that go on after other text: tokenizers that put a space before a text leave it out of what
+        they decode, but here it stays."""
+        anchor = self.encode("a")
+        return self.decode([*anchor, *ids])[len(self.decode(anchor)) :]

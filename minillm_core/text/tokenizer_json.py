@@ -1,0 +1,235 @@
+"""tokenizer.json, the format of the `tokenizers` package: imported ones are used, our own are exported.
+
+A SentencePiece BPE model and the `tokenizer.json` made of it give the same ids for every text.
+"""
+
+import contextlib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from minillm_core.errors import InputError, missing_package
+from minillm_core.text.tokenizer import (
+    SPECIAL_TOKENS_MAP,
+    TOKENIZER_CONFIG,
+    TOKENIZER_JSON,
+    TOKENIZER_MODEL,
+    ModelProto,
+    Tokenizer,
+    read_end_ids,
+    read_tokenizer_config,
+)
+
+SPACE = "\u2581"
+
+_Piece = ModelProto.SentencePiece
+
+
+class JsonTokenizer(Tokenizer):
+    """An imported tokenizer.json; tokenizer_config.json beside it names the begin and end of a document."""
+
+    def __init__(self, path: str | Path):
+        """Raises InputError if `path` is missing or damaged, or names no end-of-document token."""
+        self.path = Path(path)
+        try:
+            import tokenizers
+        except ModuleNotFoundError as error:
+            raise missing_package("tokenizers", "hf", error, where=self.path) from error
+        with self._damage():
+            text = self.path.read_text()
+            _check_merges(json.loads(text)["model"])
+            self._json = tokenizers.Tokenizer.from_str(text)
+        settings = read_tokenizer_config(self.path.parent, SPECIAL_TOKENS_MAP) | read_tokenizer_config(self.path.parent)
+        bos, eos = (self._named(settings.get(key)) for key in ("bos_token", "eos_token"))
+        if eos is None:
+            expected, found = "an eos_token that is in tokenizer.json", settings.get("eos_token")
+            where, hint = self.path.parent / TOKENIZER_CONFIG, "name the token that ends a document there"
+            raise InputError("no end-of-document token", expected=expected, found=found, where=where, hint=hint)
+        self._json.no_truncation()
+        self._json.no_padding()
+        self._json.encode_special_tokens = True  # text is text; a special token is given as an id
+        self.vocab_size = max(self.vocabulary().values()) + 1
+        self.bos_id, self.eos_id = eos if bos is None else bos, eos
+        self.end_ids = read_end_ids(self.path.parent, eos)
+        with self._damage():
+            plain, framed = (self._json.encode("a", add_special_tokens=special).ids for special in (False, True))
+        starts = [at for at in range(len(framed)) if framed[at : at + len(plain)] == plain]
+        self._before: list[int] = framed[: starts[0]] if starts else []
+        self.adds_bos = self._before == [self.bos_id]
+
+    @contextlib.contextmanager
+    def _damage(self) -> Iterator[None]:
+        """Whatever the package raises is an InputError: bare Exceptions, and panics, which are BaseExceptions alone."""
+        try:
+            yield
+        except (KeyboardInterrupt, SystemExit, GeneratorExit):
+            raise
+        except BaseException as error:
+            hint = "get tokenizer.json again"
+            raise InputError(
+                "missing or damaged tokenizer", found=str(error)[:200], where=self.path, hint=hint
+            ) from error
+
+    def vocabulary(self) -> dict[str, int]:
+        """Every token, added ones too, and its id."""
+        vocabulary: dict[str, int] = self._json.get_vocab()
+        return vocabulary
+
+    def _named(self, token: Any) -> int | None:
+        content = token.get("content") if isinstance(token, dict) else token
+        return self._json.token_to_id(content) if isinstance(content, str) else None
+
+    def encode(self, text: str, *, bos: bool = False) -> list[int]:
+        """Token ids of a text; `bos` adds what this tokenizer puts before a document (perhaps nothing), but not what it
+        puts after one."""
+        with self._damage():
+            return self._before * bos + self._json.encode(text, add_special_tokens=False).ids
+
+    def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
+        with self._damage():
+            return [encoding.ids for encoding in self._json.encode_batch(list(texts), add_special_tokens=False)]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of token ids; special tokens and padding rows are left out."""
+        with self._damage():
+            text: str = self._json.decode([int(i) for i in ids if i < self.vocab_size], skip_special_tokens=True)
+        return text
+
+
+def _check_merges(model: dict[str, Any]) -> None:
+    """The package cuts the prefix off the second half of a merge unseen: in a character that ends the process."""
+    if prefix := model.get("continuing_subword_prefix"):
+        for merge in model["merges"]:
+            if not (merge.split(" ", 1) if isinstance(merge, str) else merge)[1].startswith(prefix):
+                raise ValueError(f"{merge!r} goes on with a token that does not begin with {prefix!r}")
+
+
+PROBES = ("", " x", "  two  spaces ", "\t\n\n", "e\u0301\u00e9 \u65e5\U0001f469\u200d\U0001f467", "</s><s>", "1234567")
+"""Texts at which tokenizers part, if they do."""
+
+
+def contradicting(folder: Path) -> bool:
+    """Whether there are a SentencePiece model and a tokenizer.json that can both be read, and give other ids."""
+    try:
+        one, other = Tokenizer(folder / TOKENIZER_MODEL), JsonTokenizer(folder / TOKENIZER_JSON)
+    except InputError:
+        return False
+    pieces = (piece.piece for piece in ModelProto.FromString(one.content).pieces)
+    vocabulary = other.vocabulary()
+    return any(vocabulary.get(piece, i) != i for i, piece in enumerate(pieces)) or any(
+        one.encode(text, bos=True) != other.encode(text, bos=True) for text in (*PROBES, "The United States of America")
+    )
+
+
+def load_tokenizer(folder: str | Path, vocab_size: int) -> Tokenizer:
+    """The tokenizer of a run or a checkpoint: its SentencePiece model, or tokenizer.json if the other lacks tokens of a
+    vocabulary.
+
+    Raises:
+        InputError: there is none, or it is damaged.
+    """
+    folder = Path(folder)
+    if not (folder / TOKENIZER_JSON).is_file():
+        return Tokenizer(folder / TOKENIZER_MODEL)
+    if (folder / TOKENIZER_MODEL).is_file():
+        with contextlib.suppress(InputError):  # Llama 3's is of another kind
+            tokenizer = Tokenizer(folder / TOKENIZER_MODEL)
+            if tokenizer.vocab_size == vocab_size:
+                return tokenizer
+    return JsonTokenizer(folder / TOKENIZER_JSON)
+
+
+def bos_template(token: str, id: int) -> dict[str, Any]:
+    """The post-processor that puts a token before each text."""
+    begin, pair = ({"SpecialToken": {"id": token, "type_id": i}} for i in range(2))
+    first, second = ({"Sequence": {"id": name, "type_id": i}} for i, name in enumerate("AB"))
+    return {
+        "type": "TemplateProcessing",
+        "single": [begin, first],
+        "pair": [begin, first, pair, second],
+        "special_tokens": {token: {"id": token, "ids": [id], "tokens": [token]}},
+    }
+
+
+def special_tokens(content: bytes) -> dict[str, str]:
+    """The special tokens of a SentencePiece model by the names that tokenizer_config.json has for them."""
+    proto = ModelProto.FromString(content)
+    ids = {name: getattr(proto.trainer_spec, f"{name}_id") for name in ("bos", "eos", "unk", "pad")}
+    return {f"{name}_token": proto.pieces[i].piece for name, i in ids.items() if 0 <= i < len(proto.pieces)}
+
+
+def sentencepiece_to_json(content: bytes, adds_bos: bool) -> dict[str, Any] | None:
+    """The tokenizer.json of a SentencePiece model as `train_tokenizer` makes them, or as Llama 2's, which puts a space
+    before every text; None for other kinds.
+
+    Of the two ways to a piece SentencePiece takes the one of the better score, so the merges are every split of every
+    piece in the order of scores; pieces made by no merge are symbols of the user, which are matched first.
+    """
+    proto = ModelProto.FromString(content)
+    normalizer, trainer = proto.normalizer_spec, proto.trainer_spec
+    if (
+        trainer.model_type != trainer.BPE
+        or not trainer.byte_fallback
+        or normalizer.remove_extra_whitespaces
+        or normalizer.precompiled_charsmap
+        or any(piece.type == _Piece.UNUSED for piece in proto.pieces)
+        or any(piece.type == _Piece.USER_DEFINED and {" ", SPACE} & {*piece.piece} for piece in proto.pieces)
+        # the space would come after each of them
+        or (normalizer.add_dummy_prefix and any(piece.type == _Piece.USER_DEFINED for piece in proto.pieces))
+    ):
+        return None
+    vocab = {piece.piece: i for i, piece in enumerate(proto.pieces)}
+    normal = {piece.piece: piece.score for piece in proto.pieces if piece.type == _Piece.NORMAL}
+    merges = [
+        (score, vocab[piece[:at]], vocab[piece[at:]], [piece[:at], piece[at:]])
+        for piece, score in normal.items()
+        for at in range(1, len(piece))
+        if piece[:at] in normal and piece[at:] in normal
+    ]
+    merges.sort(key=lambda merge: (-merge[0], merge[1], merge[2]))
+    special = (_Piece.CONTROL, _Piece.UNKNOWN)
+    added = [
+        {
+            "id": i,
+            "content": piece.piece,
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+            "special": piece.type in special,
+        }
+        for i, piece in enumerate(proto.pieces)
+        if piece.type in (*special, _Piece.USER_DEFINED)
+    ]
+    spaces: dict[str, Any] = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+    decoders = [
+        {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
+        {"type": "ByteFallback"},
+        {"type": "Fuse"},
+    ]
+    if normalizer.add_dummy_prefix:
+        spaces = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": SPACE}, spaces]}
+        decoders.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": added,
+        "normalizer": spaces,
+        "pre_tokenizer": None,
+        "post_processor": bos_template(proto.pieces[trainer.bos_id].piece, trainer.bos_id) if adds_bos else None,
+        "decoder": {"type": "Sequence", "decoders": decoders},
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": proto.pieces[trainer.unk_id].piece,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": True,
+            "byte_fallback": True,
+            "ignore_merges": False,
+            "vocab": vocab,
+            "merges": [merge[3] for merge in merges],
+        },
+    }

@@ -1,0 +1,72 @@
+"""What the train loop asks of a framework: the common public names of minillm_jax and minillm_torch."""
+
+import importlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol, SupportsFloat, cast
+
+import numpy as np
+
+from minillm_core.config import ModelConfig, RunConfig
+from minillm_core.errors import InputError, missing_package
+from minillm_core.model.stages import Trace
+from minillm_core.tensors import LazyTensors, Tensors
+from minillm_core.training.checkpoints import FRAMEWORKS, TrainingState
+
+State = Any
+"""Parameters and Adam moments, as the framework keeps them."""
+
+StepMetrics = Mapping[str, SupportsFloat]
+"""Of one step: `loss` (nats per token), `grad_norm` (before clipping) and `updates` (Adam's count). `float` waits for
+that step, and for nothing that was dispatched after it."""
+
+TrainStep = Callable[[State, np.ndarray, float], tuple[State, StepMetrics]]
+"""(state, tokens (batch_size, seq_len + 1), learning rate) -> new state, metrics. If the loss or the norm is not
+finite, the parameters, the moments and the count stay as they were. The old state must not be used again."""
+
+Model = Any
+"""A framework's MiniLLM."""
+
+EvalStep = Callable[[np.ndarray], Any]
+"""tokens (B, S + 1) -> the loss of every token but the first in nats (B, S), at least float32, as an array that numpy
+reads."""
+
+
+class Backend(Protocol):
+    """A framework package, as core sees it."""
+
+    FRAMEWORK: str
+    Generator: Any
+
+    def init_state(self, config: RunConfig) -> State: ...
+    def import_state(self, config: RunConfig, state: TrainingState, updates: int) -> State: ...
+    def export_state(self, config: RunConfig, state: State) -> TrainingState: ...
+    def model_of(self, config: RunConfig, state: State) -> Model: ...
+    def make_train_step(self, config: RunConfig) -> TrainStep: ...
+    def make_eval_step(self, model: Model, *, deterministic: bool = False) -> EvalStep: ...
+    def start_payload(self, folder: Path, config: RunConfig, state: State) -> Callable[[], None]: ...
+    def write_payload(self, folder: Path, config: RunConfig, state: TrainingState) -> None: ...
+    def read_payload(self, checkpoint: Path, config: RunConfig) -> TrainingState: ...
+    def open_weights(self, checkpoint: Path, config: RunConfig) -> LazyTensors: ...
+    def load(self, path: str | Path, dtype: str = "float32") -> Model: ...
+    def trace(self, config: ModelConfig, weights: Tensors, tokens_BT: np.ndarray, dtype: str) -> Trace: ...
+    def count_params(self, config: ModelConfig) -> int: ...
+    def count_forward_flops(self, config: ModelConfig, batch: int, seq_len: int) -> int: ...
+    def auto_dtype(self) -> str: ...
+    def describe_device(self) -> str: ...
+
+
+def load_backend(framework: str) -> Backend:
+    """The package of a framework (`jax` or `torch`), imported when it is asked for by name.
+
+    Raises:
+        InputError: there is no such framework, or it is not installed.
+    """
+    if framework not in FRAMEWORKS:
+        raise InputError("unknown framework", expected=" or ".join(FRAMEWORKS), found=repr(framework))
+    try:
+        return cast(Backend, importlib.import_module(f"minillm_{framework}"))
+    except ModuleNotFoundError as error:
+        if error.name and error.name.startswith("minillm"):
+            raise
+        raise missing_package(framework, framework, error) from error

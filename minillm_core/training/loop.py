@@ -1,0 +1,271 @@
+"""The train loop, one for both frameworks: data, schedule, logging, evaluation, checkpoints.
+
+It dispatches step n and then reads the metrics of step n - 1: the device always has work, and is never more than a step
+ahead. A step whose loss or gradient is not finite changes nothing, so noticing it a step late does no harm.
+"""
+
+import logging
+import math
+import time
+from collections import deque
+from functools import partial
+from pathlib import Path
+
+from minillm_core.config import RunConfig
+from minillm_core.data.batches import PreparedData
+from minillm_core.data.prepare import open_or_prepare
+from minillm_core.errors import InputError, Interrupted
+from minillm_core.files import flush
+from minillm_core.interrupt import StopRequest
+from minillm_core.model.params import count_params
+from minillm_core.training.backend import Backend, State, StepMetrics
+from minillm_core.training.checkpoints import CheckpointInfo, CheckpointWriter, read_info
+from minillm_core.training.evaluation import evaluate
+from minillm_core.training.metrics import MetricsLog, Row, bits_per_byte, losses_by_step, perplexity
+from minillm_core.training.plots import plot_loss
+from minillm_core.training.progress import Progress
+from minillm_core.training.run_directory import (
+    open_run,
+    refuse_imported,
+    require_same_config,
+    require_same_data,
+    resolve_compute_dtype,
+)
+from minillm_core.training.schedule import learning_rate
+from minillm_core.training.trackers import Tracker, open_trackers
+
+MAX_SKIPS = 20
+"""Updates skipped in a row (`train.nonfinite: skip`) after which the run stops all the same."""
+
+logger = logging.getLogger(__name__)
+
+
+def train(config: RunConfig, backend: Backend) -> Path:
+    """Prepares the data if needed and trains from the newest good checkpoint, or from the initial weights, to the end.
+
+    Progress is logged to the logger of this module; SIGTERM, SIGHUP and Ctrl-C save before they end the run.
+
+    Args:
+        backend: the framework's package: `minillm_jax` or `minillm_torch`.
+
+    Returns:
+        the final checkpoint.
+
+    Raises:
+        InputError: the data or the run directory does not belong to this configuration, another process is working in
+            it, the disk is full, or the loss is not finite.
+        Interrupted: by one of these signals, after saving.
+    """
+    run_dir = Path(config.train.out_dir)
+    refuse_imported(run_dir)
+    config = resolve_compute_dtype(config, backend.auto_dtype())
+    data = open_or_prepare(config.data, config.model.vocab_size)
+    with (
+        StopRequest() as stop,
+        open_run(run_dir, config, data.dir, data.hashes()),
+        CheckpointWriter(run_dir / backend.FRAMEWORK / "checkpoints", config.train.keep_last) as writer,
+    ):
+        return _Run(config, backend, data, writer, stop).run_to_end()
+
+
+def initial_or_newest(
+    config: RunConfig, backend: Backend, data: PreparedData, writer: CheckpointWriter
+) -> tuple[State, int]:
+    """The state to go on from, and its step: the newest good checkpoint, or the initial weights.
+
+    Raises:
+        InputError: every checkpoint is damaged; or the newest good one was trained on other data, with another
+            configuration, or by a newer version.
+    """
+    newest = writer.newest_good()
+    for problem in writer.damaged.values():
+        logger.warning("skipping a damaged checkpoint; resuming from the previous one: %s", problem)
+    if newest is None:
+        return backend.init_state(config), 0
+    info = read_info(newest)
+    require_same_data(info.data_hashes, data.hashes(), newest)
+    require_same_config(config, info.config, newest)
+    if info.step < config.train.steps:
+        logger.info(f"resuming from {newest}")
+    saved = backend.read_payload(newest, config)
+    if not saved.exp_avg:
+        logger.warning("this checkpoint has no optimizer state: Adam's moments and its count start again at zero")
+    return backend.import_state(config, saved, info.updates), info.step
+
+
+class _Run:
+    """A run in one process: from where it stands to its last step, or until it is asked to stop."""
+
+    def __init__(
+        self, config: RunConfig, backend: Backend, data: PreparedData, writer: CheckpointWriter, stop: StopRequest
+    ):
+        self.config, self.backend, self.data, self.writer, self.stop = config, backend, data, writer, stop
+        self.folder = writer.folder.parent
+        self.state, self.step = initial_or_newest(config, backend, data, writer)
+        self.updates = 0
+        """Adam's count, as of the last step that was read."""
+        self.saved_step = self.step
+        self.last_save_failed = False
+        self.skips_in_a_row = 0
+        self.log = MetricsLog(self.folder / "metrics.jsonl", self.step)
+        if self.log.old is not None:
+            logger.warning("no checkpoint to resume from: training starts again; the old log is now %s", self.log.old)
+        self.trackers: list[Tracker] = []
+        self.progress = Progress(config, backend.describe_device(), self.step)
+        self.unread: deque[tuple[int, float, float, StepMetrics]] = deque()
+        """Step, learning rate, time, metrics."""
+
+    def run_to_end(self) -> Path:
+        """Trains what is left to train; returns the final checkpoint."""
+        c = self.config.train
+        final = self.writer.folder / str(c.steps)
+        # An evaluation that a stop or a crash prevented; its step was committed before.
+        is_evaluated = not self._evaluates(self.step) or self.log.has(self.step, "val")
+        if self.step == c.steps and is_evaluated:
+            logger.info(f"found the finished run in {self.folder}: {self.step} of {c.steps} steps done")
+            _report(self.log.rows)
+        else:
+            with open_trackers(self.config, self.folder, self.log.rows) as self.trackers:
+                try:
+                    if not is_evaluated:
+                        self._evaluate()
+                    self._train()
+                except Interrupted:
+                    self._save()
+                    self.writer.wait()
+                    saved = f"saved {self.writer.folder / str(self.step)}" if self.step else "nothing to save"
+                    logger.info(
+                        f"stopped at step {self.step} of {c.steps}: {saved}; the same command goes on from there"
+                    )
+                    raise
+            self.writer.wait()
+            self.writer.prune(self.step, self._best())
+            logger.info(f"saved {final}")
+        self.stop.check()
+        return final
+
+    def _train(self) -> None:
+        c = self.config.train
+        if self.step == c.steps:
+            return
+        train_step = self.backend.make_train_step(self.config)
+        logger.info(
+            f"training {count_params(self.config.model):,} parameters for {c.steps - self.step} steps "
+            f"of {c.batch_size} x {c.seq_len} tokens, {c.compute_dtype}, {self.backend.describe_device()}"
+        )
+        for n in range(self.step, c.steps):
+            self.stop.check()
+            rate = learning_rate(self.config.optim, n, c.steps)
+            batch = self.data.batch(n, c.batch_size, c.seq_len, c.seed)
+            self.state, metrics = train_step(self.state, batch, rate)
+            self.step = n + 1
+            self.unread.append((self.step, rate, time.perf_counter(), metrics))
+            saves, evaluates = self.step % c.checkpoint_every == 0 or self.step == c.steps, self._evaluates(self.step)
+            # A step is read while the next one is under way, unless its state is to be saved or evaluated: no update
+            # is in there that was not seen to be finite.
+            self._read_metrics(self.step if saves or evaluates else n)
+            if saves:
+                self._save()
+            if evaluates:
+                self._evaluate()
+
+    def _evaluates(self, step: int) -> bool:
+        return step > 0 and (step % self.config.train.eval_every == 0 or step == self.config.train.steps)
+
+    def _logs(self, step: int) -> bool:
+        return step == 1 or step % self.config.train.log_every == 0 or self._evaluates(step)
+
+    def _read_metrics(self, last: int) -> None:
+        """Waits for the steps up to `last`; checks every one, and logs those of the log's rhythm."""
+        while self.unread and self.unread[0][0] <= last:
+            step, rate, at, metrics = self.unread.popleft()
+            loss, grad_norm = float(metrics["loss"]), float(metrics["grad_norm"])
+            self.updates = int(float(metrics["updates"]))
+            if math.isfinite(loss) and math.isfinite(grad_norm):
+                self.skips_in_a_row = 0
+            else:
+                self._skip_or_stop(step, f"loss {loss}, gradient norm {grad_norm}, learning rate {rate:.3e}")
+            if self._logs(step):
+                values = {"grad_norm": grad_norm, "learning_rate": rate}
+                values |= self.progress.tick(step, at, loss, grad_norm, rate)
+                if self.config.train.nonfinite == "skip":
+                    values["updates"] = self.updates
+                self._log(step, "train", loss, **values)
+
+    def _skip_or_stop(self, step: int, found: str) -> None:
+        self.skips_in_a_row += 1
+        if self.config.train.nonfinite == "skip" and self.skips_in_a_row < MAX_SKIPS:
+            logger.warning("step %d: %s: skipping this update", step, found)
+            return
+        problem = f"step {step}: the loss or the gradient norm is not finite; this update was not made"
+        hint = "begin again in another --train.out_dir with a lower optim.learning_rate or a higher optim.warmup_steps"
+        if self.config.train.nonfinite == "skip":
+            problem += f", nor the {self.skips_in_a_row - 1} before it"
+        else:
+            hint = "go on without such updates, from the last checkpoint: --train.nonfinite skip; or " + hint
+        raise InputError(problem, found=found, where=self.folder, hint=hint)
+
+    def _save(self) -> None:
+        """Starts saving where the run stands, unless that is saved already."""
+        if self.saved_step == self.step:
+            return
+        self._read_metrics(self.step)
+        with self.progress.paused():
+            flush(self.log.path)  # a committed checkpoint has all its metrics, whatever happens next
+            try:
+                self.writer.wait()
+                self.last_save_failed = False
+            except InputError as error:
+                if self.last_save_failed:
+                    raise
+                self.last_save_failed = True
+                logger.warning("%s\ntrying once more, at step %d", error, self.step)
+            info = CheckpointInfo(self.backend.FRAMEWORK, self.step, self.updates, self.config, self.data.hashes())
+            start_payload = partial(self.backend.start_payload, config=self.config, state=self.state)
+            n_bytes = 3 * count_params(self.config.model) * (8 if self.config.train.compute_dtype == "float64" else 4)
+            self.writer.save(info, self.data.dir, start_payload, self._best(), n_bytes)
+            self.saved_step = self.step
+            plot_loss(self.log.rows, self.folder / "loss.png")
+
+    def _evaluate(self) -> None:
+        c, step = self.config.train, self.step
+        with self.progress.paused():
+            if step == c.steps:
+                logger.info(f"evaluating on the whole held-out text, {len(self.data.tokens['val']):,} tokens")
+            model = self.backend.model_of(self.config, self.state)
+            eval_step = self.backend.make_eval_step(model, deterministic=c.deterministic)
+            n_batches = None if step == c.steps else c.eval_batches
+            loss = evaluate(eval_step, self.data, "val", c, n_batches, self.stop.check)
+            if not math.isfinite(loss) and c.nonfinite == "stop":
+                hint = "begin again in another --train.out_dir with a lower optim.learning_rate, or go on: "
+                hint += "--train.nonfinite skip"
+                raise InputError(
+                    f"step {step}: the held-out loss is not finite", found=loss, where=self.folder, hint=hint
+                )
+            compression = bits_per_byte(loss, self.data.tokens_per_byte("val"))
+            self._log(step, "val", loss, bits_per_byte=compression, perplexity=perplexity(loss))
+            _report(self.log.rows)
+            plot_loss(self.log.rows, self.folder / "loss.png")
+
+    def _log(self, step: int, split: str, loss: float, **values: float) -> None:
+        row = self.log.write(step, split, loss, **values)
+        for tracker in self.trackers:
+            tracker.write(row)
+
+    def _best(self) -> int | None:
+        """The good checkpoint of the lowest held-out loss; that of the last step, which is over more text, aside."""
+        losses = losses_by_step(self.log.rows, "val")
+        steps = [step for step in self.writer.good_steps() if step in losses and step != self.config.train.steps]
+        return min(steps, key=lambda step: losses[step], default=None)
+
+
+def _report(rows: list[Row]) -> None:
+    """Says the newest held-out result."""
+    for row in [row for row in rows if row["split"] == "val"][-1:]:
+        if row["loss"] is None:
+            logger.info(f"step {row['step']:>6}  held out: loss not finite")
+            continue
+        logger.info(
+            f"step {row['step']:>6}  held out: loss {row['loss']:.4f}  perplexity {row['perplexity'] or math.inf:.2f}  "
+            f"{row['bits_per_byte']:.4f} bits per byte"
+        )

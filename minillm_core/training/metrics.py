@@ -1,0 +1,85 @@
+"""Metrics of a run: metrics.jsonl, one JSON object a line."""
+
+import json
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from minillm_core.errors import InputError
+from minillm_core.files import replace_file
+
+Row = dict[str, Any]
+"""A line of metrics.jsonl: `step`, `split` (`train` or `val`), `loss` (nats per token; null if not finite), others."""
+
+
+def bits_per_byte(loss: float, tokens_per_byte: float) -> float:
+    """Compression of the text itself, comparable between tokenizers; `loss` in nats per token."""
+    return loss * tokens_per_byte / math.log(2)
+
+
+def perplexity(loss: float) -> float:
+    return math.exp(loss) if loss < 709 else math.inf
+
+
+class MetricsLog:
+    """metrics.jsonl: rows are appended; a resumed run first drops those after the step it resumes from."""
+
+    def __init__(self, path: Path, resumed_step: int):
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.old: Path | None = None
+        """Where a log went that has no checkpoint to go with it."""
+        if resumed_step == 0 and path.exists() and path.stat().st_size:
+            self.old = path.replace(path.with_name(f"{path.name}.old"))
+        self.rows = read_metrics(path, resumed_step) if path.exists() else []
+        """All rows, as in the file."""
+        write_metrics(path, self.rows)
+
+    def write(self, step: int, split: str, loss: float, **values: float) -> Row:
+        """Appends a row and returns it; numbers that are not finite, which JSON does not have, become null."""
+        row = {"step": step, "split": split, "loss": loss, **values}
+        row = {name: None if isinstance(x, float) and not math.isfinite(x) else x for name, x in row.items()}
+        with self.path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        self.rows.append(row)
+        return row
+
+    def has(self, step: int, split: str) -> bool:
+        return any((row["step"], row["split"]) == (step, split) for row in self.rows)
+
+
+def read_metrics(path: Path, last_step: float = math.inf) -> list[Row]:
+    """Rows of a metrics.jsonl up to a step; what a crash left at the end, a line cut short or garbage, is left out.
+
+    Raises:
+        InputError: a line before one of these rows is not a metrics row.
+    """
+    rows: list[Row] = []
+    bad = None
+    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
+        if not line:
+            continue
+        try:
+            row = json.loads(line)
+            loss = None if row["loss"] is None else float(row["loss"])
+            row = row | {"step": int(row["step"]), "split": str(row["split"]), "loss": loss}
+        except (ValueError, KeyError, TypeError):
+            bad = bad or (number, line[:80])
+            continue
+        if row["step"] <= last_step:
+            if bad:
+                hint = "mend or remove that line"
+                raise InputError("not a line of metrics", found=bad[1], where=f"{path}:{bad[0]}", hint=hint)
+            rows.append(row)
+    return rows
+
+
+def write_metrics(path: Path, rows: Iterable[Row]) -> None:
+    """Writes a metrics.jsonl whole."""
+    replace_file(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def losses_by_step(rows: Iterable[Row], split: str) -> dict[int, float]:
+    """The finite losses of a split."""
+    return {row["step"]: row["loss"] for row in rows if row["split"] == split and row["loss"] is not None}

@@ -1,0 +1,120 @@
+"""The tensors of a checkpoint on the disk: Orbax pytrees, by framework path.
+
+    orbax/weights/      the parameters
+    orbax/optimizer/    exp_avg and exp_avg_sq, absent in a checkpoint that has weights alone
+
+This is the one file that knows how Orbax lays out a checkpoint. Arrays are read by tensorstore, a chunk at a time:
+Orbax itself has all chunks under way at once, and half an array more in memory. `parity_tests/test_payload.py` fails,
+and says so, when Orbax changes that layout.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore
+
+from minillm_core.config import ModelConfig
+from minillm_core.errors import InputError
+
+FILE_BYTES, CHUNK_BYTES = 1 << 24, 1 << 22
+"""Orbax begins a new file after FILE_BYTES (by default it gathers 2 GB in memory first), and a new chunk of an array
+after CHUNK_BYTES."""
+
+_LOCATIONS = {
+    "weights": ("weights", ()),
+    "exp_avg": ("optimizer", ("exp_avg",)),
+    "exp_avg_sq": ("optimizer", ("exp_avg_sq",)),
+}
+"""Group of tensors -> the pytree that holds it, and the keys that lead to it."""
+
+_TYPE_HANDLERS = ocp.type_handlers.create_type_handler_registry(
+    (jax.Array, ocp.type_handlers.ArrayHandler()),
+    # numpy arrays come from conversions, which wait for the end: without this Orbax holds a second copy of them all
+    (np.ndarray, ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=False)),
+)
+
+
+def start_writing(folder: Path, config: ModelConfig, groups: Mapping[str, Mapping[str, Any]]) -> Callable[[], None]:
+    """Copies tensors off the device and starts writing them; the returned function waits for the end.
+
+    Args:
+        groups: `weights` and, for a checkpoint to train on from, `exp_avg` and `exp_avg_sq`; each by framework path.
+    """
+    trees: dict[str, dict[str, Any]] = {}
+    for group, tensors in groups.items():
+        tree, keys = _LOCATIONS[group]
+        node = trees.setdefault(tree, {})
+        for key in keys:
+            node = node.setdefault(key, {})
+        node.update(tensors)
+    items = {
+        name: ocp.args.PyTreeSave(
+            tree,
+            save_args=jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), tree),
+            ocdbt_target_data_file_size=FILE_BYTES,
+        )
+        for name, tree in trees.items()
+    }
+    handlers = {name: ocp.PyTreeCheckpointHandler(type_handler_registry=_TYPE_HANDLERS) for name in items}
+    checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(**handlers))
+    checkpointer.save(folder.absolute() / "orbax", args=ocp.args.Composite(**items))
+    return checkpointer.close
+
+
+def has_group(checkpoint: Path, group: str) -> bool:
+    """Whether a checkpoint has `weights`, `exp_avg` or `exp_avg_sq`."""
+    return _tree(checkpoint, group).is_dir()
+
+
+def saved_shapes(checkpoint: Path, group: str) -> dict[str, tuple[int, ...]]:
+    """Shape of every tensor of a group, by framework path; no tensor is read.
+
+    Raises:
+        InputError: the group is missing or damaged.
+    """
+    folder = _tree(checkpoint, group)
+    with _damage_named(folder):
+        # A Checkpointer would look for a file of its own, and warn.
+        node = ocp.PyTreeCheckpointHandler().metadata(folder).tree
+        for key in _LOCATIONS[group][1]:
+            node = node[key]
+        return {path: tuple(entry.shape) for path, entry in node.items()}
+
+
+def read_tensor(checkpoint: Path, group: str, path: str) -> np.ndarray:
+    """One tensor of a group, whatever devices it was saved from.
+
+    Raises:
+        InputError: it is missing or damaged.
+    """
+    folder = _tree(checkpoint, group)
+    name = ".".join((*_LOCATIONS[group][1], path))
+    with _damage_named(folder):
+        kvstore = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{folder}/"}, "path": f"{name}/"}
+        spec = {"driver": "zarr", "kvstore": kvstore, "fill_missing_data_reads": False}
+        stored: Any = tensorstore.open(spec, open=True, read=True).result()
+        array = np.empty(stored.shape, stored.dtype.numpy_dtype)
+        grid = list(zip(stored.shape, stored.chunk_layout.read_chunk.shape, strict=True))
+        for corner in itertools.product(*(range(0, size, step) for size, step in grid)):
+            chunk = tuple(slice(at, min(at + step, size)) for at, (size, step) in zip(corner, grid, strict=True))
+            array[chunk] = stored[chunk].read().result()
+        return array
+
+
+def _tree(checkpoint: Path, group: str) -> Path:
+    return checkpoint.absolute() / "orbax" / _LOCATIONS[group][0]
+
+
+@contextmanager
+def _damage_named(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, OSError, KeyError, AttributeError) as error:
+        hint = "use another checkpoint of the run"
+        raise InputError("missing or damaged Orbax tree", found=error, where=folder, hint=hint) from error

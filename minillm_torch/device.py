@@ -1,0 +1,56 @@
+"""The device: which one is used, what it is called, and whether it must repeat its results to the bit."""
+
+import os
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minillm_core.training.backend import StepMetrics
+
+
+def describe_device() -> str:
+    """Framework, version and device, for the log."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu, {torch.get_num_threads()} threads"
+    return f"torch {torch.__version__} on {device}"
+
+
+def default_device() -> torch.device:
+    """The GPU if there is one; float32 products there are float32 (no TF32), and 16-bit ones accumulate in float32."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    return torch.device("cuda")
+
+
+def use_deterministic_algorithms(deterministic: bool) -> None:
+    """The same bits in every run on one kind of GPU. This is a setting of the process; it is never turned off again."""
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
+        torch.use_deterministic_algorithms(True)
+
+
+def to_device(tokens_BT: np.ndarray, device: torch.device) -> Tensor:
+    """A batch as int64 on a device, without waiting for a GPU to be idle."""
+    tensor = torch.from_numpy(tokens_BT).long()
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
+class _HostScalar:
+    """A number on its way from a GPU, read without waiting for what was launched after it."""
+
+    def __init__(self, value: Tensor):
+        self._copy = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
+        self._copy.copy_(value, non_blocking=True)
+        self._copied = torch.cuda.Event()
+        self._copied.record()
+
+    def __float__(self) -> float:
+        self._copied.synchronize()
+        return float(self._copy)
+
+
+def to_host(metrics: dict[str, Tensor]) -> StepMetrics:
+    """Metrics of a step, each read when `float` asks for it."""
+    return {name: _HostScalar(value) if value.is_cuda else value for name, value in metrics.items()}

@@ -1,0 +1,69 @@
+"""The tensors of a checkpoint on the disk: safetensors files, by framework path.
+
+model.safetensors        the parameters; with config.json a folder that `transformers` loads as it is
+optimizer.safetensors    exp_avg and exp_avg_sq, absent in a checkpoint that has weights alone
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from minillm_core.config import ModelConfig
+from minillm_core.interop import safetensors_files
+from minillm_core.interop.hf_config import write_hf_config
+
+_LOCATIONS = {
+    "weights": ("model.safetensors", ""),
+    "exp_avg": ("optimizer.safetensors", "exp_avg."),
+    "exp_avg_sq": ("optimizer.safetensors", "exp_avg_sq."),
+}
+"""Group of tensors -> the file that holds it, and what its names begin with there."""
+
+
+def start_writing(
+    folder: Path, config: ModelConfig, groups: Mapping[str, Mapping[str, np.ndarray]]
+) -> Callable[[], None]:
+    """Returns the function that writes tensors, which must not change before it has.
+
+    Args:
+        groups: `weights` and, for a checkpoint to train on from, `exp_avg` and `exp_avg_sq`; each by framework path.
+    """
+    files: dict[str, dict[str, np.ndarray]] = {}
+    for group, tensors in groups.items():
+        file, prefix = _LOCATIONS[group]
+        files.setdefault(file, {}).update({f"{prefix}{path}": array for path, array in tensors.items()})
+
+    def write() -> None:
+        for file, tensors in files.items():
+            safetensors_files.write_safetensors(folder / file, tensors)
+        dtype = next(iter(groups["weights"].values())).dtype.name
+        write_hf_config(folder / "config.json", config, dtype)
+
+    return write
+
+
+def has_group(checkpoint: Path, group: str) -> bool:
+    """Whether a checkpoint has `weights`, `exp_avg` or `exp_avg_sq`."""
+    return (checkpoint / _LOCATIONS[group][0]).is_file()
+
+
+def saved_shapes(checkpoint: Path, group: str) -> dict[str, tuple[int, ...]]:
+    """Shape of every tensor of a group, by framework path; no tensor is read.
+
+    Raises:
+        InputError: the group is missing or damaged.
+    """
+    file, prefix = _LOCATIONS[group]
+    layout = safetensors_files.safetensors_layout(checkpoint / file)
+    return {name.removeprefix(prefix): shape for name, (shape, _) in layout.items() if name.startswith(prefix)}
+
+
+def read_tensor(checkpoint: Path, group: str, path: str) -> np.ndarray:
+    """One tensor of a group.
+
+    Raises:
+        InputError: it is missing or damaged.
+    """
+    file, prefix = _LOCATIONS[group]
+    return safetensors_files.read_tensor(checkpoint / file, f"{prefix}{path}")
