@@ -1,0 +1,162 @@
+"""The README and the documentation are true: their commands (at a tiny size), Python, numbers and named tests."""
+
+import ast
+import importlib
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from minillm_core.config import load_config, preset_names
+from minillm_core.model.params import count_params
+from parity_tests.conftest import ROOT
+from parity_tests.test_scripts import STEPS, environment, succeeds
+
+PAGES = {path.name: path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
+TINY_MODEL = shlex.split(
+    "--model.vocab_size 512 --model.context_length 320 --model.width 32 --model.n_layers 1 --model.n_heads 2 "
+    "--model.n_kv_heads 1 --model.head_dim 16 --model.hidden 48 --optim.warmup_steps 1"
+)
+
+
+def commands_of(page: str) -> list[str]:
+    """The commands of a page, without comments."""
+    lines = re.findall(r"^python scripts/.*$", PAGES[page], re.MULTILINE)
+    return [shlex.join(shlex.split(line, comments=True)) for line in lines]
+
+
+def tiny(script: str, arguments: list[str], corpus: Path) -> list[str]:
+    """The arguments of a command, plus those that make the model, the data and the run small."""
+    arguments = [str(corpus) if argument == "FOLDER" else argument for argument in arguments]
+    if script.startswith("train_") or script == "prepare_data":
+        given = {argument for argument in arguments if argument.startswith("--")}
+        sizes = {
+            "--data.corpus": str(corpus),
+            "--data.dir": "data/tiny",
+            "--data.holdout_every": "5",
+            "--train.steps": str(STEPS),
+            "--train.batch_size": "4",
+            "--train.grad_accum": "2",
+            "--train.seq_len": "16",
+        }
+        if "--train.steps" in given:
+            arguments[arguments.index("--train.steps") + 1] = str(STEPS)
+        arguments += TINY_MODEL + [word for key, value in sizes.items() if key not in given for word in (key, value)]
+    if script == "generate":
+        arguments += ["--max-new-tokens", "20"]
+    if script == "benchmark_decoding":
+        arguments += ["quickstart", "--tokens", "4", "--rounds", "1", "--batches", "2"]
+    if script == "benchmark":
+        arguments += [*TINY_MODEL, "--data.dir", "data/tiny", "--data.corpus", str(corpus), "--data.holdout_every", "5"]
+        arguments += ["--steps", "2", "--tokens", "32", "--train.seq_len", "16"]
+    return arguments
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("docs")
+    (folder / "prompts.txt").write_text("We the People\nMy fellow citizens,\n")
+    return folder
+
+
+def test_command_list_is_complete() -> None:
+    """docs/commands.md has every script, and everything that the README shows."""
+    commands = commands_of("commands.md")
+    assert {Path(shlex.split(command)[1]).stem for command in commands} == {
+        path.stem for path in (ROOT / "scripts").glob("*.py")
+    }
+    assert set(commands_of("README.md")) <= {*commands}
+
+
+@pytest.mark.parametrize(
+    "command",
+    [pytest.param(c, marks=[pytest.mark.long] if "benchmark" in c else []) for c in commands_of("commands.md")],
+)
+def test_commands(command: str, home: Path, corpus: Path) -> None:
+    """The commands run in the order of docs/commands.md, in one folder."""
+    _, path, *arguments = shlex.split(command)
+    script = Path(path).stem
+    done = succeeds(script, *tiny(script, arguments, corpus), cwd=home)
+    assert done.stdout.strip() or done.stderr.strip()
+
+
+@pytest.mark.parametrize("script", sorted(path.stem for path in (ROOT / "scripts").glob("[!b]*.py")))
+def test_options_exist(script: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """If a page shows an option of a script, the option is in the help of the script."""
+    module = {"train_jax": "train", "train_torch": "train", "prepare_data": "prepare"}.get(script, script)
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", "--help"])
+    monkeypatch.setenv("COLUMNS", "400")
+    with pytest.raises(SystemExit):
+        importlib.import_module(f"minillm_cli.{module}").main()
+    known = capsys.readouterr().out.replace("_", "-")
+    for page in PAGES:
+        for command in commands_of(page):
+            _, path, *arguments = shlex.split(command)
+            if Path(path).stem == script:
+                options = [word.replace("_", "-") for word in arguments if word.startswith("--")]
+                assert not [option for option in options if option not in known], f"{page}: {command}"
+
+
+def test_python(home: Path, tmp_path: Path) -> None:
+    """The Python of the pages, on the run that the commands made, in one process."""
+    for name, target in {
+        "runs/quickstart": "runs/quickstart",
+        "DOWNLOADED": "exported",
+        "exported": "exported",
+    }.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).symlink_to(home / target)
+    (tmp_path / "data").symlink_to(home / "data")
+    pages = ("README.md", "decoding.md", "data.md", "gguf.md", "hugging-face.md", "doctor.md")
+    blocks = [re.findall(r"```python\n(.*?)```", PAGES[page], re.DOTALL)[0] for page in pages]
+    code = "\n".join([*blocks, "assert logits_BTV.shape == (1, 3, 512)", "assert report.equal"])
+    code = code.replace("max_new_tokens=50", "max_new_tokens=5")
+    command = [sys.executable, "-W", "error", "-c", code]
+    done = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, env=environment(), timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("preset", preset_names())
+def test_presets_are_listed_with_their_size(preset: str) -> None:
+    lines = PAGES["performance.md"].splitlines()
+    row = next(line for line in lines if line.startswith("| ") and f"`{preset}`" in line)
+    assert f"{count_params(load_config(preset).model):,}" in row
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_named_tests_exist(page: str) -> None:
+    """Every test that a page names exists."""
+    missing = []
+    for file, name in re.findall(r"`(test_\w+\.py)(?:::(\w+))?`", PAGES[page]):
+        path = ROOT / "parity_tests" / file
+        tests = (
+            [node.name for node in ast.parse(path.read_text()).body if hasattr(node, "name")] if path.is_file() else []
+        )
+        if not tests or (name and name not in tests):
+            missing.append(f"{file}::{name}")
+    assert not missing
+
+
+@pytest.mark.parametrize("page", [page for page, text in PAGES.items() if re.search(r"^\|.*\| test \|$", text, re.M)])
+def test_every_promise_names_its_test(page: str) -> None:
+    """In each table whose last column is `test`, every row names a test."""
+    in_table = False
+    n_rows = 0
+    for line in PAGES[page].splitlines():
+        if re.match(r"^\|.*\| test \|$", line):
+            in_table = True
+        elif not line.startswith("|"):
+            in_table = False
+        elif in_table and not re.fullmatch(r"[|\- :]+", line):
+            n_rows += 1
+            assert re.search(r"`test_\w+\.py", line), line
+    assert n_rows
+
+
+def test_the_readme_is_a_landing_page() -> None:
+    assert len(PAGES["README.md"].splitlines()) <= 150
