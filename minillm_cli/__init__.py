@@ -1,1 +1,4 @@
-"""The command line: `minillm COMMAND`, and the same commands as scripts. It parses, calls, and prints."""
+"""The command line: `minillm COMMAND`, and the same commands as scripts.
+
+It parses arguments, calls the libraries and prints.
+"""

@@ -1,4 +1,4 @@
-"""The framework packages, imported when a command asks for them, with threads that do not get in each other's way."""
+"""Imports a framework package when a command needs it, with settings that keep idle threads off the CPU cores."""
 
 import os
 
@@ -7,7 +7,7 @@ from minillm_core.training.backend import Backend
 
 
 def load_backend(framework: str, *, decoding: bool = False) -> Backend:
-    """The package of a framework by name.
+    """Imports the package of a framework by its name, `jax` or `torch`.
 
     Raises:
         InputError: the framework is not installed.
@@ -17,9 +17,9 @@ def load_backend(framework: str, *, decoding: bool = False) -> Backend:
 
 
 def let_threads_sleep(*, decoding: bool = False) -> None:
-    """Keeps torch's waiting threads from spinning; to be called before torch is imported.
+    """Keeps torch's waiting threads from spinning. Call this before torch is imported.
 
-    On busy cores they made a training step take 4 to 7 times longer. A decoding step has a hundred short waits: there
-    threads that sleep at once cost a factor of 2.5, so they sleep after a while.
+    On busy cores, spinning threads made a training step take 4 to 7 times longer. A decoding step has a hundred short
+    waits, and threads that sleep at once make it 2.5 times slower; for decoding, they spin for a while and then sleep.
     """
     os.environ.setdefault(*(("GOMP_SPINCOUNT", "30000") if decoding else ("OMP_WAIT_POLICY", "passive")))

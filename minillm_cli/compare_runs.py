@@ -1,4 +1,4 @@
-"""Draws the loss curves of two runs and their difference into one picture."""
+"""Draws the loss curves of two runs, and their difference, as one picture."""
 
 from pathlib import Path
 
@@ -23,20 +23,20 @@ def compare_runs(
     """Compares two runs.
 
     Args:
-        a: a framework's folder of a run (`runs/x/jax`); or, without `b`, a run that was trained in both frameworks.
-        b: a framework's folder of another run.
-        out: the picture to write.
+        a: the framework folder of a run (`runs/x/jax`); or, without `b`, a run that was trained in both frameworks.
+        b: the framework folder of a second run.
+        out: the PNG file to write.
     """
     folders = [Path(a), Path(b)] if b is not None else [Path(a) / name for name in FRAMEWORKS]
     runs = {str(folder): read_rows(folder) for folder in folders}
     if len(runs) < 2:
-        raise InputError("a run compared with itself", found=a, hint="name two folders")
+        raise InputError("both folders are the same", found=a, hint="give two different folders")
     differences = plot_two_losses(runs, Path(out))
     if not any(differences.values()):
         raise InputError("the runs have no logged step in common", found=" and ".join(runs))
     ours, theirs = runs.values()
     if copied := sum(row in theirs for row in ours):
-        say(f"{copied} rows are the same to the last digit, speeds too: one log was copied with a converted checkpoint")
+        say(f"{copied} rows are identical, even the speeds: one log was copied together with a converted checkpoint")
     for split, apart in differences.items():
         if apart:
             worst = max(apart, key=lambda step: apart[step])
@@ -48,9 +48,9 @@ def read_rows(folder: Path) -> list[Row]:
     path = folder / "metrics.jsonl"
     if not path.is_file():
         raise InputError(
-            "no metrics there",
+            "no metrics found",
             expected="metrics.jsonl",
             where=folder,
-            hint="name a framework's folder of a run, as runs/quickstart/jax, or train first",
+            hint="give the framework folder of a run, such as runs/quickstart/jax, or train first",
         )
     return read_metrics(path)

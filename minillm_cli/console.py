@@ -22,13 +22,13 @@ SCRIPTS = {"prepare": "prepare_data", "compare-runs": "compare_runs"}
 
 
 def say(message: str = "") -> None:
-    """Prints for the person at the terminal (stderr), if there is still one; stdout carries results alone."""
+    """Prints a message for the user to stderr, and ignores a closed stderr. Only results go to stdout."""
     with contextlib.suppress(BrokenPipeError):
         print(message, file=sys.stderr, flush=True)
 
 
 def print_stream(prompt: str, pieces: Iterable[str]) -> None:
-    """Prints a prompt and its continuation to stdout as it comes."""
+    """Prints a prompt and its continuation to stdout, piece by piece as it is generated."""
     print(prompt, end="", flush=True)
     for piece in pieces:
         print(piece, end="", flush=True)
@@ -48,15 +48,15 @@ def command_line(command: Sequence[str]) -> str:
 
 
 class _Console(logging.Handler):
-    """Shows what the libraries log."""
+    """Prints the log messages of the libraries."""
 
     def emit(self, record: logging.LogRecord) -> None:
         say(record.getMessage())
 
 
 def show_progress() -> None:
-    """Sends the libraries' messages to stderr, and keeps those of other packages from it."""
-    for library in ("absl", "asyncio"):  # Orbax reports every file that it writes, and every error that it raises too
+    """Sends the log messages of minillm_core to stderr, and silences those of absl and asyncio."""
+    for library in ("absl", "asyncio"):  # Orbax logs every file that it writes, and also every error that it raises
         logging.getLogger(library).setLevel(logging.CRITICAL)
     core = logging.getLogger("minillm_core")
     core.setLevel(logging.INFO)
@@ -66,8 +66,8 @@ def show_progress() -> None:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Calls a command's main. Ends with status 2 and a plain message on an InputError or a full disk, with 130 on
-    Ctrl-C."""
+    """Calls a command's main. After an InputError, a full disk or a file error, it exits with status 2 and a plain
+    message; after Ctrl-C, with status 130."""
     show_progress()
     try:
         main()
@@ -79,18 +79,18 @@ def run(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         say("interrupted")
         sys.stdout.flush()
-        os._exit(130)  # at once: taking Python down while XLA compiles in a thread has ended in a segmentation fault
-    except BrokenPipeError:  # the reader of our stdout went away, as in `| head`
+        os._exit(130)  # not sys.exit: a normal exit while XLA compiles in a thread has caused a segmentation fault
+    except BrokenPipeError:  # the program that reads our stdout has ended, as in `| head`
         sys.stderr.close()
         sys.exit(141)
     except OSError as error:
         if is_disk_full(error):
-            problem = "the disk is full, or a file may not be so large"
-            hint = "free some space; nothing that was saved is lost"
+            problem = "the disk is full, or a file exceeds the size limit"
+            hint = "free some space; everything saved before is intact"
         elif error.filename is None:
             raise
         else:
-            problem, hint = error.strerror or str(error), "check the paths given"
+            problem, hint = error.strerror or str(error), "check the given paths"
         say(f"error: {InputError(problem, where=error.filename, hint=hint)}")
         sys.exit(2)
 
@@ -99,16 +99,16 @@ def parse_run_config(description: str | None, config_class: type[C], preset: str
     """Reads `[PRESET|FILE.yaml] [--section.field value ...]` from the command line.
 
     Args:
-        config_class: RunConfig, or a subclass whose further fields, which need defaults, become options too.
-        preset: taken if the command line names none.
+        config_class: RunConfig, or a subclass. Its additional fields need defaults and become options too.
+        preset: used if the command line names neither a preset nor a file.
     """
-    # As in YAML: true, false; tyro knows Python's.
+    # Accept true and false as in YAML; tyro expects True and False as in Python.
     arguments = [word.capitalize() if word in ("true", "false") else word for word in sys.argv[1:]]
     named = bool(arguments) and not arguments[0].startswith("-")
     loaded = load_config(arguments[0] if named else preset)
     description = (
-        f"{description}\n\nFirst argument: a preset ({', '.join(preset_names())}) or a .yaml file; "
-        f"the options below change single fields of it. Without it: {preset}."
+        f"{description}\n\nFirst argument: a preset ({', '.join(preset_names())}) or a .yaml file. "
+        f"Default: {preset}. The options below change single fields of it."
     )
     return tyro.cli(
         config_class,

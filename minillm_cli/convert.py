@@ -2,25 +2,25 @@
 
     'torch->jax' [SRC [DST]]
 
-Between the frameworks (also 'jax->torch'), bit for bit: weights, Adam moments, step, configuration. SRC is a run or a
-checkpoint (default: runs/quickstart); DST is a run directory. Without DST the copy goes into the same run, or into
-RUN-from-torch if that run was itself trained in the target framework.
+Copies weights, Adam moments, step and configuration to the other framework, bit for bit (also 'jax->torch'). SRC is a
+run or a checkpoint (default: runs/quickstart); DST is a run directory. Without DST, the copy goes into the same run, or
+into RUN-from-torch if that run was also trained in the target framework.
 
     'hf->jax' FOLDER RUN
     'jax->hf' [SRC [FOLDER]]
 
-From and to Hugging Face's format, in either framework: weights and tokenizer of any model of the Llama architecture.
-Anything that the architecture lacks is refused by name.
+Imports from and exports to the Hugging Face format, in either framework: weights and tokenizer of any model of the
+Llama architecture. A model with a feature outside this architecture is refused, and the message names the feature.
 
     'minillm->jax' ckpt.pt RUN
 
-From the original Mini-LLM's ckpt.pt, or from the folder of its model.safetensors and config.json.
+Imports the original Mini-LLM's ckpt.pt, or the folder with its model.safetensors and config.json.
 
     'jax->gguf' [SRC [FILE.gguf]] [--dtype q8_0]
     'gguf->jax' FILE.gguf RUN
 
-To and from llama.cpp's format (default file: RUN/NAME-DTYPE.gguf). Quantised weights are read as the float32 numbers
-that they stand for.
+Exports to and imports from llama.cpp's format (default file: RUN/NAME-DTYPE.gguf). Quantised weights are dequantised
+to float32.
 """
 
 import os
@@ -47,7 +47,7 @@ def main() -> None:
     source_format, target_format = parse_direction(direction)
     if source is None and source_format in OPENERS:
         expected = f"'{source_format}->{target_format}' SRC RUN"
-        raise InputError("a path is missing", expected=expected, found="no SRC", hint="name both, e.g. runs/imported")
+        raise InputError("a path is missing", expected=expected, found="no SRC", hint="give both a source and a run")
     let_threads_sleep()
     conversion = convert(direction, source or DEFAULT_RUN, destination, dtype=dtype)
     for command in next_commands(conversion):
@@ -64,16 +64,17 @@ def parse(
     """Converts a checkpoint.
 
     Args:
-        direction: 'torch->jax', 'hf->jax', 'jax->gguf' or the like, quoted; torch-to-jax needs no quotes.
-        src: a run, a run's framework folder, or one checkpoint (default: runs/quickstart); or what is imported.
-        dst: the run directory, the Hugging Face folder or the GGUF file to write (default: in the same run).
-        dtype: of the weights for hf (not q8_0) or gguf (not float64).
+        direction: for example 'torch->jax', 'hf->jax' or 'jax->gguf'. Quote it; the form torch-to-jax needs no quotes.
+        src: a run, a run's framework folder, or one checkpoint (default: runs/quickstart); or the file or folder to
+            import.
+        dst: the run directory, the Hugging Face folder or the GGUF file to write (default: inside the same run).
+        dtype: dtype of the exported weights; hf has no q8_0, gguf has no float64.
     """
     return direction, src, dst, dtype
 
 
 def next_commands(conversion: Conversion) -> list[tuple[str, ...]]:
-    """What a user may want to do with the result."""
+    """Commands that a user may want to run next, with the result."""
     source_format, target_format = conversion.source_format, conversion.target_format
     source, result, run = str(conversion.source), str(conversion.result), str(conversion.run_dir)
     if source_format in OPENERS and foreign_kind(conversion.source) != source_format:
@@ -89,20 +90,20 @@ def next_commands(conversion: Conversion) -> list[tuple[str, ...]]:
 
 
 def undo_redirection(arguments: list[str]) -> list[str]:
-    """Unquoted, a shell turns `torch->jax` into the argument `torch-` and sends our output to a file `jax`: does what
-    was meant, prints to the terminal, and removes that file if the shell has made it."""
+    """Repairs an unquoted `torch->jax`, which a shell turns into the argument `torch-` and a redirection of our output
+    to a file `jax`: restores the direction, prints to the terminal, and removes the file if the shell created it."""
     if not arguments or arguments[0].removesuffix("-") not in FORMATS or not arguments[0].endswith("-"):
         return arguments
     source = arguments[0].removesuffix("-")
     strays = [Path(name) for name in FORMATS if Path(name).is_file()]
     ours = [path for path in strays if path.stat().st_size == 0 and os.path.samestat(os.fstat(1), path.stat())]
     target = ours[0].name if ours else next(name for name in FRAMEWORKS if name != source)
-    say(f"reading `{arguments[0]}` as '{source}->{target}': the shell takes an unquoted > as a redirection; quote it")
+    say(f"reading `{arguments[0]}` as '{source}->{target}': the shell treats an unquoted > as a redirection; quote it")
     for stray in ours:
         os.dup2(2, 1)
-        if stray.stat().st_atime_ns == stray.stat().st_mtime_ns:  # emptying a file does not change when it was read
+        if stray.stat().st_atime_ns == stray.stat().st_mtime_ns:  # emptying a file does not change its access time
             stray.unlink()
-            say(f"removed the empty file `{stray}`, which that redirection made")
+            say(f"removed the empty file `{stray}`, which that redirection created")
         else:
-            say(f"your file `{stray}` existed before: that redirection has emptied it")
+            say(f"your file `{stray}` existed before; that redirection has emptied it")
     return [f"{source}->{target}", *arguments[1:]]

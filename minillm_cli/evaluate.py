@@ -31,10 +31,10 @@ def evaluate(
     Args:
         path: a run, a run's framework folder, or one checkpoint.
         backend: the framework that runs the model.
-        split: the prepared split to read.
-        data_dir: a folder of prepared data; by default the one the run was trained on.
-        seq_len: tokens of a window; each starts without context. By default the run's.
-        dtype: of the parameters and the computation.
+        split: the prepared split to evaluate.
+        data_dir: a folder of prepared data. Default: the data that the run was trained on.
+        seq_len: tokens per window; each window starts without context. Default: the run's seq_len.
+        dtype: dtype of the parameters and the computation.
     """
     framework = load_backend(backend)
     checkpoint = find_checkpoint(path, backend)
@@ -49,7 +49,7 @@ def evaluate(
         )
     length = config.train.seq_len if seq_len is None else seq_len
     if not 1 <= length <= config.model.context_length:
-        expected = f"1 to {config.model.context_length}, the context"
+        expected = f"1 to {config.model.context_length} (the context length)"
         raise InputError("seq_len is out of range", expected=expected, found=length)
     generator = framework.Generator(framework.load(checkpoint, dtype), data.tokenizer)
     say(f"evaluating {checkpoint} on {data.dir}, split {split}, {framework.describe_device()}")

@@ -20,7 +20,7 @@ def main() -> None:
 
 
 class ProgressBar:
-    """A bar that appears with the first report, and starts at what was finished before."""
+    """A progress bar that appears with the first report and starts at the number of prompts already finished."""
 
     def __init__(self) -> None:
         self._bar: tqdm[Any] | None = None
@@ -60,40 +60,40 @@ def generate(
     dtype: Literal["float32", "bfloat16", "float64"] = "float32",
     compile: bool = False,
 ) -> None:
-    """Continues a prompt until the end of the document, a stop, or max_new_tokens; the text goes to stdout as it comes.
-    The same options and seed give the same text in both frameworks.
+    """Continues a prompt until the end of the document, a stop, or max_new_tokens, and prints the text to stdout as it
+    is generated. The same options and seed give the same text in both frameworks.
 
-    With --prompts and --output, continues every prompt of a file, in batches of similar length: one JSON object a line,
-    in the order of the prompts. Stopped, the same command goes on.
+    With --prompts and --output, continues every prompt of a file, in batches of similar length, and writes one JSON
+    object per line, in the order of the prompts. If the command is stopped, the same command continues.
 
     Args:
         path: a run, a run's framework folder, or one checkpoint.
         backend: the framework that runs the model.
         prompt: the text to continue.
-        prompts: a file of prompts: one a line or, if its name ends in .jsonl, one object with a "prompt" a line.
-        output: where their continuations go (JSON lines); it must not exist yet.
-        batch_size: prompts of the file that are continued at a time.
-        max_new_tokens: most tokens to add.
+        prompts: a file with one prompt per line or, if its name ends in .jsonl, one object with a "prompt" per line.
+        output: the file for the continuations of these prompts (JSON lines); it must not exist yet.
+        batch_size: number of prompts of the file to continue at a time.
+        max_new_tokens: maximum number of tokens to add.
         temperature: 0 takes the most likely token; 1 leaves the distribution as it is.
         top_k: keep the k most likely tokens; 0 keeps all.
-        top_p: keep the fewest most likely tokens that together have at least this probability.
+        top_p: keep the smallest set of most likely tokens with at least this total probability.
         min_p: keep the tokens at least this many times as likely as the most likely one; 0 keeps all.
-        repetition_penalty: above 1, tokens that are there already become less likely.
-        seed: of the sampling.
-        n: continuations of every prompt of the file.
+        repetition_penalty: above 1, tokens that already occur become less likely.
+        seed: seed of the sampling.
+        n: number of continuations of every prompt of the file.
         stop: texts that end a continuation.
         stop_ids: token ids that end a continuation.
         truncate: drop the beginning of a prompt that does not fit, instead of refusing it.
         logprobs: add every token and its log-probability to the output file.
-        dtype: of the parameters and the computation.
-        compile: put torch's decoding step through torch.compile (minutes at first, then faster).
+        dtype: dtype of the parameters and the computation.
+        compile: compile torch's decoding step with torch.compile (takes minutes at first, then decodes faster).
     """
     if (prompts is None) != (output is None):
-        raise InputError("--prompts and --output go together", found=f"--prompts {prompts} --output {output}")
+        raise InputError("--prompts and --output need each other", found=f"--prompts {prompts} --output {output}")
     if prompts is None and (n != 1 or logprobs):
         raise InputError("--n and --logprobs need a file to write to", hint="give --prompts FILE --output FILE.jsonl")
     if compile and backend == "jax":
-        raise InputError("--compile is for torch; JAX always compiles", hint="leave it out, or add --backend torch")
+        raise InputError("--compile is for torch; JAX always compiles", hint="omit --compile, or add --backend torch")
     framework = load_backend(backend, decoding=True)
     checkpoint = find_checkpoint(path, backend)
     extra = {"compile": True} if compile else {}
@@ -113,7 +113,7 @@ def generate(
     if prompts is None or output is None:
         print_stream(prompt, generator.stream(prompt, **options))
     else:
-        hashes = hash_file(checkpoint / "manifest.json")  # of all files of the checkpoint
+        hashes = hash_file(checkpoint / "manifest.json")  # it holds the hashes of all files of the checkpoint
         setup = {"checkpoint": str(checkpoint), "hashes": hashes, "backend": backend, "dtype": dtype}
         options |= {"n": n, "logprobs": logprobs}
         with ProgressBar() as bar:

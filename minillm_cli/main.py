@@ -1,4 +1,4 @@
-"""`minillm COMMAND [ARGUMENTS]`: one door to every command."""
+"""`minillm COMMAND [ARGUMENTS]`: the entry point of every command."""
 
 import difflib
 import importlib
@@ -12,13 +12,13 @@ COMMANDS = {
     "train": ("train", "train a model, from raw text to a sample of what it has learnt"),
     "prepare": ("prepare", "train a tokenizer and write the token files, without training a model"),
     "generate": ("generate", "continue a prompt, or every prompt of a file"),
-    "evaluate": ("evaluate", "loss, perplexity and bits per byte on a prepared split"),
+    "evaluate": ("evaluate", "print loss, perplexity and bits per byte on a prepared split"),
     "convert": ("convert", "convert a checkpoint: JAX, PyTorch, Hugging Face, GGUF"),
     "parity": ("parity", "compare two checkpoints stage by stage, and say why they differ"),
     "compare-runs": ("compare_runs", "draw the loss curves of two runs and their difference"),
-    "plan": ("plan", "parameters, operations and memory of a configuration of any size"),
+    "plan": ("plan", "print parameters, operations and memory of a configuration of any size"),
 }
-"""Command -> its module, and what it does."""
+"""Command -> its module, and a description."""
 
 
 def usage() -> str:
@@ -43,7 +43,7 @@ def _dispatch() -> None:
     name = arguments[0].replace("_", "-")
     if name not in COMMANDS:
         close = difflib.get_close_matches(name, COMMANDS, n=1)
-        hint = f"did you mean `minillm {close[0]}`?" if close else "minillm --help lists them"
+        hint = f"did you mean `minillm {close[0]}`?" if close else "run `minillm --help` for the list"
         raise InputError("unknown command", expected=", ".join(COMMANDS), found=repr(arguments[0]), hint=hint)
     sys.argv = [f"minillm {name}", *arguments[1:]]
     importlib.import_module(f"minillm_cli.{COMMANDS[name][0]}").main()

@@ -1,8 +1,8 @@
-"""Compares two checkpoints of any kind, stage by stage, and says what is wrong where they differ.
+"""Compares two checkpoints of any kind, stage by stage, and says what is wrong if they differ.
 
-A and B: a run, a checkpoint, a Hugging Face folder (run by transformers), a GGUF file, or a checkpoint of the original
-Mini-LLM; KIND:PATH where a path could mean several. Ends with status 0 if they are equal within the tolerance of the
-precision, with 1 if they are not.
+A and B are each a run, a checkpoint, a Hugging Face folder (run by transformers), a GGUF file, or a checkpoint of the
+original Mini-LLM. If a path is ambiguous, write KIND:PATH. The exit status is 0 if the two are equal within the
+tolerance of the precision, and 1 if they are not.
 """
 
 import os
@@ -37,14 +37,15 @@ def parity(
     """Compares two checkpoints.
 
     Args:
-        a: the one that is right, if you know.
-        b: the other one.
-        dtype: of the computation, whatever the files hold; float64 shows faults that rounding hides in the others.
+        a: the checkpoint that is right, if you know which one is.
+        b: the checkpoint to compare with it.
+        dtype: dtype of the computation, independent of the files; float64 shows faults that rounding hides in float32
+            and bfloat16.
         tokens: length of each row: two rows of random ids and, if A or B has a tokenizer, one of text. Some faults show
             only in long rows.
-        seed: of the random ids.
-        as_json: print everything as JSON.
-        html: also write a page with tables and plots.
+        seed: seed of the random ids.
+        as_json: print the whole report as JSON.
+        html: also write an HTML page with tables and plots.
     """
     if html is not None:
         check_writable(html)
@@ -58,9 +59,9 @@ def parity(
 
 
 def check_writable(page: Path) -> None:
-    """Raises InputError before any work if a page cannot be written; makes its folder."""
+    """Creates the folder of a page; raises InputError if the page cannot be written, before any work is done."""
     if page.is_dir():
-        raise InputError("a page is one file", expected="--html FILE", found="a folder", where=page)
+        raise InputError("the HTML page must be a file", expected="--html FILE", found="a folder", where=page)
     folder = page.absolute().parent
     make_folder(folder)
     if not os.access(folder, os.W_OK):

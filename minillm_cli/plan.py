@@ -16,13 +16,13 @@ def main() -> None:
 
 
 def plan(names: tyro.conf.Positional[tuple[str, ...]] = ()) -> None:
-    """Prints one line per configuration. Each installed framework builds the model abstractly and must agree.
+    """Prints one line per configuration. Each installed framework builds an abstract model, whose counts must agree.
 
-    GFLOP is for training one token (forward and backward); training memory is float32 weights, gradients and two
-    moments, without activations; the KV cache is one full context in bfloat16.
+    GFLOP/token is for training one token (forward and backward). Training memory is float32 weights, gradients and two
+    moments, without activations. The KV cache holds one full context in bfloat16.
 
     Args:
-        names: presets or .yaml files; without any, every preset.
+        names: presets or .yaml files (default: every preset).
     """
     frameworks = [name for name in FRAMEWORKS if importlib.util.find_spec(name)]
     print(
@@ -37,7 +37,7 @@ def plan(names: tyro.conf.Positional[tuple[str, ...]] = ()) -> None:
             backend = load_backend(framework)
             found = backend.count_params(model), backend.count_forward_flops(model, 1, seq_len)
             if found != counted:
-                raise InputError(f"{framework} builds another model", expected=counted, found=found, where=name)
+                raise InputError(f"the counts of {framework} differ", expected=counted, found=found, where=name)
         cache = 2 * 2 * model.n_layers * model.n_kv_heads * model.resolved_head_dim * model.context_length
         sizes = " ".join(f"{size / 1e9:>9,.2f} GB" for size in (4 * counted[0], 16 * counted[0], cache))
         print(f"{name:<16} {counted[0]:>15,} {3 * counted[1] / seq_len / 1e9:>12,.3f} {sizes}")

@@ -1,4 +1,4 @@
-"""Trains the tokenizer and writes the token files of a corpus; training does the same when they are missing."""
+"""Trains the tokenizer and writes the token files of a corpus; `minillm train` does the same if they are missing."""
 
 from minillm_cli.console import parse_run_config
 from minillm_core.config import RunConfig

@@ -9,7 +9,7 @@ from minillm_cli.console import command_line, parse_run_config, print_stream, sa
 from minillm_core.config import RunConfig
 from minillm_core.text.tokenizer_json import load_tokenizer
 from minillm_core.training.backend import Backend
-from minillm_core.training.loop import train
+from minillm_core.training.train import train
 
 SAMPLE_PROMPT = "The state of the Union is"
 
@@ -28,7 +28,7 @@ def main() -> None:
 
 
 def main_in(framework: str) -> None:
-    """The command without `--backend`."""
+    """The command for one framework, without the option `--backend`."""
     train_and_sample(parse_run_config(__doc__, RunConfig), framework)
 
 

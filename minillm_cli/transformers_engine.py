@@ -1,4 +1,4 @@
-"""transformers' Llama as an oracle: what it computes of a Hugging Face folder, under the names that are used here."""
+"""Runs a Hugging Face folder with transformers' Llama as a reference; records its stages under this project's names."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -18,7 +18,7 @@ from minillm_core.tensors import Tensors
 
 
 def transformers_run(folder: Path) -> Run:
-    """What `from_pretrained` makes of a folder; in float64 without transformers' casts to float32.
+    """A function that loads a folder with `from_pretrained` and runs it; in float64, without transformers' casts.
 
     Raises:
         InputError: transformers or torch is not installed.
@@ -32,19 +32,19 @@ def transformers_run(folder: Path) -> Run:
 
 
 def transformers_encoder(folder: Path) -> Callable[[str], list[int]]:
-    """AutoTokenizer of a folder: ids of a text, what looks like a special token being text, with what comes before a
-    document and without what comes after one.
+    """AutoTokenizer of a folder, as a function from text to ids. It adds the tokens that start a document, but not
+    those that end one. Text that looks like a special token is encoded as text.
 
     Raises:
-        InputError: it cannot be loaded.
+        InputError: AutoTokenizer cannot load the folder.
     """
     from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, split_special_tokens=True)
         plain, framed = (tokenizer("a", add_special_tokens=special).input_ids for special in (False, True))
-    except Exception as error:  # whatever the packages raise
-        raise InputError("AutoTokenizer cannot load it", found=str(error)[:200], where=folder) from error
+    except Exception as error:  # the packages raise many types of errors
+        raise InputError("AutoTokenizer cannot load the tokenizer", found=str(error)[:200], where=folder) from error
     n_after = len(framed) - len(plain) - framed.index(plain[0]) if plain else 0
 
     def encode(text: str) -> list[int]:
@@ -62,7 +62,7 @@ def _run(folder: Path, config: ModelConfig, weights: Tensors, tokens_BT: np.ndar
 
     logging.disable_progress_bar()
     model = LlamaForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), attn_implementation="sdpa").eval()
-    model.model.embed_tokens.padding_idx = None  # with one, the padding token's look-up would get no gradient
+    model.model.embed_tokens.padding_idx = None  # if set, look-ups of the padding token would get no gradient
     tokens = torch.from_numpy(tokens_BT).long()
     recorded: dict[str, torch.Tensor] = {}
     with without_casts(config) if dtype == "float64" else ExitStack(), _recording(model, config, recorded):
@@ -81,7 +81,7 @@ def _run(folder: Path, config: ModelConfig, weights: Tensors, tokens_BT: np.ndar
 
 @contextmanager
 def _recording(model: Any, config: ModelConfig, recorded: dict[str, Any]) -> Iterator[None]:
-    """Keeps what every module returns, and q and k after their rotation."""
+    """Records the output of every module, and q and k after their rotation."""
     from transformers.models.llama import modeling_llama
 
     rotate, layer = modeling_llama.apply_rotary_pos_emb, iter(range(config.n_layers))
@@ -105,7 +105,7 @@ def _recording(model: Any, config: ModelConfig, recorded: dict[str, Any]) -> Ite
 
 @contextmanager
 def without_casts(config: ModelConfig) -> Iterator[None]:
-    """Lifts the two hard-coded float32 casts of transformers' Llama: RMSNorm, and the rotary angles."""
+    """Removes the two hard-coded float32 casts of transformers' Llama: in RMSNorm and in the rotary angles."""
     import torch
     from transformers.models.llama import modeling_llama
 
@@ -115,7 +115,7 @@ def without_casts(config: ModelConfig) -> Iterator[None]:
     frequencies = torch.from_numpy(inverse_frequencies(config))
 
     def rotary(self: Any, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        own = self.inv_freq.double().to(frequencies.device)  # rounded to float32; where it is another, it counts
+        own = self.inv_freq.double().to(frequencies.device)  # used if it differs by more than float32 rounding
         exact = frequencies if torch.allclose(own, frequencies, rtol=1e-6, atol=0) else own
         angles = position_ids[..., None].double() * exact
         angles = torch.cat([angles, angles], dim=-1)

@@ -1,6 +1,6 @@
-"""What both frameworks share: configuration, model, text, data, training, decoding, conversions, the doctor.
+"""What both frameworks share: configuration, model, text, data, training, decoding, conversions, checkpoint comparison.
 
-Nothing here imports jax or torch. The names below are imported when they are first used.
+Nothing here imports jax or torch. The public names below are imported when they are first used.
 """
 
 import importlib
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from minillm_core.text.tokenizer_json import load_tokenizer
     from minillm_core.training.backend import load_backend
     from minillm_core.training.checkpoints import find_checkpoint
-    from minillm_core.training.loop import train
     from minillm_core.training.metrics import read_metrics
+    from minillm_core.training.train import train
 
 __all__ = [
     "Completion",
@@ -60,7 +60,7 @@ _MODULES = {
     "load_tokenizer": "text.tokenizer_json",
     "prepare_data": "data.prepare",
     "read_metrics": "training.metrics",
-    "train": "training.loop",
+    "train": "training.train",
 }
 """Public name -> the module that defines it."""
 

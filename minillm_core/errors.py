@@ -23,7 +23,7 @@ class InputError(ValueError):
         """
         Args:
             hint: what to do.
-            command: a subcommand of `minillm` and its arguments that do it; the command line shows it.
+            command: the `minillm` subcommand, with its arguments, that does this; the command line prints it.
         """
         lines = [problem]
         for label, value in (("expected", expected), ("found", found), ("where", where), ("what to do", hint)):
@@ -34,7 +34,7 @@ class InputError(ValueError):
 
 
 def missing_package(package: str, extra: str, error: ModuleNotFoundError, *, where: object = None) -> InputError:
-    """The InputError for a package that is not installed, and the extra of this project that installs it."""
+    """The InputError for a package that is not installed; it names the extra of this project that installs it."""
     return InputError(
         f"the package `{package}` is not installed",
         found=f"no module {error.name}",
@@ -44,13 +44,13 @@ def missing_package(package: str, extra: str, error: ModuleNotFoundError, *, whe
 
 
 def listed(problem: str, items: Sequence[str], limit: int = 20) -> str:
-    """A problem and its items, one per line; of a long list the first `limit`."""
+    """A problem and its items, one per line; at most the first `limit` items."""
     more = [f"... and {len(items) - limit} more"] if len(items) > limit else []
     return f"{problem}:\n  " + "\n  ".join([*items[:limit], *more])
 
 
 class Interrupted(Exception):  # noqa: N818 (not an error)
-    """SIGTERM, SIGHUP or Ctrl-C asked the run to stop, and it saved first."""
+    """SIGTERM, SIGHUP or Ctrl-C asked the run to stop. The run saves its state before it ends."""
 
     def __init__(self, number: signal.Signals):
         super().__init__(number.name)

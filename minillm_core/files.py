@@ -1,4 +1,4 @@
-"""Files that survive a crash: hashes, atomic replacement, flushing to disk, locks between processes."""
+"""Crash-safe file operations: hashes, atomic replacement, flushing to disk, locks between processes."""
 
 import errno
 import fcntl
@@ -16,7 +16,7 @@ from minillm_core.errors import InputError
 
 
 def first_bytes(path: Path, n: int) -> bytes:
-    """The beginning of a file; nothing if it is none, or may not be read."""
+    """The first n bytes of a file; empty if the path is not a file or cannot be read."""
     try:
         with path.open("rb") as file:
             return file.read(n)
@@ -31,7 +31,7 @@ def hash_file(path: Path) -> str:
 
 
 def hash_arrays(arrays: Mapping[str, np.ndarray]) -> str:
-    """SHA-256 of names, dtypes, shapes and numbers, in hexadecimal."""
+    """SHA-256 of names, dtypes, shapes and values, in hexadecimal."""
     digest = hashlib.sha256()
     for name, array in arrays.items():
         digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
@@ -40,7 +40,7 @@ def hash_arrays(arrays: Mapping[str, np.ndarray]) -> str:
 
 
 def replace_file(path: Path, content: bytes | str) -> None:
-    """Writes a file whole: after a crash it has its old content or the new, never a part."""
+    """Replaces a file atomically: after a crash it has either the old or the new content, never a part."""
     partial = path.with_name(f".{path.name}.partial")
     partial.write_bytes(content.encode() if isinstance(content, str) else content)
     flush(partial)
@@ -49,7 +49,7 @@ def replace_file(path: Path, content: bytes | str) -> None:
 
 
 def flush(path: Path) -> None:
-    """Waits until a file's content, or a folder's list of names, is on the disk."""
+    """Waits until the content of a file, or the list of names in a folder, is on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -58,7 +58,7 @@ def flush(path: Path) -> None:
 
 
 def commit_folder(partial: Path, final: Path) -> None:
-    """Gives a finished folder, or file, its final name, after all that is in it is on the disk."""
+    """Flushes a finished folder or file to disk, with everything in it, and then gives it its final name."""
     for path in [*partial.rglob("*"), partial]:
         flush(path)
     partial.rename(final)
@@ -67,7 +67,8 @@ def commit_folder(partial: Path, final: Path) -> None:
 
 @contextmanager
 def written_aside(destination: Path) -> Iterator[Path]:
-    """Gives a hidden path beside it, at which nothing is, for a file or a folder that gets its name when it is whole.
+    """Yields a hidden, unused path beside the destination for a file or folder. When the block ends without an error,
+    what it wrote there is renamed to the destination; otherwise it is removed.
 
     Raises:
         InputError: the destination exists, or another process is writing it.
@@ -77,7 +78,7 @@ def written_aside(destination: Path) -> Iterator[Path]:
     with lock(lock_file):
         try:
             refuse_existing(destination)
-            _remove(beside)  # of a process that was killed
+            _remove(beside)  # left by a process that was killed
             yield beside
             commit_folder(beside, destination)
         finally:
@@ -86,9 +87,9 @@ def written_aside(destination: Path) -> Iterator[Path]:
 
 
 def refuse_existing(destination: Path) -> None:
-    """Raises InputError if a path is there already."""
+    """Raises InputError if a path already exists."""
     if destination.exists():
-        raise InputError("the destination exists", where=destination, hint="give another name, or remove it")
+        raise InputError("the destination exists", where=destination, hint="give a different name, or remove it")
 
 
 def _remove(path: Path) -> None:
@@ -99,7 +100,7 @@ def _remove(path: Path) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Makes a folder and its parents, all of them on the disk under their names."""
+    """Creates a folder and its parents, and flushes their names to disk."""
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]
     path.mkdir(parents=True, exist_ok=True)
     for folder in missing:
@@ -107,7 +108,7 @@ def make_folder(path: Path) -> None:
 
 
 def remove_folder(path: Path) -> None:
-    """Removes a folder under a hidden name, so that a crash half-way leaves nothing that looks whole."""
+    """Renames a folder to a hidden name and removes it, so that a crash half-way leaves nothing that looks complete."""
     doomed = path.with_name(f".{path.name}.partial")
     shutil.rmtree(doomed, ignore_errors=True)
     path.rename(doomed)
@@ -115,7 +116,7 @@ def remove_folder(path: Path) -> None:
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Whether a library failed for want of space; some of them keep only the message of the system's error."""
+    """Whether an error means that no space is left. Some libraries keep only the message of the system's error."""
     numbers = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     if isinstance(error, OSError) and error.errno in numbers:
         return True
@@ -124,13 +125,13 @@ def is_disk_full(error: BaseException) -> bool:
 
 @contextmanager
 def lock(path: Path, *, wait: bool = False) -> Iterator[None]:
-    """Holds a lock file; the system frees the lock when the process ends, however it ends.
+    """Holds a lock file. The system frees the lock when the process ends, even by a crash.
 
     Args:
-        wait: for another process to free it, instead of raising.
+        wait: wait until the lock is free, instead of raising.
 
     Raises:
-        InputError: another process holds it; that process is named.
+        InputError: a different process holds the lock; the message names it.
     """
     with path.open("a+") as file:
         try:
@@ -138,10 +139,10 @@ def lock(path: Path, *, wait: bool = False) -> Iterator[None]:
         except BlockingIOError:
             file.seek(0)
             raise InputError(
-                "another process is at work here",
+                "another process is working here",
                 found=file.read().strip() or None,
                 where=path.parent,
-                hint="wait for it to end, or work elsewhere",
+                hint="wait for it to end, or use a different path",
             ) from None
         file.truncate(0)
         file.write(f"process {os.getpid()}: {' '.join(sys.argv)}\n")

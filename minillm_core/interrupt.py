@@ -1,4 +1,4 @@
-"""SIGTERM, SIGHUP and Ctrl-C: noted, so that a run can save before it ends."""
+"""Records SIGTERM, SIGHUP and Ctrl-C, so that a run can save before it ends."""
 
 import contextlib
 import os
@@ -14,10 +14,10 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class StopRequest:
-    """While entered, the first of these signals is noted; a second one, later than a second, ends the process.
+    """A context that records the first of these signals. A second signal, more than one second later, ends the process.
 
-    (A terminal, `timeout` or a scheduler may send one request to a process twice.) Signals reach a process's main
-    thread; entered from another one, this notes nothing. Signals that are ignored stay ignored.
+    (A terminal, `timeout` or a scheduler may send one request twice.) Python handles signals only in the main thread;
+    entered in any other thread, this context records nothing. Signals that are ignored stay ignored.
     """
 
     def __init__(self) -> None:
@@ -39,14 +39,14 @@ class StopRequest:
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.signal is None:
             self.signal, self._came_at = signal.Signals(number), time.monotonic()
-            # Not `print`: a handler may interrupt one. And what reads it may be gone, stopped by the same Ctrl-C.
+            # Not `print`, which this handler may have interrupted. The same Ctrl-C may have ended the reader of stderr.
             with contextlib.suppress(OSError):
-                os.write(2, f"\n{self.signal.name}: saving after this step; a second one ends at once\n".encode())
+                os.write(2, f"\n{self.signal.name}: saving after this step; a second signal ends at once\n".encode())
         elif time.monotonic() > self._came_at + 1:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
 
     def check(self) -> None:
-        """Raises Interrupted if a signal came."""
+        """Raises Interrupted if a signal was recorded."""
         if self.signal is not None:
             raise Interrupted(self.signal)

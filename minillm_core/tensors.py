@@ -1,15 +1,15 @@
-"""Tensors by canonical name, in numpy: what both frameworks, files and conversions exchange."""
+"""numpy tensors by canonical name: the form that both frameworks, files and conversions exchange."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import numpy as np
 
 Tensors = dict[str, np.ndarray]
-"""By canonical name, in canonical (out, in) layout."""
+"""Tensors by canonical name, in canonical (out, in) layout."""
 
 
 class LazyTensors(Mapping[str, np.ndarray]):
-    """Tensors by canonical name, each made when it is asked for, and kept by nobody."""
+    """Tensors by canonical name. Each one is made when it is accessed, and is not kept."""
 
     def __init__(self, names: Iterable[str], make: Callable[[str], np.ndarray]):
         self._names, self._make = dict.fromkeys(names), make

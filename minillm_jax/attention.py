@@ -1,4 +1,4 @@
-"""Attention: its mask, the plain form, the fused kernel, and the module that chooses between the two.
+"""Attention: the causal mask, a plain implementation, a fused kernel, and the module that chooses between the two.
 
 Shapes: B batch, T query time, S key time, D width, N query heads, K key/value heads, G = N / K, H head dim. The softmax
 runs in at least float32.
@@ -20,17 +20,17 @@ from minillm_jax.precision import at_least_float32, precision_of
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class PositionContext:
-    """Where the tokens of a call are, the same for every layer."""
+    """What the positions of a call's tokens determine: RoPE factors, mask and cache slots. All layers share it."""
 
     cos_BT1H: jax.Array
     sin_BT1H: jax.Array
     mask_BTS: jax.Array
     slots: Slots | None
-    """Where the cache keeps them."""
+    """Where the new keys and values go in the cache; None without a cache."""
 
 
 def causal_mask(position_BT: jax.Array, n_keys: int, dtype: DTypeLike) -> jax.Array:
-    """What is added to the scores (B, T, S): -inf, but 0 where the query at position p sees the keys at 0 to p."""
+    """The term added to the scores (B, T, S): 0 for the keys that a query at position p sees (0 to p), else -inf."""
     later_BTS = jnp.arange(n_keys) > position_BT[:, :, None]
     return jnp.where(later_BTS, -jnp.inf, 0).astype(dtype)
 
@@ -41,7 +41,7 @@ def attend(q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, mask_BTS: ja
     K, S = k_BKSH.shape[1:3]
     high = at_least_float32(q_BTNH.dtype)
     G, precision = N // K, precision_of(q_BTNH.dtype)
-    q_BKxH = q_BTNH.reshape(B, T, K, G, H).transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, H)  # x: a group's queries
+    q_BKxH = q_BTNH.reshape(B, T, K, G, H).transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, H)  # x: all queries of a group
     scores_BKxS = (
         jnp.einsum("BKxH,BKSH->BKxS", q_BKxH, k_BKSH, precision=precision, preferred_element_type=high) * H**-0.5
     )
@@ -52,13 +52,13 @@ def attend(q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, mask_BTS: ja
 
 
 def attend_fused(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array) -> jax.Array:
-    """`attend` over the same positions, 0 to T - 1, as one cuDNN kernel that never stores the scores."""
+    """`attend` with queries and keys at positions 0 to T - 1, as one cuDNN kernel that never stores the scores."""
     return jax.nn.dot_product_attention(q_BTNH, k_BTKH, v_BTKH, is_causal=True, implementation="cudnn")
 
 
 def can_fuse(q_BTNH: jax.Array) -> bool:
-    """Whether the fused kernel's conditions hold: an Ampere or later GPU, 16-bit inputs, head_dim a multiple of 8 up to
-    128, even T."""
+    """Whether the fused kernel can run: it needs an Ampere or later GPU, 16-bit inputs, an even T, and a head_dim that
+    is a multiple of 8 and at most 128."""
     _, T, _, H = q_BTNH.shape
     fits = q_BTNH.dtype.itemsize == 2 and H % 8 == 0 and H <= 128 and T % 2 == 0
     return fits and jax.default_backend() == "gpu" and float(jax.devices()[0].compute_capability) >= 8.0
@@ -77,12 +77,12 @@ class Attention(nnx.Module):
         self.o_proj = Linear(Q, D, **dtypes)
 
     def qkv(self, x_BTD: jax.Array, positions: PositionContext) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Queries and keys, turned by their positions, and values: (B, T, N or K, H)."""
+        """Queries and keys, rotated by their positions (RoPE), and values: (B, T, N or K, H)."""
         B, T, _ = x_BTD.shape
         q_BTNH, k_BTKH, v_BTKH = (
             proj(x_BTD).reshape(B, T, -1, self.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
-        qk_BTxH = jnp.concatenate([q_BTNH, k_BTKH], axis=2)  # x: all heads that turn
+        qk_BTxH = jnp.concatenate([q_BTNH, k_BTKH], axis=2)  # x: all heads that are rotated
         qk_BTxH = apply_rope(qk_BTxH, positions.cos_BT1H, positions.sin_BT1H)
         q_BTNH, k_BTKH = jnp.split(qk_BTxH, [q_BTNH.shape[2]], axis=2)
         return q_BTNH, k_BTKH, v_BTKH
@@ -93,7 +93,7 @@ class Attention(nnx.Module):
         B, T, _ = x_BTD.shape
         q_BTNH, k_BTKH, v_BTKH = self.qkv(x_BTD, positions)
         if cache is not None:
-            assert positions.slots is not None  # made where there is a cache
+            assert positions.slots is not None  # set whenever there is a cache
             cache = append(cache, k_BTKH, v_BTKH, positions.slots)
             out_BTNH = attend(q_BTNH, cache.k_BKSH, cache.v_BKSH, positions.mask_BTS)
         elif can_fuse(q_BTNH):

@@ -1,6 +1,7 @@
-"""The tensors of a checkpoint, framework-free: written, read, loaded as a model.
+"""Writes and reads the tensors of a checkpoint in framework-free form, and loads a checkpoint as a model.
 
-core's checkpoints.py commits, lists and verifies checkpoints; payload.py knows the files.
+Framework-free tensors are numpy arrays by canonical name. `minillm_core/training/checkpoints.py` commits, lists and
+verifies checkpoints; payload.py knows the file formats.
 """
 
 from pathlib import Path
@@ -20,16 +21,16 @@ FRAMEWORK = "jax"
 
 
 def write_payload(folder: Path, config: RunConfig, state: TrainingState) -> None:
-    """Writes framework-free tensors, bit for bit; an empty moment group is left out."""
+    """Writes framework-free tensors, bit for bit; empty moment groups are omitted."""
     groups = {group: to_framework(config.model, tensors) for group, tensors in vars(state).items() if tensors}
     payload.start_writing(folder, config.model, groups)()
 
 
 def read_payload(checkpoint: Path, config: RunConfig) -> TrainingState:
-    """A checkpoint's tensors, framework-free; an imported checkpoint has no moments.
+    """A checkpoint's tensors, framework-free. An imported checkpoint has no moments: these groups are empty.
 
     Raises:
-        InputError: the payload is missing or damaged, or does not fit `config`; every differing tensor is named.
+        InputError: the payload is missing or damaged, or its tensors do not match `config` (at most 20 are listed).
     """
 
     def read(group: str) -> Tensors:
@@ -40,10 +41,10 @@ def read_payload(checkpoint: Path, config: RunConfig) -> TrainingState:
 
 
 def open_weights(checkpoint: Path, config: RunConfig) -> LazyTensors:
-    """A checkpoint's weights, framework-free, each read when it is asked for.
+    """A checkpoint's weights, framework-free. Each tensor is read from disk when it is accessed.
 
     Raises:
-        InputError: the payload is missing or damaged, or does not fit `config`; every differing tensor is named.
+        InputError: the payload is missing or damaged, or its tensors do not match `config` (at most 20 are listed).
     """
     return _open_group(checkpoint, "weights", config)
 
@@ -66,9 +67,9 @@ def load(path: str | Path, dtype: str = "float32") -> MiniLLM:
     """Loads the model of a checkpoint for inference.
 
     Args:
-        path: a run (`runs/quickstart`) or its framework folder (`runs/quickstart/jax`): the newest checkpoint; or one
-            checkpoint folder.
-        dtype: of parameters and computation: float32, bfloat16 or float64 (which enables JAX's 64-bit mode).
+        path: one checkpoint folder; or a run (`runs/quickstart`) or its framework folder (`runs/quickstart/jax`),
+            which means the newest checkpoint.
+        dtype: dtype of parameters and computation: float32, bfloat16 or float64 (which enables JAX's 64-bit mode).
 
     Raises:
         InputError: there is no checkpoint of this framework, or it is damaged.

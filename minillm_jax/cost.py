@@ -1,4 +1,4 @@
-"""What a model of any size costs, counted on the framework's own abstract model: nothing is allocated."""
+"""Parameter and FLOP counts of a model of any size, from the framework's abstract model: no array is allocated."""
 
 import math
 from typing import Any
@@ -13,12 +13,12 @@ from minillm_jax.model import abstract_model
 
 
 def count_params(config: ModelConfig) -> int:
-    """Parameters of the model as this framework builds it."""
+    """Number of parameters of the model that this framework builds."""
     return sum(math.prod(param.shape) for param in jax.tree.leaves(nnx.state(abstract_model(config), nnx.Param)))
 
 
 def count_forward_flops(config: ModelConfig, batch: int, seq_len: int) -> int:
-    """Operations of the matrix products of one forward pass as this framework traces it (a multiply-add is 2)."""
+    """Operations of the matrix products in one forward pass, as traced by this framework (a multiply-add is 2)."""
     graphdef, state = nnx.split(abstract_model(config))
     tokens_BT = jax.ShapeDtypeStruct((batch, seq_len), jnp.int32)
     jaxpr = jax.make_jaxpr(lambda state, tokens: nnx.merge(graphdef, state)(tokens)[0])(state, tokens_BT)

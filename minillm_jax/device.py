@@ -1,4 +1,4 @@
-"""The device: what it is called, and whether it must repeat its results to the bit."""
+"""The device: its description, and the options for bit-for-bit reproducible results."""
 
 import jax
 
@@ -9,6 +9,6 @@ def describe_device() -> str:
 
 
 def compiler_options(*, deterministic: bool) -> dict[str, bool]:
-    """Options for `jax.jit`. Deterministic: the same bits in every run on one kind of GPU, by kernels that are
-    deterministic and are chosen without timing them."""
+    """Options for `jax.jit`. With `deterministic`, every run on one kind of GPU gives the same bits: all kernels are
+    deterministic, and none is chosen by timing (no autotuning)."""
     return {"xla_gpu_deterministic_ops": True} if deterministic else {}

@@ -1,6 +1,6 @@
 """Decoding on the device: prefill, sampling, and a compiled loop with a donated cache.
 
-Shapes: B rows, T prompt tokens, N tokens of a block, V vocabulary.
+Shapes: B rows, T prompt tokens, N tokens per block, V vocabulary.
 """
 
 import dataclasses
@@ -25,10 +25,10 @@ from minillm_jax.precision import at_least_float32
 from minillm_jax.weights import Params, merge_model, split_model
 
 DecodeState = tuple[jax.Array, KVCache]
-"""Logits (B, V) of the next token, and the cache of all before it."""
+"""Logits (B, V) for the next token, and the cache of all tokens before it."""
 
 Filters = tuple[jax.Array | float, ...]
-"""repetition_penalty, temperature, top_k, top_p, min_p: numbers, so that one compilation serves all their values."""
+"""repetition_penalty, temperature, top_k, top_p, min_p. They are not static, so one compilation serves all values."""
 
 
 class Generator(BaseGenerator):
@@ -76,10 +76,11 @@ class Generator(BaseGenerator):
 def _laid_out_for_cpu(
     config: ModelConfig, params: Params, compute_dtype: DTypeLike
 ) -> tuple[nnx.GraphDef[MiniLLM], Params, Params]:
-    """The same model with a head that is a Linear, its parameters for one row, and for several.
+    """The same model with a Linear as its output head: structure, parameters for one row, parameters for several rows.
 
-    XLA:CPU reads a kernel faster as (out, in) for one row, and as (in, out) for several: it takes a second copy of all.
-    Measured, mini-llm-50m, two cores of an AMD EPYC: one row decodes 203 tokens/s, 178 from (in, out).
+    XLA:CPU reads a kernel faster as (out, in) for one row and as (in, out) for several, so there is a second copy of
+    all kernels. Measured with mini-llm-50m on two cores of an AMD EPYC: one row decodes 203 tokens/s from (out, in)
+    kernels and 178 from (in, out).
     """
     untied = dataclasses.replace(config, tie_embeddings=False)
     dtypes = {"param_dtype": params["model.norm.scale"].dtype, "compute_dtype": compute_dtype}
@@ -92,7 +93,7 @@ def _laid_out_for_cpu(
 
 
 def _turned(params: Params) -> Params:
-    """Kernels as (out, in), or back."""
+    """Transposes all kernels: from (in, out) to (out, in), or back."""
     return {path: array.T if path.endswith(".kernel") else array for path, array in params.items()}
 
 
@@ -109,13 +110,13 @@ def _take_rows(state: DecodeState, rows_B: jax.Array, capacity: int) -> DecodeSt
 
 @lru_cache
 def _compiled_prefill(graphdef: Any) -> Callable[..., DecodeState]:
-    """`_prefill` of a model structure: hashing one at every call would take longer than a small step."""
+    """`_prefill` bound to a model structure: hashing it at every call would take longer than a small step."""
     return jax.jit(partial(_prefill, graphdef), donate_argnums=2)
 
 
 @lru_cache
 def _compiled_decode(graphdef: Any) -> Callable[..., Any]:
-    # XLA:CPU's default library for products, YNN, computes the smaller ones on one core; Eigen uses all.
+    # YNN, XLA:CPU's default library for matrix products, computes small ones on one core; Eigen uses all cores.
     options = {"xla_cpu_experimental_ynn_fusion_type": ""} if jax.default_backend() == "cpu" else None
     return jax.jit(partial(_decode, graphdef), static_argnums=0, donate_argnums=3, compiler_options=options)
 
@@ -126,7 +127,7 @@ def _prefill(
     model = merge_model(graphdef, params, rope)
     logits_BV, cache = state
     x_BTD, cache_after = model.model(tokens_BT, cache, valid_B)
-    assert cache_after is not None  # a cache went in
+    assert cache_after is not None  # because a cache was passed in
     last_B1D = jnp.take_along_axis(x_BTD, jnp.maximum(valid_B - 1, 0)[:, None, None], axis=1)
     return jnp.where((valid_B > 0)[:, None], model.head(last_B1D)[:, 0], logits_BV), cache_after
 
@@ -142,20 +143,20 @@ def _decode(
     n_tokens: jax.Array,
     filters: Filters,
 ) -> tuple[jax.Array, jax.Array, DecodeState]:
-    """Samples n_tokens tokens, one model step each; one compilation serves every count and every value of a filter."""
+    """Samples n_tokens tokens, one model step each. One compilation serves all values of n_tokens and the filters."""
     B, N = uniforms_BN.shape
     rows_B = jnp.arange(B)
     turned = B == 1 and jax.default_backend() == "cpu"
 
     def body(i: jax.Array, carry: Any) -> Any:
-        # Turned inside the loop it is a way of reading; outside of it XLA would make copies.
+        # Inside the loop, transposing only changes how XLA reads the kernels; outside, XLA would copy them.
         model = merge_model(graphdef, _turned(params) if turned else params, rope)
         tokens_BN, logprobs_BN, seen_BV, (logits_BV, cache) = carry
         filtered_BV = filter_logits(logits_BV, seen_BV, filters, greedy=greedy)
         token_B = largest(filtered_BV) if greedy else draw(filtered_BV, uniforms_BN[:, i])
         logprob_B = -token_losses(logits_BV, token_B)
         logits_BTV, cache_after = model(token_B[:, None], cache)
-        assert cache_after is not None  # a cache went in
+        assert cache_after is not None  # because a cache was passed in
         return (
             tokens_BN.at[:, i].set(token_B),
             logprobs_BN.at[:, i].set(logprob_B),
@@ -169,7 +170,7 @@ def _decode(
 
 
 def filters_of(sampling: SamplingConfig, vocab_size: int) -> Filters:
-    """The numbers that `filter_logits` takes."""
+    """The sampling options as the numbers that `filter_logits` takes."""
     return (
         float(sampling.repetition_penalty),
         float(sampling.temperature),
@@ -180,11 +181,11 @@ def filters_of(sampling: SamplingConfig, vocab_size: int) -> Filters:
 
 
 def filter_logits(logits_BV: jax.Array, seen_BV: jax.Array, filters: Filters, *, greedy: bool) -> jax.Array:
-    """The logits (B, V) to draw from, up to a constant per row, in at least float32; -inf where a token is dropped.
+    """The logits (B, V) to sample from, up to a constant per row, in at least float32. Dropped tokens have -inf.
 
     Args:
-        seen_BV: the tokens that repetition_penalty applies to, bool.
-        greedy: penalise alone; the most likely token passes every filter.
+        seen_BV: bool; the tokens that repetition_penalty applies to.
+        greedy: apply only the penalty; the most likely token passes all other filters anyway.
     """
     repetition_penalty, temperature, top_k, top_p, min_p = filters
     logits_BV = logits_BV.astype(at_least_float32(logits_BV.dtype))
@@ -206,17 +207,17 @@ def filter_logits(logits_BV: jax.Array, seen_BV: jax.Array, filters: Filters, *,
 
 
 def _drop(logits_BV: jax.Array, weights_BV: jax.Array, limit: jax.Array | float) -> jax.Array:
-    """Drops every token for which the larger logits' weights sum to `limit` or more.
+    """Drops every token for which the weights of all larger logits sum to `limit` or more.
 
-    The logit that divides them is found by bisection over all numbers of the dtype, as integers in the same order:
-    exact, and without sorting (XLA:CPU sorts 32,000 logits in 7 ms, and bisects them in 0.5).
+    The threshold is found by bisection over all numbers of the dtype, mapped to integers in the same order. The result
+    is exact and needs no sorting (for 32,000 logits, XLA:CPU takes 7 ms to sort and 0.5 ms to bisect).
     """
     int_dtype = jnp.dtype(f"int{8 * logits_BV.dtype.itemsize}")
     bits_BV = jax.lax.bitcast_convert_type(logits_BV, int_dtype)
     ordered_BV = jnp.where(bits_BV < 0, bits_BV ^ jnp.iinfo(int_dtype).max, bits_BV)
 
     def halve(_: jax.Array, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        low_B1, high_B1 = bounds  # dropped, kept
+        low_B1, high_B1 = bounds  # always dropped, always kept
         middle_B1 = (low_B1 & high_B1) + ((low_B1 ^ high_B1) >> 1)
         above_B1 = jnp.sum(jnp.where(ordered_BV > middle_B1, weights_BV, 0), axis=-1, keepdims=True)
         kept_B1 = above_B1 < limit
@@ -232,20 +233,20 @@ def _drop(logits_BV: jax.Array, weights_BV: jax.Array, limit: jax.Array | float)
 
 
 def draw(logits_BV: jax.Array, uniform_B: jax.Array) -> jax.Array:
-    """One token per row, by inverse CDF in the order of token ids; never one whose probability is zero.
+    """Draws one token per row by inverse CDF, in the order of token ids; never a token of probability zero.
 
-    Were the CDF in the order of probability, rounding would swap near-equal tokens' places.
+    In the order of probability, rounding could swap two tokens of nearly equal probability.
 
     Args:
-        uniform_B: in [0, 1), one per row.
+        uniform_B: one number in [0, 1) per row.
     """
     probs_BV = jax.nn.softmax(logits_BV, axis=-1)
-    # XLA adds in a tree, whose rounding may raise the sum where nothing is added: dropped tokens are left out.
+    # XLA's cumsum adds in a tree; its rounding may raise the sum even at a dropped token. Those are set to 0.
     cdf_BV = jnp.where(probs_BV > 0, jnp.cumsum(probs_BV, axis=-1), 0)
     return largest(cdf_BV > uniform_B[:, None] * jnp.max(cdf_BV, axis=-1, keepdims=True))
 
 
 def largest(x_BV: jax.Array) -> jax.Array:
-    """The first index of every row's largest value, int32. XLA:CPU's argmax, over pairs, takes 5 times as long."""
+    """Index of the first largest value of every row, int32. XLA:CPU's argmax, over pairs, takes 5 times as long."""
     index_V = jnp.arange(x_BV.shape[1], dtype=jnp.int32)
     return jnp.min(jnp.where(x_BV == jnp.max(x_BV, axis=-1, keepdims=True), index_V, x_BV.shape[1] - 1), axis=-1)

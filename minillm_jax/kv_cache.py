@@ -1,4 +1,4 @@
-"""The key/value cache: state in, state out, static shapes, one length per row.
+"""The key/value cache: passed in and returned, with static shapes and one length per row.
 
 Shapes: B batch, T new tokens, S capacity, K key/value heads, H head dim.
 """
@@ -26,8 +26,8 @@ class LayerCache:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class KVCache:
-    """One LayerCache per layer, and how many positions of each row are filled (int32). What lies beyond a row's length
-    is never seen: a query at position p sees keys 0 to p, and p itself has just been written."""
+    """One LayerCache per layer, and the number of filled positions in each row (int32). Positions beyond a row's length
+    are never read: a query at position p sees keys 0 to p, and key p has just been written."""
 
     layers: tuple[LayerCache, ...]
     length_B: jax.Array
@@ -38,7 +38,7 @@ class KVCache:
 
 
 def init_cache(config: ModelConfig, batch_size: int, capacity: int, dtype: DTypeLike) -> KVCache:
-    """An empty cache for up to `capacity` tokens per row; raises InputError if that is more than the context."""
+    """An empty cache for up to `capacity` tokens per row; raises InputError if that exceeds the context length."""
     if capacity > config.context_length:
         raise InputError("the cache is longer than the context", expected=config.context_length, found=capacity)
     shape = (batch_size, config.n_kv_heads, capacity, config.resolved_head_dim)
@@ -47,20 +47,20 @@ def init_cache(config: ModelConfig, batch_size: int, capacity: int, dtype: DType
 
 
 Slots = tuple[jax.Array, jax.Array, jax.Array]
-"""Rows, heads and positions, which broadcast to (B, T, K)."""
+"""Indices of rows, heads and positions; together they broadcast to (B, T, K)."""
 
 
 def slots(cache: KVCache, position_BT: jax.Array) -> Slots:
-    """Where keys and values (B, T, K, H) of these positions belong in every layer.
+    """Where the keys and values (B, T, K, H) of these positions go in every layer.
 
-    Every head is an index of its own: XLA:CPU turns a single index into an update that it makes on a copy of the cache.
+    The heads are indexed one by one: XLA:CPU would turn a single index into an update of a copy of the cache.
     """
     B, K, _, _ = cache.layers[0].k_BKSH.shape
     return jnp.arange(B)[:, None, None], jnp.arange(K)[None, None], position_BT[:, :, None]
 
 
 def append(cache: LayerCache, k_BTKH: jax.Array, v_BTKH: jax.Array, slots: Slots) -> LayerCache:
-    """Writes keys and values into their slots, each row's at its own positions."""
+    """Writes keys and values into their slots; every row has its own positions."""
     return LayerCache(
         cache.k_BKSH.at[slots].set(k_BTKH.astype(cache.k_BKSH.dtype), mode="drop"),
         cache.v_BKSH.at[slots].set(v_BTKH.astype(cache.v_BKSH.dtype), mode="drop"),
@@ -68,8 +68,8 @@ def append(cache: LayerCache, k_BTKH: jax.Array, v_BTKH: jax.Array, slots: Slots
 
 
 def take_rows(cache: KVCache, rows_B: jax.Array, capacity: int) -> KVCache:
-    """A new cache of the given rows, in their order and as often as named, cut or extended to another capacity, which
-    must hold them. The given cache stays as it is."""
+    """A new cache with the given rows, in the given order (rows may repeat), cut or extended to `capacity`, which must
+    have room for their tokens. The given cache does not change."""
     n_kept = min(cache.capacity, capacity)
 
     def take(x_BKSH: jax.Array) -> jax.Array:
@@ -82,11 +82,11 @@ def take_rows(cache: KVCache, rows_B: jax.Array, capacity: int) -> KVCache:
 
 
 def check_room(cache: KVCache, tokens_BT: jax.Array, valid_B: jax.Array | None) -> None:
-    """Raises InputError if the tokens are not one row for each of the cache's, if a row has no room for them, or if
-    valid_B is not 0 to T for every row. Under jit only shapes are known: check the rest before."""
+    """Raises InputError if the number of rows differs from the cache's, if a row has no room for T more tokens, or if
+    valid_B is not 0 to T for every row. Under jit only shapes are known, so check the values before."""
     B, T = tokens_BT.shape
     if len(cache.length_B) != B:
-        raise InputError("the cache has other rows than the tokens", expected=f"{len(cache.length_B)}", found=B)
+        raise InputError("the number of rows differs from the cache's", expected=f"{len(cache.length_B)}", found=B)
     if valid_B is not None and not isinstance(valid_B, jax.core.Tracer):
         valid = np.asarray(valid_B)
         if valid.shape != (B,) or valid.min() < 0 or valid.max() > T:
@@ -99,5 +99,5 @@ def check_room(cache: KVCache, tokens_BT: jax.Array, valid_B: jax.Array | None) 
             "the cache is full",
             expected=f"at most {cache.capacity} tokens",
             found=f"{longest} cached + {T} new",
-            hint="start with a larger capacity",
+            hint="create the cache with a larger capacity",
         )

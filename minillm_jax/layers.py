@@ -1,4 +1,4 @@
-"""The parts of a block other than attention: linear maps, embedding, norm, rotary rotation, MLP.
+"""The parts of the model other than attention: linear layer, embedding, norm, rotary rotation (RoPE), MLP.
 
 Shapes: B batch, T time, D width, F hidden, N heads, H head dim, V vocabulary. Parameters keep their own dtype; matrix
 products run in `compute_dtype`; norms and rotations run in at least float32.
@@ -16,7 +16,7 @@ from minillm_jax.precision import at_least_float32, precision_of
 def matmul(x: jax.Array, w: jax.Array) -> jax.Array:
     """x @ w over the last axis of x, as one product of two matrices.
 
-    Left with its leading axes, XLA:CPU transposes copies in the backward pass: a SwiGLU gradient took twice as long.
+    If x keeps its leading axes, XLA:CPU transposes copies in the backward pass: a SwiGLU gradient took twice as long.
     """
     return jnp.matmul(x.reshape(-1, x.shape[-1]), w, precision=precision_of(x.dtype)).reshape(
         *x.shape[:-1], w.shape[-1]
@@ -24,7 +24,7 @@ def matmul(x: jax.Array, w: jax.Array) -> jax.Array:
 
 
 class Linear(nnx.Module):
-    """x @ W without bias, W (in, out)."""
+    """x @ W without bias; W has shape (in, out)."""
 
     def __init__(self, d_in: int, d_out: int, *, param_dtype: DTypeLike, compute_dtype: DTypeLike):
         self.compute_dtype = compute_dtype
@@ -46,7 +46,7 @@ class Embedding(nnx.Module):
         return self.embedding[...][tokens_BT].astype(self.compute_dtype)
 
     def attend(self, x_BTD: jax.Array) -> jax.Array:
-        """Logits (B, T, V): the product of every position with every token's embedding."""
+        """Logits (B, T, V): the dot product of every position with every token's embedding."""
         dtype = self.compute_dtype
         return matmul(x_BTD.astype(dtype), self.embedding[...].astype(dtype).T)
 
@@ -66,14 +66,14 @@ class RMSNorm(nnx.Module):
 
 
 def rotation(cos_BTh: jax.Array, sin_BTh: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """What `apply_rope` takes, of the cosines and sines of the H/2 angles at each position: (B, T, 1, H)."""
+    """The factors (B, T, 1, H) for `apply_rope`, from the cosines and sines of the H/2 angles at each position."""
     return jnp.concatenate([cos_BTh, cos_BTh], axis=-1)[:, :, None], jnp.concatenate([-sin_BTh, sin_BTh], axis=-1)[
         :, :, None
     ]
 
 
 def apply_rope(x_BTNH: jax.Array, cos_BT1H: jax.Array, sin_BT1H: jax.Array) -> jax.Array:
-    """Turns channel i together with channel i + H/2 by the angle of the position; cos and sin are of `rotation`."""
+    """Rotates channels i and i + H/2 together by the angle of the position; cos and sin come from `rotation`."""
     x = x_BTNH.astype(cos_BT1H.dtype)
     first, second = jnp.split(x, 2, axis=-1)
     return (x * cos_BT1H + jnp.concatenate([second, first], axis=-1) * sin_BT1H).astype(x_BTNH.dtype)

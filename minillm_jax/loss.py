@@ -1,4 +1,4 @@
-"""Cross-entropy: of every token, its mean, and compiled for the evaluation of a batch.
+"""Cross-entropy: per token, its mean, and a compiled function for evaluation.
 
 Shapes: B batch, T time, V vocabulary.
 """
@@ -25,13 +25,13 @@ def token_losses(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
 
 
 def mean_loss(model: MiniLLM, tokens_BT: jax.Array) -> jax.Array:
-    """Mean loss in nats of predicting tokens 1 to T - 1 of each row from those before."""
+    """Mean loss in nats of predicting tokens 1 to T - 1 of each row from the tokens before them."""
     logits_BTV, _ = model(tokens_BT[:, :-1])
     return token_losses(logits_BTV, tokens_BT[:, 1:]).mean()
 
 
 def make_eval_step(model: MiniLLM, *, deterministic: bool = False) -> EvalStep:
-    """The compiled losses of a batch. See core's EvalStep for its signature."""
+    """The compiled function that returns the losses of a batch. See core's EvalStep for its signature."""
     graphdef, params, rope = split_model(model)
     losses = _jit_losses(graphdef, deterministic)
     return lambda tokens_BT: losses(params, rope, tokens_BT)

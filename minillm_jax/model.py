@@ -74,7 +74,7 @@ class Decoder(nnx.Module):
 
 
 class MiniLLM(nnx.Module):
-    """A Llama-style language model; weights.py fills in its weights and rotary tables, which start at zero."""
+    """A Llama-style language model. Its initial weights and rotary tables are placeholders; weights.py sets them."""
 
     def __init__(self, config: ModelConfig, *, param_dtype: DTypeLike, compute_dtype: DTypeLike):
         self.config = config
@@ -89,31 +89,31 @@ class MiniLLM(nnx.Module):
         """Logits of the next token at every position.
 
         Args:
-            tokens_BT: token ids, any integer dtype. Without a cache they are positions 0 to T - 1; with one they
-                continue each row at its length.
-            cache: from `init_cache` or an earlier call; it stays as it is and may be continued again.
-            valid_B: how many of each row's tokens are real, integers; what follows to the right is padding, whose
-                logits mean nothing. By default all T.
+            tokens_BT: token ids, any integer dtype. Without a cache, their positions are 0 to T - 1; with a cache, each
+                row continues at its length.
+            cache: from `init_cache` or an earlier call; it stays valid and may be continued again.
+            valid_B: integers, the number of real tokens in each row (default: all T). The tokens to the right of them
+                are padding; their logits are meaningless.
 
         Returns:
             logits (B, T, V) in compute_dtype, and the cache with the real tokens added (None without one).
 
         Raises:
-            InputError: more tokens than the context or the cache holds, or a token id outside the vocabulary (under jit
-                only what shapes tell).
+            InputError: more tokens than the context or the cache holds, or a token id outside the vocabulary (only
+                shapes are checked under jit).
         """
         tokens_BT = check_tokens(self.config, tokens_BT)
         if cache is not None:
             check_room(cache, tokens_BT, valid_B)
         elif valid_B is not None:
             raise InputError(
-                "valid_B needs a cache", hint="leave it out: padding to the right changes nothing before it"
+                "valid_B needs a cache", hint="omit it: padding on the right does not affect the tokens before it"
             )
         x_BTD, cache = self.model(tokens_BT, cache, valid_B)
         return self.head(x_BTD), cache
 
     def head(self, x_BTD: jax.Array) -> jax.Array:
-        """Logits (B, T, V) of the decoder's output."""
+        """Logits (B, T, V) from the decoder's output."""
         return self.model.embed_tokens.attend(x_BTD) if self.lm_head is None else self.lm_head(x_BTD)
 
 
@@ -121,7 +121,7 @@ def check_tokens(config: ModelConfig, tokens_BT: jax.Array) -> jax.Array:
     """The tokens as int32.
 
     Raises:
-        InputError: too many tokens or, where their values are known, ids outside the vocabulary.
+        InputError: not integers (B, T), too many tokens, or ids outside the vocabulary (if the values are known).
     """
     if tokens_BT.ndim != 2 or not jnp.issubdtype(tokens_BT.dtype, jnp.integer):
         raise InputError("tokens are not a batch of ids", expected="integers (B, T)", found=jax.typeof(tokens_BT))
@@ -137,5 +137,5 @@ def check_tokens(config: ModelConfig, tokens_BT: jax.Array) -> jax.Array:
 
 
 def abstract_model(config: ModelConfig) -> MiniLLM:
-    """A float32 model whose arrays have shapes and dtypes but no memory, of any size."""
+    """A float32 model of any size, whose arrays have shapes and dtypes but no memory."""
     return nnx.eval_shape(lambda: MiniLLM(config, param_dtype=jnp.float32, compute_dtype=jnp.float32))

@@ -12,7 +12,7 @@ from minillm_jax.weights import Params, param_paths
 
 
 def make_optimizer(config: OptimConfig, model: ModelConfig) -> optax.GradientTransformation:
-    """AdamW before the learning rate: `update` gives the direction, `apply_update` scales and subtracts it."""
+    """AdamW without the learning rate: `update` gives a direction, which `apply_update` scales and subtracts."""
     decays = {param_paths(model)[name]: spec.decays for name, spec in param_table(model).items()}
     return optax.chain(
         optax.scale_by_adam(config.beta1, config.beta2, config.eps),
@@ -35,7 +35,7 @@ def apply_update(
     learning_rate: jax.Array | float,
     finite: jax.Array | bool,
 ) -> tuple[Params, optax.OptState]:
-    """One AdamW update: new parameters and new moments, or the given ones unless `finite` holds."""
+    """One AdamW update: returns new parameters and moments, or the given ones if `finite` is false."""
     updates, new_opt_state = optimizer.update(grads, opt_state, params)
     new_params = {path: param - learning_rate * updates[path] for path, param in params.items()}
     return jax.tree.map(partial(jnp.where, finite), (new_params, new_opt_state), (params, opt_state))

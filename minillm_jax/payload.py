@@ -1,11 +1,11 @@
-"""The tensors of a checkpoint on the disk: Orbax pytrees, by framework path.
+"""The tensors of a checkpoint on disk: Orbax pytrees, by framework path.
 
     orbax/weights/      the parameters
-    orbax/optimizer/    exp_avg and exp_avg_sq, absent in a checkpoint that has weights alone
+    orbax/optimizer/    exp_avg and exp_avg_sq, absent in a checkpoint that has only weights
 
-This is the one file that knows how Orbax lays out a checkpoint. Arrays are read by tensorstore, a chunk at a time:
-Orbax itself has all chunks under way at once, and half an array more in memory. `parity_tests/test_payload.py` fails,
-and says so, when Orbax changes that layout.
+Only this file knows how Orbax lays out a checkpoint. Arrays are read with tensorstore, one chunk at a time: Orbax
+itself reads all chunks at once and needs half an array more memory. If Orbax changes its layout,
+`parity_tests/test_payload.py` fails and says so.
 """
 
 import itertools
@@ -23,7 +23,7 @@ from minillm_core.config import ModelConfig
 from minillm_core.errors import InputError
 
 FILE_BYTES, CHUNK_BYTES = 1 << 24, 1 << 22
-"""Orbax begins a new file after FILE_BYTES (by default it gathers 2 GB in memory first), and a new chunk of an array
+"""Orbax starts a new file after FILE_BYTES (by default, it first collects 2 GB in memory) and a new chunk of an array
 after CHUNK_BYTES."""
 
 _LOCATIONS = {
@@ -35,16 +35,16 @@ _LOCATIONS = {
 
 _TYPE_HANDLERS = ocp.type_handlers.create_type_handler_registry(
     (jax.Array, ocp.type_handlers.ArrayHandler()),
-    # numpy arrays come from conversions, which wait for the end: without this Orbax holds a second copy of them all
+    # numpy arrays come from conversions, which wait for the write to end: Orbax needs no second copy of all of them
     (np.ndarray, ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=False)),
 )
 
 
 def start_writing(folder: Path, config: ModelConfig, groups: Mapping[str, Mapping[str, Any]]) -> Callable[[], None]:
-    """Copies tensors off the device and starts writing them; the returned function waits for the end.
+    """Copies tensors off the device and starts writing them; the returned function waits until they are written.
 
     Args:
-        groups: `weights` and, for a checkpoint to train on from, `exp_avg` and `exp_avg_sq`; each by framework path.
+        groups: `weights` and, if training is to resume from it, `exp_avg` and `exp_avg_sq`; each by framework path.
     """
     trees: dict[str, dict[str, Any]] = {}
     for group, tensors in groups.items():
@@ -80,7 +80,7 @@ def saved_shapes(checkpoint: Path, group: str) -> dict[str, tuple[int, ...]]:
     """
     folder = _tree(checkpoint, group)
     with _damage_named(folder):
-        # A Checkpointer would look for a file of its own, and warn.
+        # Not through a Checkpointer, which would look for a file of its own and warn.
         node = ocp.PyTreeCheckpointHandler().metadata(folder).tree
         for key in _LOCATIONS[group][1]:
             node = node[key]
@@ -88,7 +88,7 @@ def saved_shapes(checkpoint: Path, group: str) -> dict[str, tuple[int, ...]]:
 
 
 def read_tensor(checkpoint: Path, group: str, path: str) -> np.ndarray:
-    """One tensor of a group, whatever devices it was saved from.
+    """One tensor of a group; it does not matter from which devices it was saved.
 
     Raises:
         InputError: it is missing or damaged.
@@ -116,5 +116,5 @@ def _damage_named(folder: Path) -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError, KeyError, AttributeError) as error:
-        hint = "use another checkpoint of the run"
+        hint = "use a different checkpoint of the run"
         raise InputError("missing or damaged Orbax tree", found=error, where=folder, hint=hint) from error

@@ -11,7 +11,7 @@ def auto_dtype() -> str:
 
 
 def resolve_dtype(name: str) -> jnp.dtype:
-    """The dtype of a name (`float32`, `bfloat16`, `float64`) or of `auto`. `float64` enables JAX's 64-bit mode."""
+    """The dtype for a name (`float32`, `bfloat16`, `float64`) or for `auto`. `float64` enables JAX's 64-bit mode."""
     if name == "float64" and not jax.config.read("jax_enable_x64"):
         jax.config.update("jax_enable_x64", True)  # without it JAX would silently compute in float32
     return jnp.dtype(auto_dtype() if name == "auto" else name)
@@ -28,5 +28,6 @@ def at_least_float32(dtype: DTypeLike) -> jnp.dtype:
 
 
 def precision_of(dtype: DTypeLike) -> jax.lax.Precision | None:
-    """float32 means float32, without TF32; 16-bit products keep XLA's default, which leaves it every fast kernel."""
+    """The precision of matrix products: 16-bit ones keep XLA's default, which allows all fast kernels; float32 ones are
+    computed in float32 (no TF32)."""
     return None if jnp.dtype(dtype).itemsize == 2 else jax.lax.Precision.HIGHEST

@@ -1,4 +1,4 @@
-"""What a model computes on the way: every stage, the loss of every token, the gradient of every parameter."""
+"""Records what a model computes: every stage, the loss of every token, the gradient of every parameter."""
 
 from functools import partial
 from typing import Any
@@ -16,7 +16,7 @@ from minillm_jax.weights import Params, from_canonical, merge_model, model_struc
 
 
 def trace(config: ModelConfig, weights: Tensors, tokens_BT: np.ndarray, dtype: str) -> Trace:
-    """Runs a model of canonical weights over tokens, forward and backward, as training would in that `dtype`."""
+    """Runs a model with canonical weights on tokens, forward and backward, as training with that `dtype` does."""
     compute_dtype = resolve_dtype(dtype)
     master_dtype = param_dtype(compute_dtype)
     graphdef, rope = model_structure(config, param_dtype=master_dtype, compute_dtype=compute_dtype)

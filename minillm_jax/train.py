@@ -30,7 +30,7 @@ from minillm_jax.weights import Params, from_canonical, merge_model, model_struc
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TrainState:
-    """Parameters and Adam moments; a step gives a new one and the old one's memory is reused."""
+    """Parameters and Adam moments. A step returns a new state and reuses the memory of the old one."""
 
     params: Params
     opt_state: optax.OptState
@@ -42,7 +42,7 @@ def init_state(config: RunConfig) -> TrainState:
 
 
 def import_state(config: RunConfig, state: TrainingState, updates: int) -> TrainState:
-    """A state from framework-free tensors after `updates` updates; without moments, Adam starts anew."""
+    """The state after `updates` updates, from framework-free tensors; without moments, Adam restarts from zero."""
     dtype = param_dtype(resolve_dtype(config.train.compute_dtype))
     params = from_canonical(config.model, state.weights, dtype)
     opt_state = make_optimizer(config.optim, config.model).init(params)
@@ -64,7 +64,7 @@ def export_state(config: RunConfig, state: TrainState) -> TrainingState:
 
 
 def start_payload(folder: Path, config: RunConfig, state: TrainState) -> Callable[[], None]:
-    """Copies the state off the device and starts writing it; the returned function waits for the end."""
+    """Copies the state off the device and starts writing it; the returned function waits until it is written."""
     adam = state.opt_state[0]
     return start_writing(folder, config.model, {"weights": state.params, "exp_avg": adam.mu, "exp_avg_sq": adam.nu})
 

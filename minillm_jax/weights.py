@@ -1,6 +1,6 @@
-"""Canonical weights to a model and back: a table of leaf names, applied alike to weights, gradients and Adam moments.
+"""Converts canonical weights to a model and back. One table of leaf names serves weights, gradients and Adam moments.
 
-A framework path is `model.layers.0.self_attn.q_proj.kernel`; its canonical name differs only in the last word.
+Example of a framework path: `model.layers.0.self_attn.q_proj.kernel`. The canonical name differs only in its last word.
 """
 
 from collections.abc import Callable, Mapping
@@ -23,21 +23,21 @@ SUFFIXES: dict[str, tuple[str, Callable[[np.ndarray], np.ndarray]]] = {
     "embedding": ("weight", np.asarray),
     "scale": ("weight", np.asarray),
 }
-"""Leaf name -> canonical leaf name, and the (self-inverse) change of layout."""
+"""Leaf name -> canonical leaf name, and the change of layout, which is its own inverse."""
 
 Params = dict[str, Any]
 """Parameters, gradients or moments by framework path: a flat pytree, cheap to pass to a jitted function."""
 
 
 def canonical_name(path: str) -> str:
-    """`...q_proj.kernel` -> `...q_proj.weight`; a path with an unknown leaf name keeps it."""
+    """`...q_proj.kernel` -> `...q_proj.weight`; a path with an unknown leaf name stays the same."""
     parent, _, leaf = path.rpartition(".")
     return f"{parent}.{SUFFIXES[leaf][0]}" if leaf in SUFFIXES else path
 
 
 @lru_cache
 def param_paths(config: ModelConfig) -> dict[str, str]:
-    """Framework path of every parameter, by canonical name, in the table's order."""
+    """Framework path of every parameter, by canonical name, in the order of core's parameter table."""
     paths = {canonical_name(path): path for path in _abstract_paths(config)}
     return {name: paths[name] for name in param_table(config)}
 
@@ -46,7 +46,7 @@ def to_canonical(config: ModelConfig, params: Mapping[str, Any]) -> Tensors:
     """Parameters, gradients or moments by framework path -> numpy arrays by canonical name.
 
     Raises:
-        InputError: listing every missing, unexpected and misshapen tensor.
+        InputError: listing the missing, unexpected and misshapen tensors (at most 20).
     """
     tensors = {canonical_name(path): change_layout(path, np.asarray(array)) for path, array in params.items()}
     check_shapes(config, {name: array.shape for name, array in tensors.items()}, "the given tensors")
@@ -54,17 +54,17 @@ def to_canonical(config: ModelConfig, params: Mapping[str, Any]) -> Tensors:
 
 
 def to_framework(config: ModelConfig, tensors: Tensors) -> dict[str, np.ndarray]:
-    """The inverse of `to_canonical`, in numpy: no copy where the layout allows it.
+    """The inverse of `to_canonical`, in numpy, without copies if the layout allows it.
 
     Raises:
-        InputError: listing every missing, unexpected and misshapen tensor.
+        InputError: listing the missing, unexpected and misshapen tensors (at most 20).
     """
     check_shapes(config, {name: array.shape for name, array in tensors.items()}, "the given tensors")
     return {path: change_layout(path, tensors[name]) for name, path in param_paths(config).items()}
 
 
 def from_canonical(config: ModelConfig, tensors: Tensors, dtype: DTypeLike) -> Params:
-    """`to_framework` as arrays of the default device, which share no memory with `tensors`."""
+    """Like `to_framework`, but as arrays on the default device that share no memory with `tensors`."""
     return {path: jnp.array(array, dtype) for path, array in to_framework(config, tensors).items()}
 
 
@@ -73,7 +73,7 @@ def _abstract_paths(config: ModelConfig) -> list[str]:
 
 
 def change_layout(path: str, array: np.ndarray) -> np.ndarray:
-    """From the framework's layout to the canonical one, or back."""
+    """Converts an array from the framework's layout to the canonical one, or back."""
     return SUFFIXES[path.rsplit(".", 1)[1]][1](array)
 
 
@@ -81,7 +81,7 @@ def build_model(config: ModelConfig, tensors: Tensors, *, param_dtype: DTypeLike
     """A model with the given canonical weights, on the default device.
 
     Raises:
-        InputError: listing every missing, unexpected and misshapen tensor.
+        InputError: listing the missing, unexpected and misshapen tensors (at most 20).
     """
     graphdef, rope = model_structure(config, param_dtype=param_dtype, compute_dtype=compute_dtype)
     return merge_model(graphdef, from_canonical(config, tensors, param_dtype), rope)
@@ -98,14 +98,14 @@ def model_structure(
 
 
 def split_model(model: MiniLLM) -> tuple[nnx.GraphDef[MiniLLM], Params, Params]:
-    """A model as its static structure, its parameters and its constants: plain pytrees for jitted functions."""
+    """Splits a model into its static structure, parameters and constants: plain pytrees for jitted functions."""
     graphdef, state = nnx.split(model)
     params, rope = nnx.split_state(state, nnx.Param, RopeTable)
     return graphdef, _flatten(params), _flatten(rope)
 
 
 def merge_model(graphdef: nnx.GraphDef[MiniLLM], params: Params, rope: Params) -> MiniLLM:
-    """The inverse of `split_model`, under jit too."""
+    """The inverse of `split_model`; also works under jit."""
     items = [
         (tuple(int(key) if key.isdecimal() else key for key in path.split(".")), array)
         for path, array in (params | rope).items()

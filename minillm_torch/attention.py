@@ -1,4 +1,4 @@
-"""Attention: its mask, the plain form, the fused kernel, and the module that chooses between the two.
+"""Attention: the causal mask, a plain implementation, a fused kernel, and the module that chooses between the two.
 
 Shapes: B batch, T query time, S key time, D width, N query heads, K key/value heads, H head dim. The softmax runs in at
 least float32.
@@ -17,17 +17,17 @@ from minillm_torch.layers import Linear, apply_rope
 
 @dataclass(frozen=True)
 class PositionContext:
-    """Where the tokens of a call are, the same for every layer."""
+    """What the positions of a call's tokens determine: RoPE factors, mask and cache slots. All layers share it."""
 
     cos_BT1H: Tensor
     sin_BT1H: Tensor
     mask_BTS: Tensor
     slots: Slots | None
-    """Where the cache keeps them."""
+    """Where the new keys and values go in the cache; None without a cache."""
 
 
 def causal_mask(position_BT: Tensor, n_keys: int, dtype: torch.dtype) -> Tensor:
-    """What is added to the scores (B, T, S): -inf, but 0 where the query at position p sees the keys at 0 to p."""
+    """The term added to the scores (B, T, S): 0 for the keys that a query at position p sees (0 to p), else -inf."""
     later_BTS = torch.arange(n_keys, device=position_BT.device) > position_BT[:, :, None]
     return torch.zeros(later_BTS.shape, dtype=dtype, device=position_BT.device).masked_fill(later_BTS, -torch.inf)
 
@@ -42,14 +42,14 @@ def attend(q_BTNH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, mask_BTS: Tensor) -> 
 
 
 def attend_fused(q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor) -> Tensor:
-    """`attend` over the same positions, 0 to T - 1, as one flash or cuDNN kernel that never stores the scores."""
+    """`attend` with queries and keys at positions 0 to T - 1, as one flash or cuDNN kernel that never stores scores."""
     q, k, v = (x.transpose(1, 2) for x in (q_BTNH, k_BTKH, v_BTKH))
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
 
 
 def can_fuse(q_BTNH: Tensor) -> bool:
-    """Whether the fused kernel's conditions hold: an Ampere or later GPU, 16-bit inputs, head_dim a multiple of 8 up to
-    128, even T."""
+    """Whether the fused kernel can run: it needs an Ampere or later GPU, 16-bit inputs, an even T, and a head_dim that
+    is a multiple of 8 and at most 128."""
     _, T, _, H = q_BTNH.shape
     fits = q_BTNH.dtype.itemsize == 2 and H % 8 == 0 and H <= 128 and T % 2 == 0
     return fits and q_BTNH.is_cuda and torch.cuda.get_device_capability(q_BTNH.device) >= (8, 0)
@@ -69,12 +69,12 @@ class Attention(nn.Module):
         self.o_proj = Linear(Q, D, **dtypes)
 
     def qkv(self, x_BTD: Tensor, positions: PositionContext) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries and keys, turned by their positions, and values: (B, T, N or K, H)."""
+        """Queries and keys, rotated by their positions (RoPE), and values: (B, T, N or K, H)."""
         B, T, _ = x_BTD.shape
         q_BTNH, k_BTKH, v_BTKH = (
             proj(x_BTD).reshape(B, T, -1, self.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
-        qk_BTxH = torch.cat([q_BTNH, k_BTKH], dim=2)  # x: all heads that turn
+        qk_BTxH = torch.cat([q_BTNH, k_BTKH], dim=2)  # x: all heads that are rotated
         qk_BTxH = apply_rope(qk_BTxH, positions.cos_BT1H, positions.sin_BT1H)
         q_BTNH, k_BTKH = qk_BTxH.split([q_BTNH.shape[2], k_BTKH.shape[2]], dim=2)
         return q_BTNH, k_BTKH, v_BTKH
@@ -85,7 +85,7 @@ class Attention(nn.Module):
         B, T, _ = x_BTD.shape
         q_BTNH, k_BTKH, v_BTKH = self.qkv(x_BTD, positions)
         if cache is not None:
-            assert positions.slots is not None  # made where there is a cache
+            assert positions.slots is not None  # set whenever there is a cache
             cache = append(cache, k_BTKH, v_BTKH, positions.slots)
             out_BTNH = attend(q_BTNH, cache.k_BKSH, cache.v_BKSH, positions.mask_BTS)
         elif can_fuse(q_BTNH):

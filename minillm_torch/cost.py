@@ -1,4 +1,4 @@
-"""What a model of any size costs, counted on the framework's own abstract model: nothing is allocated."""
+"""Parameter and FLOP counts of a model of any size, from the framework's abstract model: no array is allocated."""
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -8,12 +8,12 @@ from minillm_torch.model import abstract_model
 
 
 def count_params(config: ModelConfig) -> int:
-    """Parameters of the model as this framework builds it."""
+    """Number of parameters of the model that this framework builds."""
     return sum(param.numel() for param in abstract_model(config).parameters())
 
 
 def count_forward_flops(config: ModelConfig, batch: int, seq_len: int) -> int:
-    """Operations of the matrix products of one forward pass as this framework traces it (a multiply-add is 2)."""
+    """Operations of the matrix products in one forward pass, as traced by this framework (a multiply-add is 2)."""
     tokens_BT = torch.zeros((batch, seq_len), dtype=torch.int64, device="meta")
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         abstract_model(config)(tokens_BT)

@@ -1,4 +1,4 @@
-"""The device: which one is used, what it is called, and whether it must repeat its results to the bit."""
+"""The device: its choice, its description, copies to and from it, and bit-for-bit reproducible results."""
 
 import os
 
@@ -16,7 +16,8 @@ def describe_device() -> str:
 
 
 def default_device() -> torch.device:
-    """The GPU if there is one; float32 products there are float32 (no TF32), and 16-bit ones accumulate in float32."""
+    """The GPU if there is one, else the CPU. On a GPU, float32 products are computed in float32 (no TF32) and bfloat16
+    products accumulate in float32."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
     torch.set_float32_matmul_precision("highest")
@@ -25,20 +26,20 @@ def default_device() -> torch.device:
 
 
 def use_deterministic_algorithms(deterministic: bool) -> None:
-    """The same bits in every run on one kind of GPU. This is a setting of the process; it is never turned off again."""
+    """Gives the same bits in every run on one kind of GPU. The setting is process-wide and is never turned off."""
     if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads this when it starts
         torch.use_deterministic_algorithms(True)
 
 
 def to_device(tokens_BT: np.ndarray, device: torch.device) -> Tensor:
-    """A batch as int64 on a device, without waiting for a GPU to be idle."""
+    """Copies a batch to a device as int64, without waiting for a GPU to finish its work."""
     tensor = torch.from_numpy(tokens_BT).long()
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 class _HostScalar:
-    """A number on its way from a GPU, read without waiting for what was launched after it."""
+    """A number that is being copied from a GPU. Reading it waits for the copy, but not for work launched after it."""
 
     def __init__(self, value: Tensor):
         self._copy = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
@@ -52,5 +53,5 @@ class _HostScalar:
 
 
 def to_host(metrics: dict[str, Tensor]) -> StepMetrics:
-    """Metrics of a step, each read when `float` asks for it."""
+    """Metrics of a step. `float(metric)` waits until the number has arrived."""
     return {name: _HostScalar(value) if value.is_cuda else value for name, value in metrics.items()}

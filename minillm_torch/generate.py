@@ -1,6 +1,6 @@
 """Decoding on the device: prefill, sampling, and a loop over a static cache.
 
-Shapes: B rows, T prompt tokens, N tokens of a block, V vocabulary.
+Shapes: B rows, T prompt tokens, N tokens per block, V vocabulary.
 """
 
 import math
@@ -19,7 +19,7 @@ from minillm_torch.model import MiniLLM
 from minillm_torch.precision import at_least_float32
 
 DecodeState = tuple[Tensor, KVCache]
-"""Logits (B, V) of the next token, and the cache of all before it."""
+"""Logits (B, V) for the next token, and the cache of all tokens before it."""
 
 Filters = tuple[float, ...]
 """repetition_penalty, temperature, top_k, top_p, min_p."""
@@ -29,14 +29,14 @@ class Generator(BaseGenerator):
     """Generates and scores text; see BaseGenerator for `generate`, `stream`, `prefill` and `score`."""
 
     def __init__(self, model: MiniLLM, tokenizer: Tokenizer, *, compile: bool = False):
-        """`compile` puts the decoding step through `torch.compile`, once per batch size and bucket of lengths."""
+        """`compile` compiles the decoding step with `torch.compile`, once per batch size and bucket of lengths."""
         super().__init__(model, tokenizer)
         self._dtype = model.compute_dtype
         self._eval_step = make_eval_step(model)
         self._model = model
         self._device = model.model.norm.weight.device
         self._decoder = torch.compile(model.model, dynamic=False) if compile else model.model
-        if compile:  # by default torch gives up after eight shapes, and says so in a log
+        if compile:  # by default torch stops compiling after eight shapes and only logs it
             torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 256)
 
     def _new_state(self, n_rows: int, capacity: int) -> DecodeState:
@@ -91,7 +91,7 @@ def _decode(
     n_tokens: int,
     filters: Filters,
 ) -> tuple[Tensor, Tensor, DecodeState]:
-    """Samples n_tokens tokens, one model step each, without waiting for the device in between."""
+    """Samples n_tokens tokens, one model step each, without synchronising with the device in between."""
     logits_BV, cache = state
     tokens: list[Tensor] = []
     logprobs: list[Tensor] = []
@@ -107,7 +107,7 @@ def _decode(
 
 
 def filters_of(sampling: SamplingConfig, vocab_size: int) -> Filters:
-    """The numbers that `filter_logits` takes."""
+    """The sampling options as the numbers that `filter_logits` takes."""
     return (
         float(sampling.repetition_penalty),
         float(sampling.temperature),
@@ -118,11 +118,11 @@ def filters_of(sampling: SamplingConfig, vocab_size: int) -> Filters:
 
 
 def filter_logits(logits_BV: Tensor, seen_BV: Tensor, filters: Filters, *, greedy: bool) -> Tensor:
-    """The logits (B, V) to draw from, up to a constant per row, in at least float32; -inf where a token is dropped.
+    """The logits (B, V) to sample from, up to a constant per row, in at least float32. Dropped tokens have -inf.
 
     Args:
-        seen_BV: the tokens that repetition_penalty applies to, bool.
-        greedy: penalise alone; the most likely token passes every filter.
+        seen_BV: bool; the tokens that repetition_penalty applies to.
+        greedy: apply only the penalty; the most likely token passes all other filters anyway.
     """
     repetition_penalty, temperature, top_k, top_p, min_p = filters
     logits_BV = logits_BV.to(at_least_float32(logits_BV.dtype))
@@ -140,10 +140,10 @@ def filter_logits(logits_BV: Tensor, seen_BV: Tensor, filters: Filters, *, greed
 
 
 def _drop(logits_BV: Tensor, weights_BV: Tensor, limit: float) -> Tensor:
-    """Drops every token for which the larger logits' weights sum to `limit` or more.
+    """Drops every token for which the weights of all larger logits sum to `limit` or more.
 
-    The logit that divides them is found by bisection over all numbers of the dtype, as integers in the same order:
-    exact, and without sorting (XLA:CPU sorts 32,000 logits in 7 ms, and bisects them in 0.5).
+    The threshold is found by bisection over all numbers of the dtype, mapped to integers in the same order. The result
+    is exact and needs no sorting (for 32,000 logits, XLA:CPU takes 7 ms to sort and 0.5 ms to bisect).
     """
     int_dtype = {4: torch.int32, 8: torch.int64}[logits_BV.dtype.itemsize]
     bits_BV = logits_BV.view(int_dtype)
@@ -152,7 +152,7 @@ def _drop(logits_BV: Tensor, weights_BV: Tensor, limit: float) -> Tensor:
     low_B1, high_B1 = (
         torch.full(shape, bound, dtype=int_dtype, device=logits_BV.device)
         for bound in (torch.iinfo(int_dtype).min, torch.iinfo(int_dtype).max)
-    )  # dropped, kept
+    )  # always dropped, always kept
     for _ in range(8 * logits_BV.dtype.itemsize):
         middle_B1 = (low_B1 & high_B1) + ((low_B1 ^ high_B1) >> 1)
         above_B1 = torch.sum(weights_BV.masked_fill(ordered_BV <= middle_B1, 0), dim=-1, keepdim=True)
@@ -162,19 +162,19 @@ def _drop(logits_BV: Tensor, weights_BV: Tensor, limit: float) -> Tensor:
 
 
 def draw(logits_BV: Tensor, uniform_B: Tensor) -> Tensor:
-    """One token per row, by inverse CDF in the order of token ids; never one whose probability is zero.
+    """Draws one token per row by inverse CDF, in the order of token ids; never a token of probability zero.
 
-    Were the CDF in the order of probability, rounding would swap near-equal tokens' places.
+    In the order of probability, rounding could swap two tokens of nearly equal probability.
 
     Args:
-        uniform_B: in [0, 1), one per row.
+        uniform_B: one number in [0, 1) per row.
     """
     probs_BV = torch.softmax(logits_BV, dim=-1)
-    # torch's cumsum adds one by one, which in float32 drifts over a large vocabulary; XLA's adds in a tree.
+    # torch's cumsum adds one by one, so in float32 the error grows with the vocabulary; XLA's adds in a tree.
     cdf_BV = torch.where(probs_BV > 0, torch.cumsum(probs_BV.double(), dim=-1), 0)
     return largest((cdf_BV > uniform_B[:, None] * torch.amax(cdf_BV, dim=-1, keepdim=True)).int())
 
 
 def largest(x_BV: Tensor) -> Tensor:
-    """The first index of every row's largest value, int64."""
+    """Index of the first largest value of every row, int64."""
     return torch.argmax(x_BV, dim=-1)

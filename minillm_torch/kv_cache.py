@@ -1,4 +1,4 @@
-"""The key/value cache: state in, state out, static shapes, one length per row.
+"""The key/value cache: passed in and returned, with static shapes and one length per row.
 
 Shapes: B batch, T new tokens, S capacity, K key/value heads, H head dim.
 """
@@ -22,15 +22,17 @@ class LayerCache:
 
 @dataclass(frozen=True)
 class KVCache:
-    """One LayerCache per layer, and how many positions of each row are filled (int64, on the host, so that checking the
-    room never waits for a GPU). What lies beyond a row's length is never seen: a query at position p sees keys 0 to p,
-    and p itself has just been written. A call writes in place what comes after the cache it was given, which stays
-    valid; a second call with the same cache would overwrite that, so it works on a copy (`writable`)."""
+    """One LayerCache per layer, and the number of filled positions in each row (int64, on the host: `check_room` never
+    waits for a GPU). Positions beyond a row's length are never read: a query at position p sees keys 0 to p, and key p
+    has just been written.
+
+    A call writes new keys and values in place, after the filled positions, so the cache that it was given stays valid.
+    A second call with that same cache would overwrite them, so it works on a copy (see `writable`)."""
 
     layers: tuple[LayerCache, ...]
     length_B: Tensor
     written_B: Tensor
-    """How far the tensors are written: one tensor (int64, on the host) for all caches that share them."""
+    """Positions written in each row: one tensor (int64, on the host), shared by all caches that share the layers."""
 
     @property
     def capacity(self) -> int:
@@ -40,7 +42,7 @@ class KVCache:
 def init_cache(
     config: ModelConfig, batch_size: int, capacity: int, dtype: torch.dtype, device: torch.device | str = "cpu"
 ) -> KVCache:
-    """An empty cache for up to `capacity` tokens per row; raises InputError if that is more than the context."""
+    """An empty cache for up to `capacity` tokens per row; raises InputError if that exceeds the context length."""
     if capacity > config.context_length:
         raise InputError("the cache is longer than the context", expected=config.context_length, found=capacity)
     shape = (batch_size, config.n_kv_heads, capacity, config.resolved_head_dim)
@@ -54,18 +56,18 @@ def init_cache(
 
 
 Slots = Tensor
-"""Indices of (B, T, K), flat, into a layer's B * K * S."""
+"""Indices of (B, T, K), flattened, into the B * K * S positions of a layer."""
 
 
 def slots(cache: KVCache, position_BT: Tensor) -> Slots:
-    """Where keys and values (B, T, K, H) of these positions belong in every layer."""
+    """Where the keys and values (B, T, K, H) of these positions go in every layer."""
     B, K, S, _ = cache.layers[0].k_BKSH.shape
     row_B, head_K = (torch.arange(n, device=position_BT.device) for n in (B, K))
     return ((row_B[:, None, None] * K + head_K) * S + position_BT[:, :, None]).flatten()
 
 
 def append(cache: LayerCache, k_BTKH: Tensor, v_BTKH: Tensor, slots: Slots) -> LayerCache:
-    """Writes keys and values into their slots, each row's at its own positions."""
+    """Writes keys and values into their slots; every row has its own positions."""
     for old_BKSH, new_BTKH in ((cache.k_BKSH, k_BTKH), (cache.v_BKSH, v_BTKH)):
         H = new_BTKH.shape[-1]
         old_BKSH.view(-1, H).index_copy_(0, slots, new_BTKH.reshape(-1, H).to(old_BKSH.dtype))
@@ -73,8 +75,8 @@ def append(cache: LayerCache, k_BTKH: Tensor, v_BTKH: Tensor, slots: Slots) -> L
 
 
 def take_rows(cache: KVCache, rows_B: Tensor, capacity: int) -> KVCache:
-    """A new cache of the given rows, in their order and as often as named, cut or extended to another capacity, which
-    must hold them. The given cache stays as it is."""
+    """A new cache with the given rows, in the given order (rows may repeat), cut or extended to `capacity`, which must
+    have room for their tokens. The given cache does not change."""
     n_kept = min(cache.capacity, capacity)
 
     def take(x_BKSH: Tensor) -> Tensor:
@@ -88,8 +90,8 @@ def take_rows(cache: KVCache, rows_B: Tensor, capacity: int) -> KVCache:
 
 
 def writable(cache: KVCache) -> KVCache:
-    """The cache, or a copy of it where writing in place would be seen: another call has continued it already, gradients
-    are recorded, or it was made in inference mode, which is over."""
+    """The cache itself, or a copy if writing in place would do harm: an earlier call has already continued this cache,
+    gradients are recorded, or the cache was made in inference mode and that mode has ended."""
     outlived = cache.written_B.is_inference() and not torch.is_inference_mode_enabled()
     if torch.equal(cache.written_B, cache.length_B) and not torch.is_grad_enabled() and not outlived:
         return cache
@@ -98,11 +100,11 @@ def writable(cache: KVCache) -> KVCache:
 
 
 def check_room(cache: KVCache, tokens_BT: Tensor, valid_B: Tensor | None) -> None:
-    """Raises InputError if the tokens are not one row for each of the cache's, if a row has no room for them, or if
+    """Raises InputError if the number of rows differs from the cache's, if a row has no room for T more tokens, or if
     valid_B is not 0 to T for every row."""
     B, T = tokens_BT.shape
     if len(cache.length_B) != B:
-        raise InputError("the cache has other rows than the tokens", expected=f"{len(cache.length_B)}", found=B)
+        raise InputError("the number of rows differs from the cache's", expected=f"{len(cache.length_B)}", found=B)
     if valid_B is not None and (valid_B.shape != (B,) or int(valid_B.min()) < 0 or int(valid_B.max()) > T):
         raise InputError("valid_B is out of range", expected=f"{B} numbers from 0 to {T}", found=valid_B.tolist())
     longest = int(cache.length_B.max())
@@ -111,5 +113,5 @@ def check_room(cache: KVCache, tokens_BT: Tensor, valid_B: Tensor | None) -> Non
             "the cache is full",
             expected=f"at most {cache.capacity} tokens",
             found=f"{longest} cached + {T} new",
-            hint="start with a larger capacity",
+            hint="create the cache with a larger capacity",
         )

@@ -1,4 +1,4 @@
-"""The parts of a block other than attention: linear maps, embedding, norm, rotary rotation, MLP.
+"""The parts of the model other than attention: linear layer, embedding, norm, rotary rotation (RoPE), MLP.
 
 Shapes: B batch, T time, D width, F hidden, N heads, H head dim, V vocabulary. Parameters keep their own dtype; matrix
 products run in `compute_dtype`; norms and rotations run in at least float32.
@@ -15,10 +15,11 @@ FEW_ROWS, SLICES = 64, 8
 
 
 def matmul(x: Tensor, w: Tensor) -> Tensor:
-    """x @ w.T over the last axis of x, w (out, in).
+    """x @ w.T over the last axis of x; w has shape (out, in).
 
-    On a CPU, few rows go through a batch of products with slices of the weight: MKL runs a single one on one core (on
-    two cores of an AMD EPYC, float32, one row: 9 GB/s of weights read, 21 in 8 slices; 16 rows take 0.75 of the time).
+    On a CPU, up to FEW_ROWS rows are multiplied with SLICES slices of the weight as one batch of products, because MKL
+    runs a single product on one core. Measured in float32 on two cores of an AMD EPYC: with one row, weights are read
+    at 9 GB/s as a whole and at 21 GB/s in 8 slices; 16 rows take 0.75 of the time.
     """
     x_1RI = x if x.ndim == 3 and len(x) == 1 else x.reshape(1, -1, x.shape[-1])
     if x.is_cuda or x.dtype.itemsize == 2 or x_1RI.shape[1] > FEW_ROWS or len(w) % SLICES:
@@ -28,7 +29,7 @@ def matmul(x: Tensor, w: Tensor) -> Tensor:
 
 
 class Linear(nn.Module):
-    """x @ W.T without bias, W (out, in)."""
+    """x @ W.T without bias; W has shape (out, in)."""
 
     def __init__(self, d_in: int, d_out: int, *, param_dtype: torch.dtype, compute_dtype: torch.dtype):
         super().__init__()
@@ -52,7 +53,7 @@ class Embedding(nn.Module):
         return F.embedding(tokens_BT, self.weight).to(self.compute_dtype)
 
     def attend(self, x_BTD: Tensor) -> Tensor:
-        """Logits (B, T, V): the product of every position with every token's embedding."""
+        """Logits (B, T, V): the dot product of every position with every token's embedding."""
         dtype = self.compute_dtype
         return matmul(cast(x_BTD, dtype), cast(self.weight, dtype))
 
@@ -72,12 +73,12 @@ class RMSNorm(nn.Module):
 
 
 def rotation(cos_BTh: Tensor, sin_BTh: Tensor) -> tuple[Tensor, Tensor]:
-    """What `apply_rope` takes, of the cosines and sines of the H/2 angles at each position: (B, T, 1, H)."""
+    """The factors (B, T, 1, H) for `apply_rope`, from the cosines and sines of the H/2 angles at each position."""
     return torch.cat([cos_BTh, cos_BTh], dim=-1)[:, :, None], torch.cat([-sin_BTh, sin_BTh], dim=-1)[:, :, None]
 
 
 def apply_rope(x_BTNH: Tensor, cos_BT1H: Tensor, sin_BT1H: Tensor) -> Tensor:
-    """Turns channel i together with channel i + H/2 by the angle of the position; cos and sin are of `rotation`."""
+    """Rotates channels i and i + H/2 together by the angle of the position; cos and sin come from `rotation`."""
     x = cast(x_BTNH, cos_BT1H.dtype)
     first, second = x.chunk(2, dim=-1)
     return cast(x * cos_BT1H + torch.cat([second, first], dim=-1) * sin_BT1H, x_BTNH.dtype)

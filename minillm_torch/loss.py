@@ -1,4 +1,4 @@
-"""Cross-entropy: of every token, its mean, and without gradients for the evaluation of a batch.
+"""Cross-entropy: per token, its mean, and a function without gradients for evaluation.
 
 Shapes: B batch, T time, V vocabulary.
 """
@@ -20,13 +20,13 @@ def token_losses(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
 
 
 def mean_loss(model: MiniLLM, tokens_BT: Tensor) -> Tensor:
-    """Mean loss in nats of predicting tokens 1 to T - 1 of each row from those before."""
+    """Mean loss in nats of predicting tokens 1 to T - 1 of each row from the tokens before them."""
     logits_BTV, _ = model(tokens_BT[:, :-1])
     return token_losses(logits_BTV, tokens_BT[:, 1:]).mean()
 
 
 def make_eval_step(model: MiniLLM, *, deterministic: bool = False) -> EvalStep:
-    """The losses of a batch. See core's EvalStep for its signature."""
+    """The function that returns the losses of a batch. See core's EvalStep for its signature."""
     use_deterministic_algorithms(deterministic)
     return lambda tokens_BT: _losses(model, to_device(tokens_BT, model.model.norm.weight.device))
 

@@ -1,7 +1,7 @@
-"""The tensors of a checkpoint on the disk: safetensors files, by framework path.
+"""The tensors of a checkpoint on disk: safetensors files, by framework path.
 
-model.safetensors        the parameters; with config.json a folder that `transformers` loads as it is
-optimizer.safetensors    exp_avg and exp_avg_sq, absent in a checkpoint that has weights alone
+model.safetensors        the parameters; with config.json beside it, `transformers` can load the folder
+optimizer.safetensors    exp_avg and exp_avg_sq, absent in a checkpoint that has only weights
 """
 
 from collections.abc import Callable, Mapping
@@ -18,16 +18,16 @@ _LOCATIONS = {
     "exp_avg": ("optimizer.safetensors", "exp_avg."),
     "exp_avg_sq": ("optimizer.safetensors", "exp_avg_sq."),
 }
-"""Group of tensors -> the file that holds it, and what its names begin with there."""
+"""Group of tensors -> the file that holds it, and the prefix of its names in that file."""
 
 
 def start_writing(
     folder: Path, config: ModelConfig, groups: Mapping[str, Mapping[str, np.ndarray]]
 ) -> Callable[[], None]:
-    """Returns the function that writes tensors, which must not change before it has.
+    """Returns a function that writes the tensors. They must not change until it has returned.
 
     Args:
-        groups: `weights` and, for a checkpoint to train on from, `exp_avg` and `exp_avg_sq`; each by framework path.
+        groups: `weights` and, if training is to resume from it, `exp_avg` and `exp_avg_sq`; each by framework path.
     """
     files: dict[str, dict[str, np.ndarray]] = {}
     for group, tensors in groups.items():

@@ -1,4 +1,4 @@
-"""What a model computes on the way: every stage, the loss of every token, the gradient of every parameter."""
+"""Records what a model computes: every stage, the loss of every token, the gradient of every parameter."""
 
 from collections.abc import Callable
 from functools import partial
@@ -20,7 +20,7 @@ from minillm_torch.weights import Params, build_model, to_canonical
 
 
 def trace(config: ModelConfig, weights: Tensors, tokens_BT: np.ndarray, dtype: str) -> Trace:
-    """Runs a model of canonical weights over tokens, forward and backward, as training would in that `dtype`."""
+    """Runs a model with canonical weights on tokens, forward and backward, as training with that `dtype` does."""
     compute_dtype, device = resolve_dtype(dtype), default_device()
     master_dtype = param_dtype(compute_dtype)
     model = build_model(config, weights, param_dtype=master_dtype, compute_dtype=compute_dtype, device=device)
@@ -33,7 +33,7 @@ def trace(config: ModelConfig, weights: Tensors, tokens_BT: np.ndarray, dtype: s
 
 @torch.no_grad()
 def _forward(model: MiniLLM, tokens_BT: Tensor) -> tuple[Params, Tensor]:
-    """The model keeps its hooks."""
+    """Leaves its hooks on the model."""
     recorded: Params = {}
 
     def keep(name: str, module: nn.Module, inputs: Any, output: Any) -> None:

@@ -27,7 +27,7 @@ from minillm_torch.weights import Params, build_model, from_canonical, to_canoni
 
 @dataclass(frozen=True)
 class TrainState:
-    """Parameters (in the model) and Adam moments (in the optimizer); a step changes both in place."""
+    """Parameters (in the model) and Adam moments (in the optimizer). A step changes both in place."""
 
     model: MiniLLM
     optimizer: torch.optim.AdamW
@@ -39,7 +39,7 @@ def init_state(config: RunConfig) -> TrainState:
 
 
 def import_state(config: RunConfig, state: TrainingState, updates: int) -> TrainState:
-    """A state from framework-free tensors after `updates` updates; without moments, Adam starts anew."""
+    """The state after `updates` updates, from framework-free tensors; without moments, Adam restarts from zero."""
     compute_dtype = resolve_dtype(config.train.compute_dtype)
     dtype, device = param_dtype(compute_dtype), default_device()
     model = build_model(config.model, state.weights, param_dtype=dtype, compute_dtype=compute_dtype, device=device)
@@ -70,7 +70,7 @@ def export_state(config: RunConfig, state: TrainState) -> TrainingState:
 def start_payload(folder: Path, config: RunConfig, state: TrainState) -> Callable[[], None]:
     """Copies the state off the device; the returned function writes it."""
     snapshot = export_state(config, state)
-    if default_device().type == "cpu":  # then these arrays are the parameters' own memory, which steps change in place
+    if default_device().type == "cpu":  # these arrays share the parameters' memory, which steps change in place
         groups = (snapshot.weights, snapshot.exp_avg, snapshot.exp_avg_sq)
         snapshot = TrainingState(*({name: array.copy() for name, array in group.items()} for group in groups))
     return lambda: write_payload(folder, config, snapshot)

@@ -1,6 +1,6 @@
-"""Canonical weights to a model and back: a table of leaf names, applied alike to weights, gradients and Adam moments.
+"""Converts canonical weights to a model and back. One table of leaf names serves weights, gradients and Adam moments.
 
-A framework path is `model.layers.0.self_attn.q_proj.weight`; it is the canonical name.
+Example of a framework path: `model.layers.0.self_attn.q_proj.weight`. It equals the canonical name.
 """
 
 from collections.abc import Callable, Mapping
@@ -20,21 +20,21 @@ from minillm_torch.model import MiniLLM, RopeTable, abstract_model
 SUFFIXES: dict[str, tuple[str, Callable[[np.ndarray], np.ndarray]]] = {
     "weight": ("weight", np.asarray),
 }
-"""Leaf name -> canonical leaf name, and the (self-inverse) change of layout."""
+"""Leaf name -> canonical leaf name, and the change of layout, which is its own inverse."""
 
 Params = dict[str, Any]
 """Parameters, gradients or moments by framework path."""
 
 
 def canonical_name(path: str) -> str:
-    """The path itself; a path with an unknown leaf name keeps it."""
+    """The path itself: in torch, framework paths and canonical names are equal."""
     parent, _, leaf = path.rpartition(".")
     return f"{parent}.{SUFFIXES[leaf][0]}" if leaf in SUFFIXES else path
 
 
 @lru_cache
 def param_paths(config: ModelConfig) -> dict[str, str]:
-    """Framework path of every parameter, by canonical name, in the table's order."""
+    """Framework path of every parameter, by canonical name, in the order of core's parameter table."""
     paths = {canonical_name(path): path for path in _abstract_paths(config)}
     return {name: paths[name] for name in param_table(config)}
 
@@ -43,7 +43,7 @@ def to_canonical(config: ModelConfig, params: Mapping[str, Any]) -> Tensors:
     """Parameters, gradients or moments by framework path -> numpy arrays by canonical name.
 
     Raises:
-        InputError: listing every missing, unexpected and misshapen tensor.
+        InputError: listing the missing, unexpected and misshapen tensors (at most 20).
     """
     tensors = {canonical_name(path): change_layout(path, _to_numpy(array)) for path, array in params.items()}
     check_shapes(config, {name: array.shape for name, array in tensors.items()}, "the given tensors")
@@ -51,10 +51,10 @@ def to_canonical(config: ModelConfig, params: Mapping[str, Any]) -> Tensors:
 
 
 def to_framework(config: ModelConfig, tensors: Tensors) -> dict[str, np.ndarray]:
-    """The inverse of `to_canonical`, in numpy: no copy where the layout allows it.
+    """The inverse of `to_canonical`, in numpy, without copies if the layout allows it.
 
     Raises:
-        InputError: listing every missing, unexpected and misshapen tensor.
+        InputError: listing the missing, unexpected and misshapen tensors (at most 20).
     """
     check_shapes(config, {name: array.shape for name, array in tensors.items()}, "the given tensors")
     return {path: change_layout(path, tensors[name]) for name, path in param_paths(config).items()}
@@ -63,7 +63,7 @@ def to_framework(config: ModelConfig, tensors: Tensors) -> dict[str, np.ndarray]
 def from_canonical(
     config: ModelConfig, tensors: Tensors, dtype: torch.dtype, device: torch.device | str = "cpu"
 ) -> Params:
-    """`to_framework` as tensors of a device, which share no memory with `tensors`."""
+    """Like `to_framework`, but as tensors on a device that share no memory with `tensors`."""
     return {
         path: torch.tensor(array, dtype=dtype, device=device) for path, array in to_framework(config, tensors).items()
     }
@@ -74,7 +74,7 @@ def _abstract_paths(config: ModelConfig) -> list[str]:
 
 
 def change_layout(path: str, array: np.ndarray) -> np.ndarray:
-    """From the framework's layout to the canonical one, or back."""
+    """Converts an array from the framework's layout to the canonical one, or back."""
     return SUFFIXES[path.rsplit(".", 1)[1]][1](array)
 
 
@@ -94,7 +94,7 @@ def build_model(
     """A model with the given canonical weights, on a device.
 
     Raises:
-        InputError: listing every missing, unexpected and misshapen tensor.
+        InputError: listing the missing, unexpected and misshapen tensors (at most 20).
     """
     with torch.device("meta"):
         model = MiniLLM(config, param_dtype=param_dtype, compute_dtype=compute_dtype)

@@ -1,4 +1,4 @@
-"""Both models from one set of weights, and the table of tolerances."""
+"""Fixtures: both models built from the same weights, tolerances for each precision, small data and small runs."""
 
 import math
 import os
@@ -6,10 +6,10 @@ import signal
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in the background of a shell: children would ignore it too
     signal.signal(signal.SIGINT, signal.default_int_handler)
-os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the suite needs no GPU; scripts/benchmark.py compares on one
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the suite needs no GPU; scripts/benchmark.py compares on a GPU
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # JAX and torch share the cores: see minillm_cli/backends.py
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's threads wait spinning, in the way of the other worker
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's threads busy-wait and slow down the other worker
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -34,9 +34,9 @@ from minillm_core.model.params import param_table
 from minillm_core.model.tolerance import BFLOAT16_MODULE, TOLERANCES
 from minillm_core.tensors import Tensors
 from minillm_core.text.tokenizer import Tokenizer
-from minillm_core.training import loop
 from minillm_core.training.checkpoints import TrainingState, read_info
 from minillm_core.training.metrics import read_metrics
+from minillm_core.training.train import train
 from minillm_jax.weights import Params, merge_model, split_model
 
 BACKENDS: dict[str, Any] = {"jax": minillm_jax, "torch": minillm_torch}
@@ -81,7 +81,7 @@ LENGTHS = (1, 2, 7, 64, 257, 600)
 
 @pytest.fixture(scope="session", autouse=True)
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Many tests compile the same tiny model: what one compiled is there for the others, in this session alone."""
+    """Share compiled programs between tests, for this session only: many tests compile the same tiny model."""
     folder = str(tmp_path_factory.mktemp("compiled"))
     settings = {
         "jax_compilation_cache_dir": folder,
@@ -97,7 +97,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(params=TIERS)
 def tier(request: pytest.FixtureRequest) -> Iterator[Tier]:
-    """float64 and float32 in turn; JAX's 64-bit mode is on for float64 alone, as for a user."""
+    """float64 and float32 in turn. JAX's 64-bit mode is on for float64 only, as it is for a user."""
     with jax.enable_x64(request.param == "float64"):
         yield TIERS[request.param]
 
@@ -120,7 +120,7 @@ def config(request: pytest.FixtureRequest) -> ModelConfig:
 
 
 def random_weights(config: ModelConfig, seed: int = 0, sharpness: float = 3.0) -> Tensors:
-    """Weights at which every part of the model matters: attention far from uniform, norm scales away from 1.
+    """Weights for which every part of the model matters: attention far from uniform, norm scales away from 1.
 
     `sharpness` scales the query and key projections.
     """
@@ -171,7 +171,7 @@ def jax_forward(
 
 @lru_cache
 def make_pair(config: ModelConfig, tier: Tier) -> Pair:
-    """The pair with `random_weights`; built once, so a test that trains needs its own."""
+    """Both models with `random_weights`. Built once and shared, so a test that trains must build its own pair."""
     return pair_of(config, tier, random_weights(config))
 
 
@@ -196,14 +196,14 @@ def to_torch(array: np.ndarray, dtype: torch.dtype | None = None) -> torch.Tenso
 
 
 def to_numpy(array: jax.Array | torch.Tensor) -> np.ndarray:
-    """float64, whatever the framework and dtype."""
+    """Convert an array of either framework and any dtype to float64."""
     if isinstance(array, torch.Tensor):
         return array.detach().double().numpy()
     return np.asarray(array).astype(np.float64)
 
 
 def assert_close(name: str, ours: np.ndarray, theirs: np.ndarray, tolerance: float) -> None:
-    """Largest difference, absolute or relative to the largest value, whichever is smaller."""
+    """Check the largest difference, absolute or relative to the largest value, whichever is smaller."""
     assert ours.shape == theirs.shape, f"{name}: shapes {ours.shape} and {theirs.shape}"
     assert np.isfinite([ours, theirs]).all(), f"{name}: not finite"
     error = np.abs(ours - theirs).max() / max(1.0, np.abs(theirs).max())
@@ -211,7 +211,7 @@ def assert_close(name: str, ours: np.ndarray, theirs: np.ndarray, tolerance: flo
 
 
 def assert_close_norm(name: str, ours: np.ndarray, theirs: np.ndarray, tolerance: float) -> None:
-    """Norm of the difference relative to the norm."""
+    """Check the norm of the difference, relative to the norm of `theirs`."""
     assert ours.shape == theirs.shape, f"{name}: shapes {ours.shape} and {theirs.shape}"
     scale = np.linalg.norm(theirs)
     assert scale > 0, f"{name}: all zero, so nothing is compared"
@@ -227,7 +227,7 @@ def run_config(
     optim: OptimConfig | None = None,
     **train: object,
 ) -> RunConfig:
-    """A small run; fields of TrainConfig by keyword."""
+    """The configuration of a small run. Keywords set fields of TrainConfig."""
     settings = {"steps": 8, "batch_size": 4, "seq_len": 32, "compute_dtype": "float32", "seed": 3} | train
     return RunConfig(
         model,
@@ -265,14 +265,14 @@ def tokenizer(data_config: DataConfig) -> Tokenizer:
 
 
 def text_run(data: DataConfig, out_dir: Path, **train: Any) -> RunConfig:
-    """A run on real text, with a schedule and clipping that both bite."""
+    """A run on real text in which the learning-rate schedule and gradient clipping both take effect."""
     optim = OptimConfig(learning_rate=1e-3, min_learning_rate=1e-4, warmup_steps=5)
     settings = {"steps": 30, "log_every": 1, "eval_every": 10, "checkpoint_every": 10, "keep_last": 0} | train
     return run_config(TINY, out_dir, data=data, optim=optim, **settings)
 
 
 def metrics_of(run: Path, framework: str) -> list[dict[str, Any]]:
-    """The rows, without what depends on the clock."""
+    """The rows of metrics.jsonl without the speed, which depends on the clock."""
     rows = read_metrics(run / framework / "metrics.jsonl")
     return [{name: value for name, value in row.items() if name != "tokens_per_second"} for row in rows]
 
@@ -297,7 +297,7 @@ def assert_same_bits(ours: TrainingState, theirs: TrainingState) -> None:
 
 
 def train_until(config: RunConfig, backend: Any, step: int) -> None:
-    """Trains; once `step` steps are done, a real signal comes, and the run saves and ends."""
+    """Train, with a real SIGTERM sent during step `step`: the run saves that step and stops."""
     make_batch = PreparedData.batch
 
     def batch(self: PreparedData, n: int, *arguments: Any) -> np.ndarray:
@@ -308,4 +308,4 @@ def train_until(config: RunConfig, backend: Any, step: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(PreparedData, "batch", batch)
         with pytest.raises(Interrupted):
-            loop.train(config, backend)
+            train(config, backend)

@@ -1,4 +1,4 @@
-"""llama.cpp itself, at its most exact on a CPU: no flash attention, keys and values in float32."""
+"""llama.cpp with its most exact settings on a CPU: no flash attention, keys and values in float32."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,12 +12,12 @@ llama_cpp.disable_logging()
 class _Model(llama_cpp.LlamaModel):
     @property
     def n_vocab(self) -> int:
-        """Asked for by the binding's `get_logits_ith`, and missing from its model."""
+        """The binding's `get_logits_ith` needs it, but the binding's model lacks it."""
         return self.get_vocab().n_vocab
 
 
 class LlamaCpp:
-    """A GGUF file in llama.cpp."""
+    """A GGUF file, loaded by llama.cpp."""
 
     def __init__(self, path: Path):
         settings = llama_cpp.LlamaModelParams()
@@ -26,7 +26,7 @@ class LlamaCpp:
         self.vocab = self.model.get_vocab()
 
     def logits(self, tokens: Sequence[int]) -> np.ndarray:
-        """Of every position, float32 (T, V)."""
+        """Logits of every position, float32 (T, V)."""
         settings = llama_cpp.LlamaContextParams()
         settings.n_ctx = settings.n_batch = settings.n_ubatch = len(tokens)
         settings.n_threads = settings.n_threads_batch = 2
@@ -40,7 +40,7 @@ class LlamaCpp:
         return np.array([context.get_logits_ith(i) for i in range(len(tokens))], np.float32)
 
     def greedy(self, prompt: str, n: int) -> list[int]:
-        """The most likely continuation of a text, its begin-of-document token before it."""
+        """`n` greedy tokens that continue a text, which starts with the begin-of-document token."""
         tokens = self.tokenize(prompt, bos=True)
         start = len(tokens)
         for _ in range(n):
@@ -48,17 +48,17 @@ class LlamaCpp:
         return tokens[start:]
 
     def ends(self, token: int) -> bool:
-        """Whether generation ends with it."""
+        """Whether llama.cpp ends generation at this token."""
         found: bool = self.vocab.is_eog(token)
         return found
 
     def tokenize(self, text: str, *, bos: bool = False) -> list[int]:
-        """What looks like a special token is text."""
+        """The ids of a text. Text that looks like a special token is treated as text."""
         return self.vocab.tokenize(text, bos, False)
 
 
 def quantise(source: Path, target: Path, file_type: int) -> None:
-    """llama.cpp's own writer; a file_type of 0 writes the float32 numbers that quantised ones stand for."""
+    """Quantise a file with llama.cpp. A file_type of 0 dequantises it: the result holds float32 numbers."""
     settings = llama_cpp.LlamaModelQuantizeParams()
     settings.ftype = file_type
     settings.allow_requantize = True

@@ -1,4 +1,4 @@
-"""The production precision: bounds on distributions, gradients and a training run, measured, not derived."""
+"""Parity in bfloat16: distributions, gradients and a training run, within bounds that were measured, not derived."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -17,8 +17,10 @@ from parity_tests.test_gradients import gradients, run_both
 
 
 def bfloat16_pair(config: ModelConfig) -> Pair:
-    """float32 parameters, bfloat16 computation. Not at initial weights, where logits hardly depend on attention: there
-    a model without attention passed these bounds."""
+    """Both models with float32 parameters and bfloat16 computation.
+
+    Not with initial weights: there the logits hardly depend on attention, and a model without it passed these bounds.
+    """
     weights = random_weights(config, sharpness=1.0)
     return Pair(
         config,
@@ -40,7 +42,7 @@ def test_distributions(config: ModelConfig) -> None:
 
 
 def test_gradients(config: ModelConfig) -> None:
-    """Cosine >= 0.999 for every parameter."""
+    """Cosine similarity >= 0.999 for the gradient of every parameter."""
     ours, theirs = gradients(bfloat16_pair(config), random_tokens(config, 4, 257))
     for name in ours:
         a, b = ours[name].astype(np.float64).ravel(), theirs[name].astype(np.float64).ravel()
@@ -49,7 +51,7 @@ def test_gradients(config: ModelConfig) -> None:
 
 
 def test_hundred_steps() -> None:
-    """The final losses differ by less than those of three seeds do."""
+    """The final losses of the frameworks differ by no more than the spread of three seeds."""
     config = MODELS["gqa"]
     run = run_config(config, steps=100, seq_len=32, batch_size=4, optim=OptimConfig(1e-3, 1e-4, 10))
     batches = [random_tokens(config, 4, 33, seed=n % 10) for n in range(100)]
@@ -61,11 +63,11 @@ def test_hundred_steps() -> None:
     by_seed = [final(seed) for seed in range(3)]
     noise = np.ptp([ours for ours, _ in by_seed])
     for ours, theirs in by_seed:
-        assert abs(ours - theirs) <= noise, f"{ours:.4f} and {theirs:.4f} where seeds differ by {noise:.4f}"
+        assert abs(ours - theirs) <= noise, f"final losses {ours:.4f} and {theirs:.4f}; seeds differ by {noise:.4f}"
 
 
-def test_loss_is_not_in_bfloat16() -> None:
-    """From bfloat16 logits, the loss of float64: both promote before the logarithm."""
+def test_loss_is_not_computed_in_bfloat16() -> None:
+    """bfloat16 logits give the float64 loss: both frameworks promote to a higher precision before the logarithm."""
     logits = torch.randn(2, 40, 300, generator=torch.Generator().manual_seed(0)).mul(4).bfloat16()
     targets = random_tokens(MODELS["gqa"], 2, 40) % 300
     expected = (

@@ -1,6 +1,6 @@
-"""One cache semantics: cached equals uncached in any chunks, a cache can be continued many times, nothing overflows.
+"""The KV cache: cached equals uncached for any chunks, a cache can be continued many times, and it never overflows.
 
-The last test plants the classic faults of caches, and shows that the checks here catch each of them.
+`test_planted_faults_are_caught` plants the classic cache bugs and shows that these checks catch each of them.
 """
 
 import dataclasses
@@ -62,7 +62,7 @@ def in_chunks(pair: Pair, framework: str, tokens: np.ndarray, sizes: Sequence[in
 
 
 def check_chunks(pair: Pair, framework: str, sizes: Sequence[int], capacity: int) -> None:
-    """In chunks of these sizes, every logit is that of one pass without a cache, over as many tokens as it has room."""
+    """Chunks of these sizes, with a cache, give the logits of one pass over `capacity` tokens without a cache."""
     tokens = random_tokens(pair.config, 2, capacity)
     uncached, _ = call(pair, framework, tokens, None)
     cached = in_chunks(pair, framework, tokens, sizes, capacity)
@@ -70,14 +70,14 @@ def check_chunks(pair: Pair, framework: str, sizes: Sequence[int], capacity: int
 
 
 def check_ragged_rows(pair: Pair, framework: str, pieces: Sequence[Sequence[int]], capacity: int) -> None:
-    """Each piece adds a number of real tokens to every row, padded to the longest: as if each row were alone."""
+    """Each piece adds its number of real tokens to each row, padded to the longest. Each row equals the row alone."""
     totals = np.sum(pieces, axis=0)
     tokens = random_tokens(pair.config, len(totals), capacity)
     cache = new_cache(pair, framework, len(totals), capacity)
     done = np.zeros(len(totals), int)
     expected = [call(pair, framework, tokens[[row]], None)[0][0] for row in range(len(totals))]
     for piece in map(np.array, pieces):
-        padded = random_tokens(pair.config, len(totals), max(piece.max(), 1), seed=99)  # padding is any token
+        padded = random_tokens(pair.config, len(totals), max(piece.max(), 1), seed=99)  # padding may be any token
         for row, n in enumerate(piece):
             padded[row, :n] = tokens[row, done[row] : done[row] + n]
         logits, cache = call(pair, framework, padded, cache, piece.astype(np.int32))
@@ -89,7 +89,7 @@ def check_ragged_rows(pair: Pair, framework: str, pieces: Sequence[Sequence[int]
 
 
 def check_overflow(pair: Pair, framework: str) -> None:
-    """A call for which there is no room raises, and has written nothing: not over the last tokens either."""
+    """A call that does not fit in the cache raises and writes nothing, not even over the last tokens."""
     model, as_tensor = (pair.jax, jnp.asarray) if framework == "jax" else (pair.torch, torch.from_numpy)
     tokens = random_tokens(pair.config, 1, 9)
     expected, _ = call(pair, framework, tokens[:, :8], None)
@@ -101,7 +101,7 @@ def check_overflow(pair: Pair, framework: str) -> None:
     except InputError as error:
         refusal = str(error)
     for layer, kept in zip(after.layers, before, strict=True):
-        assert np.array_equal(to_numpy(layer.k_BKSH)[:, :, :6], kept[:, :, :6]), "a cached token was written over"
+        assert np.array_equal(to_numpy(layer.k_BKSH)[:, :, :6], kept[:, :, :6]), "a cached token was overwritten"
     assert refusal is not None
     assert "the cache is full" in refusal
     assert "at most 8 tokens" in refusal
@@ -122,8 +122,8 @@ def test_cached_equals_uncached(pair: Pair) -> None:
 @settings(max_examples=12, deadline=None)
 @given(sizes=st.lists(st.sampled_from([1, 1, 2, 3, 7, 16]), min_size=1, max_size=6), full=st.booleans())
 @pytest.mark.parametrize("framework", BACKENDS)
-def test_any_chunks(framework: str, sizes: list[int], full: bool) -> None:
-    """In a cache with room to spare, or filled to its last place."""
+def test_chunks_of_any_size(framework: str, sizes: list[int], full: bool) -> None:
+    """In a cache with room to spare, and in a cache that is filled completely."""
     capacity = 96
     with jax.enable_x64(True):
         sizes += [1] * (capacity - sum(sizes)) * full
@@ -137,16 +137,18 @@ def test_any_chunks(framework: str, sizes: list[int], full: bool) -> None:
     )
 )
 @pytest.mark.parametrize("framework", BACKENDS)
-def test_any_ragged_rows(framework: str, pieces: list[tuple[int, ...]]) -> None:
-    """Whatever the neighbours and the padding, rows without a new token among them."""
+def test_rows_of_any_length(framework: str, pieces: list[tuple[int, ...]]) -> None:
+    """A row does not depend on its neighbours or the padding. In some calls, a row gets no new token."""
     with jax.enable_x64(True):
         check_ragged_rows(make_pair(TINY, TIERS["float64"]), framework, pieces, capacity=48)
 
 
 @pytest.mark.parametrize("framework", BACKENDS)
-def test_a_cache_is_continued_many_times(framework: str, float64: Tier) -> None:
-    """One prompt, three continuations, their steps taking turns; then the prompt once more. In torch, which writes in
-    place, too."""
+def test_cache_can_be_continued_many_times(framework: str, float64: Tier) -> None:
+    """Three continuations of one prompt, with interleaved steps; then the cache of the prompt is used once more.
+
+    This must also hold in torch, which writes in place.
+    """
     pair = make_pair(MODELS["gqa"], float64)
     prompt, n = random_tokens(pair.config, 2, 9), 5
     _, kept = call(pair, framework, prompt, new_cache(pair, framework, 2, 32))
@@ -162,8 +164,8 @@ def test_a_cache_is_continued_many_times(framework: str, float64: Tier) -> None:
 
 
 @pytest.mark.parametrize("framework", BACKENDS)
-def test_taking_rows(framework: str, float64: Tier) -> None:
-    """Rows in another order, one of them twice, in a larger or smaller cache, go on as before; the old one stays."""
+def test_take_rows(framework: str, float64: Tier) -> None:
+    """Reordered and repeated rows continue as before in a larger or smaller cache; the old cache stays valid."""
     pair = make_pair(MODELS["gqa"], float64)
     tokens, lengths = random_tokens(pair.config, 3, 9), np.array([9, 4, 6], np.int32)
     _, cache = call(pair, framework, tokens, new_cache(pair, framework, 3, 16), lengths)
@@ -188,7 +190,7 @@ def test_overflow_raises(framework: str) -> None:
 
 
 def top_left(causal_mask: Callable[..., Any], framework: str) -> Callable[..., Any]:
-    """A causal mask aligned with the first key: the query sees as many keys as the call has queries before it."""
+    """A causal mask aligned with the first key: positions are counted from the start of the call, not of the text."""
 
     def faulty(position: Any, n_keys: int, dtype: Any) -> Any:
         return causal_mask(position - position[:, :1], n_keys, dtype)
@@ -207,7 +209,7 @@ def pad_attended(causal_mask: Callable[..., Any], framework: str) -> Callable[..
 
 
 def padded_width(cache_class: type, framework: str) -> Callable[..., Any]:
-    """After a padded chunk every row goes on at the padded width."""
+    """After a padded chunk, every row continues at the padded width."""
 
     def faulty(layers: Any, length: Any, *rest: Any) -> Any:
         return cache_class(layers, 0 * length + length.max(), *rest)
@@ -216,7 +218,7 @@ def padded_width(cache_class: type, framework: str) -> Callable[..., Any]:
 
 
 def clamped_write(slots: Callable[..., Any], framework: str) -> Callable[..., Any]:
-    """A write past the end goes to the end instead, over what is there."""
+    """A write past the end is moved to the end and overwrites what is there."""
 
     def faulty(cache: Any, position: Any) -> Any:
         over = position[:, -1:] + 1 - cache.capacity
@@ -247,15 +249,15 @@ FAULTS = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_planted_faults_are_caught(fault: str, framework: str, float64: Tier, monkeypatch: pytest.MonkeyPatch) -> None:
     module_name, name, plant, check = FAULTS[fault]
-    # A model of its own: what JAX compiled for another test must not be taken, nor this for others.
+    # A unique configuration, so that JAX shares no compiled program between this test and others.
     config = dataclasses.replace(TINY, rope_theta=10_000.0 + list(FAULTS).index(fault) + 1)
     pair = make_pair(config, float64)
     module = __import__(f"minillm_{framework}.{module_name}", fromlist=[name])
     monkeypatch.setattr(module, name, plant(getattr(module, name), framework))
-    if fault == "clamped write":  # what stands before it
+    if fault == "clamped write":  # remove the check that would refuse the call first
         model = __import__(f"minillm_{framework}.model", fromlist=["check_room"])
         monkeypatch.setattr(model, "check_room", lambda *_: None)
-    with pytest.raises(AssertionError, match="written over" if fault == "clamped write" else "differs by"):
+    with pytest.raises(AssertionError, match="overwritten" if fault == "clamped write" else "differs by"):
         check(pair, framework)
     monkeypatch.undo()
     check(dataclasses.replace(make_pair(dataclasses.replace(config, norm_eps=2e-6), float64)), framework)
@@ -281,13 +283,13 @@ def test_bad_tokens(framework: str, tokens: np.ndarray, message: str) -> None:
 
 @pytest.mark.parametrize("framework", BACKENDS)
 def test_bad_rows(framework: str) -> None:
-    """Rows that are not the cache's, and counts of real tokens that cannot be."""
+    """Batch sizes that differ from the cache's, and impossible counts of real tokens."""
     pair = make_pair(TINY, TIERS["float32"])
     model, as_tensor = (pair.jax, jnp.asarray) if framework == "jax" else (pair.torch, torch.from_numpy)
     cache = new_cache(pair, framework, 2, 8)
     tokens = as_tensor(random_tokens(TINY, 2, 3))
     for rows in (1, 3):
-        with pytest.raises(InputError, match="other rows"):
+        with pytest.raises(InputError, match="number of rows differs"):
             model(as_tensor(random_tokens(TINY, rows, 3)), cache)
     for valid in ([4, 1], [-1, 1], [1], [1, 1, 1]):
         with pytest.raises(InputError, match="valid_B is out of range"):
@@ -296,9 +298,9 @@ def test_bad_rows(framework: str) -> None:
         model(tokens, None, as_tensor(np.array([1, 1])))
 
 
-def test_torch_modes_do_not_matter() -> None:
-    """A cache from inference mode goes on outside it; with gradients nothing is written in place: backward works, and
-    gives the gradient of one pass without a cache."""
+def test_torch_inference_and_grad_modes() -> None:
+    """A cache made in inference mode can be continued outside it. With gradients, nothing is written in place: backward
+    works, and one chunk gives the same gradient as three."""
     pair = make_pair(TINY, TIERS["float32"])
     tokens = to_torch(random_tokens(TINY, 2, 7))
     with torch.inference_mode():
@@ -320,7 +322,7 @@ def test_torch_modes_do_not_matter() -> None:
 
 
 @pytest.mark.parametrize("framework", BACKENDS)
-def test_no_cache_beyond_the_context(framework: str) -> None:
+def test_cache_longer_than_context_is_refused(framework: str) -> None:
     """Positions past the rotary table would be clamped silently."""
     pair = make_pair(MODELS["gqa"], TIERS["float32"])
     with pytest.raises(InputError, match="longer than the context"):

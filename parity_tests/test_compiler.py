@@ -1,4 +1,4 @@
-"""The compiler itself: jaxlib 0.10.2 miscompiles this on CPU by 0.8 % (jax-ml/jax#39103)."""
+"""JAX's CPU compiler: jaxlib 0.10.2 miscompiles this sum, with an error of 0.8 % (jax-ml/jax#39103)."""
 
 import jax
 import jax.numpy as jnp
@@ -14,5 +14,5 @@ def test_vmapped_sum_of_squares(float64: Tier) -> None:
     expected = ((rows @ matrix.T) ** 2).sum(axis=1)
     error = np.abs(np.asarray(ours) - expected).max() / expected.max()
     assert error <= 1e-14, (
-        f"jax {jax.__version__} computes wrong numbers here (relative error {error:.1e}): use another"
+        f"jax {jax.__version__} computes wrong numbers here (relative error {error:.1e}): use a different version"
     )

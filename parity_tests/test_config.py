@@ -1,4 +1,4 @@
-"""Configuration files: read strictly, written back whole, wrong ones refused with every problem named."""
+"""Configuration files: strict reading, lossless writing, and errors that name every problem."""
 
 from pathlib import Path
 
@@ -118,7 +118,7 @@ def test_bad_fields(change: str, tmp_path: Path) -> None:
     assert str(path) in str(error.value)
 
 
-def test_every_problem_at_once(tmp_path: Path) -> None:
+def test_all_problems_in_one_message(tmp_path: Path) -> None:
     data = to_dict(load_config("quickstart"))
     data["model"]["widht"] = data["model"].pop("width")
     data["optim"]["learning_rate"] = "fast"
@@ -158,7 +158,7 @@ def test_not_yaml(tmp_path: Path) -> None:
         load_config(str(path))
 
 
-def test_differences_are_named() -> None:
+def test_config_differences() -> None:
     ours, theirs = load_config("quickstart"), load_config("mini-llm-50m")
     assert config_differences(ours, ours) == []
     assert "model.width: 256, was 384" in config_differences(ours, theirs)

@@ -1,4 +1,4 @@
-"""Conversions of models that are not small: the memory they take, and what is left when they are killed."""
+"""Conversions of larger models: their peak memory, and what is left behind when they are killed."""
 
 import contextlib
 import json
@@ -36,9 +36,9 @@ def start(direction: str, *places: Path) -> subprocess.Popen[bytes]:
 
 
 def convert(direction: str, *places: Path) -> int:
-    """Bytes of memory at the peak of a conversion that succeeds.
+    """Run a conversion, which must succeed; return its peak memory in bytes.
 
-    Looked up again and again: what the system tells of an ended process counts its parent's memory too.
+    The peak is polled while the process runs: what the system reports after its end includes the parent's memory.
     """
     process, peak = start(direction, *places), 0
     while process.poll() is None:
@@ -51,7 +51,7 @@ def convert(direction: str, *places: Path) -> int:
 
 
 def write_source(folder: Path, config: ModelConfig) -> Path:
-    """A Hugging Face folder of initial weights, which hardly compress."""
+    """A Hugging Face folder with initial weights, which are hardly compressible."""
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(to_hf_config(config, "float32")))
     write_hf_weights(folder, config, init_params(config, 0), "float32")
@@ -59,7 +59,7 @@ def write_source(folder: Path, config: ModelConfig) -> Path:
 
 
 def convert_all(home: Path, config: ModelConfig) -> dict[str, int]:
-    """The peak of every conversion, each made from what those before it have made."""
+    """Peak memory of every conversion. Later conversions start from the results of earlier ones."""
     source = write_source(home / "hf", config)
     steps = {
         "hf->torch": (source, home / "t"),
@@ -80,8 +80,11 @@ def convert_all(home: Path, config: ModelConfig) -> dict[str, int]:
 
 @pytest.mark.long
 def test_memory(tmp_path: Path) -> None:
-    """Beyond what the same command takes for a model without layers to speak of: into a framework at most 1.3 float32
-    models, out of it 1.3 of the largest tensor (measured: 1.02 to 1.19, 1.14 to 1.24)."""
+    """Peak memory of each conversion, minus that of the same command for a tiny model.
+
+    A conversion to JAX or torch takes at most 1.3 times the float32 model (measured: 1.02 to 1.19), an export at most
+    1.3 times the largest tensor (measured: 1.14 to 1.24).
+    """
     (tmp_path / "small").mkdir()
     (tmp_path / "large").mkdir()
     small = convert_all(tmp_path / "small", replace(LARGE, vocab_size=64, width=64, n_layers=1, hidden=64))
@@ -102,8 +105,8 @@ def test_memory(tmp_path: Path) -> None:
     [(a, b) for a in FORMATS for b in FORMATS if a != b and {a, b} & {*FRAMEWORKS}],
 )
 def test_killed_conversions(source: str, target: str, tmp_path: Path) -> None:
-    """Whenever SIGKILL comes, nothing has the name of a finished result that is not whole; the same command then makes
-    what it would have made."""
+    """After SIGKILL at any moment, no incomplete result has the name of a finished one. The same command then gives the
+    complete result."""
     places = {"hf": write_source(tmp_path / "hf", MIDDLE)}
     if source != "hf":
         framework = "torch" if source == "gguf" else source
@@ -133,7 +136,7 @@ def test_killed_conversions(source: str, target: str, tmp_path: Path) -> None:
 
 
 def finished(result: Path, target: str) -> bool:
-    """Whether a reader would take it for a result."""
+    """Whether a reader would accept it as a finished result."""
     if target in FRAMEWORKS:
         return bool(checkpoint_steps(result / target / "checkpoints"))
     return result.exists()

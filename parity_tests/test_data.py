@@ -1,4 +1,4 @@
-"""Text to tokens to batches: nothing lost, nothing repeated, everything a function of (seed, step)."""
+"""From text to tokens to batches: nothing is lost or repeated, and a batch depends only on (seed, step)."""
 
 import json
 import math
@@ -45,7 +45,7 @@ def test_tokenizer_pieces(tokenizer: Tokenizer) -> None:
 
 
 def test_token_files_hold_the_whole_corpus(data_config: DataConfig, tokenizer: Tokenizer) -> None:
-    """Tokenised in pieces, every document is what tokenising it whole gives; held-out files are every fifth."""
+    """Tokenising a document in pieces gives the same ids as tokenising it whole; every fifth file is held out."""
     data = PreparedData(data_config.dir, TINY.vocab_size)
     documents = list_documents(data_config)
     assert [d.split for d in documents] == ["train", "train", "train", "train", "val"] * 4
@@ -56,7 +56,7 @@ def test_token_files_hold_the_whole_corpus(data_config: DataConfig, tokenizer: T
         assert data.meta[split]["n_bytes"] == sum(len(text.encode()) for text in texts)
 
 
-def test_one_file_is_cut_at_a_line(tmp_path: Path) -> None:
+def test_single_file_is_split_at_a_line(tmp_path: Path) -> None:
     path = tmp_path / "book.txt"
     lines = [f"line {i} of the only document we have\n" for i in range(2000)]
     path.write_text("".join(lines))
@@ -102,14 +102,14 @@ def test_held_out_windows_cover_every_token_once(data_config: DataConfig) -> Non
     assert [w.tokens.shape for w in few] == [(3, 34)] * 2
     last_start = (len(data.tokens["val"]) - 2) // 33 * 33
     assert few[0].tokens[0, 0] == data.tokens["val"][0]
-    assert few[-1].tokens[-1, 0] == data.tokens["val"][last_start], "spread evenly, to the last window"
-    total = 2.0 * (len(data.tokens["val"]) - 1)  # nats, were every token to cost 2
+    assert few[-1].tokens[-1, 0] == data.tokens["val"][last_start], "the windows are not spread up to the last one"
+    total = 2.0 * (len(data.tokens["val"]) - 1)  # nats, if every token costs 2
     expected = total / math.log(2) / data.meta["val"]["n_bytes"]
     assert perplexity(math.log(7)) == pytest.approx(7)
     assert bits_per_byte(2.0, data.tokens_per_byte("val")) == pytest.approx(expected, rel=1e-12)
 
 
-def test_learning_rate_is_the_original_schedule() -> None:
+def test_learning_rate_follows_original_schedule() -> None:
     config = OptimConfig(learning_rate=6e-4, min_learning_rate=6e-5, warmup_steps=1000)
     rates = [learning_rate(config, step, 10_000) for step in range(10_000)]
     assert rates[0] == pytest.approx(6e-4 / 1001)
@@ -152,10 +152,10 @@ def test_damaged_data(how: str, message: str, data_config: DataConfig, tmp_path:
         PreparedData(folder, TINY.vocab_size).batch(0, 2, 16, 0)
 
 
-def test_other_data_is_refused(data_config: DataConfig, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"(?s)another vocabulary.*expected: 4096.*found: 512"):
+def test_mismatched_data_is_refused(data_config: DataConfig, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"(?s)vocabulary size differs.*expected: 4096.*found: 512"):
         PreparedData(data_config.dir, 4096)
-    with pytest.raises(InputError, match="another corpus"):
+    with pytest.raises(InputError, match="different corpus"):
         prepare_data(replace(data_config, holdout_every=7), TINY.vocab_size)
     with pytest.raises(InputError, match="too little text"):
         prepare_data(DataConfig(corpus=str(tmp_path), dir=str(tmp_path / "out")), 512)
@@ -169,7 +169,7 @@ def test_other_data_is_refused(data_config: DataConfig, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.glob(".out*")] == [".out.lock"]
 
 
-def test_second_preparation_finds_the_first(data_config: DataConfig) -> None:
+def test_prepared_data_is_reused(data_config: DataConfig) -> None:
     before = json.loads((Path(data_config.dir) / "meta.json").read_text())
     assert not prepare_data(data_config, TINY.vocab_size)
     assert json.loads((Path(data_config.dir) / "meta.json").read_text()) == before

@@ -1,4 +1,4 @@
-"""Known faults, planted one at a time in a right model: the parity suite fails, and the doctor names each of them."""
+"""Known faults, planted one at a time in a correct model: the parity checks fail, and the doctor names each fault."""
 
 import re
 from collections.abc import Callable
@@ -46,8 +46,8 @@ def report_of(a: Subject, b: Subject, tokens: np.ndarray = TOKENS, dtype: str = 
 
 
 @pytest.mark.parametrize("config", MODELS.values(), ids=MODELS)
-def test_reference_is_the_model(config: ModelConfig, float64: Tier) -> None:
-    """Every stage of both frameworks is the numpy reference's, in float64."""
+def test_reference_matches_both_frameworks(config: ModelConfig, float64: Tier) -> None:
+    """In float64, every stage of both frameworks equals that of the numpy reference."""
     weights, tokens = random_weights(config), random_tokens(config, 2, 257)
     for framework, backend in BACKENDS.items():
         trace = backend.trace(config, weights, tokens, "float64")
@@ -56,7 +56,7 @@ def test_reference_is_the_model(config: ModelConfig, float64: Tier) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
-def test_equal_models_are_equal(dtype: str, float64: Tier) -> None:
+def test_equal_models_are_reported_equal(dtype: str, float64: Tier) -> None:
     for config in (CONFIG, MODELS["gqa"]):
         weights = random_weights(config, sharpness=1.0)
         tokens = random_tokens(config, 2, 300)
@@ -66,7 +66,7 @@ def test_equal_models_are_equal(dtype: str, float64: Tier) -> None:
         assert not report.findings
 
 
-# Faults of files: name -> what the doctor calls it, a word of its explanation, the change.
+# Faults in files: name -> the doctor's name of the fault, a pattern of its explanation, the change to the model.
 
 Change = Callable[[ModelConfig, Tensors], tuple[ModelConfig, Tensors]]
 
@@ -122,7 +122,7 @@ def rounded(dtype: Any) -> Callable[[np.ndarray], np.ndarray]:
 
 
 def quantised(w: np.ndarray) -> np.ndarray:
-    """GGUF's q8_0, written down once more."""
+    """A second, independent implementation of GGUF's q8_0."""
     out = np.empty_like(w)
     for i, block in enumerate(w.reshape(-1, 32)):
         scale = np.float32(np.abs(block).max() / np.float32(127))
@@ -143,7 +143,7 @@ def swap_halves(w: np.ndarray) -> np.ndarray:
 FILES: dict[str, tuple[str, str, Change]] = {
     "interleaved q and k": ("rope-layout", "stored for interleaved", weights_changed("[qk]_proj", interleave)),
     "interleaved q in layer 1": ("rope-layout", "stored for", weights_changed(r"1\.self_attn\.q_proj", interleave)),
-    "un-interleaved twice": ("rope-layout", "un-interl", weights_changed("[qk]_proj", lambda w: half_split(w, H))),
+    "un-interleaved twice": ("rope-layout", "already", weights_changed("[qk]_proj", lambda w: half_split(w, H))),
     "halves swapped": ("rope-direction", "halves", weights_changed("[qk]_proj", swap_halves)),
     "q transposed": ("transposed", "q_proj is", weights_changed("q_proj", np.transpose)),
     "o transposed in layer 2": ("transposed", "o_proj is", weights_changed(r"2\.self_attn\.o_proj", np.transpose)),
@@ -153,9 +153,9 @@ FILES: dict[str, tuple[str, str, Change]] = {
     "gate and up swapped in layer 0": ("swapped", "gate_proj and up_proj", swapped("gate_proj", "up_proj", "0")),
     "k and v swapped": ("swapped", "k_proj and v_proj", swapped("k_proj", "v_proj")),
     "norms swapped": ("swapped", "input_layernorm", swapped("input_layernorm", "post_attention_layernorm")),
-    "norms less one": ("norm-weights", "w - 1", weights_changed("norm", lambda w: w - np.float32(1))),
+    "norms minus one": ("norm-weights", "w - 1", weights_changed("norm", lambda w: w - np.float32(1))),
     "norms plus one": ("norm-weights", r"1 \+ w", weights_changed("norm", lambda w: w + np.float32(1))),
-    "layer 2 copied": ("layer-order", "^layer 2 holds layer 1 of A$", layer_copied),
+    "layer 2 copied": ("layer-order", "^layer 2 has the weights of A's layer 1$", layer_copied),
     "layers sorted as text": ("layer-order", "as text", layers_as_text),
     "bfloat16": ("rounding", "bfloat16", weights_changed("", rounded(ml_dtypes.bfloat16))),
     "float16": ("rounding", "float16", weights_changed("_proj", rounded(np.float16))),
@@ -164,18 +164,18 @@ FILES: dict[str, tuple[str, str, Change]] = {
     "theta": ("rope-theta", "10000, not 50000", config_changed(rope_theta=10_000.0)),
     "an uncommon theta": ("rope-theta", "77777, not 50000", config_changed(rope_theta=77_777.0)),
     "no rope_scaling": ("rope-scaling", "missing", config_changed(rope_scaling=None)),
-    "other rope_scaling": ("rope-scaling", "factor=32", config_changed(rope_scaling=RopeScaling(32.0, 1.0, 4.0, 64))),
-    "other heads": ("head-shape", "head_dim is 16", config_changed(n_heads=4, n_kv_heads=2, head_dim=16)),
-    "scale folded into q": ("scale", "q_proj is 0.35355", weights_changed("q_proj", lambda w: w * np.float32(H**-0.5))),
-    "up 1 % too large": ("scale", "up_proj is 1.01 times", weights_changed("up_proj", lambda w: w * np.float32(1.01))),
+    "wrong rope_scaling": ("rope-scaling", "factor=32", config_changed(rope_scaling=RopeScaling(32.0, 1.0, 4.0, 64))),
+    "wrong heads": ("head-shape", "head_dim is 16", config_changed(n_heads=4, n_kv_heads=2, head_dim=16)),
+    "scale folded into q": ("scale", r"q_proj.*by 0.35", weights_changed("q_proj", lambda w: w * np.float32(H**-0.5))),
+    "up 1 % too large": ("scale", r"up_proj .* by 1\.01", weights_changed("up_proj", lambda w: w * np.float32(1.01))),
     "tokens shifted": ("row-order", r"\+1", weights_changed("embed", lambda w: np.concatenate([w[:1], w[:-1]]))),
-    "own head lost": ("tied-head", "is the embedding", tied),
+    "untied head lost": ("tied-head", "is the embedding", tied),
 }
 # fmt: on
 
 
 @pytest.mark.parametrize("fault", FILES)
-def test_faults_of_files_are_named(fault: str, float64: Tier) -> None:
+def test_file_faults_are_named(fault: str, float64: Tier) -> None:
     name, words, plant = FILES[fault]
     config = replace(CONFIG, n_layers=11) if fault == "layers sorted as text" else CONFIG
     weights = random_weights(config)
@@ -189,16 +189,12 @@ def test_faults_of_files_are_named(fault: str, float64: Tier) -> None:
     assert {finding.place for finding in report.findings} <= {"weights", "configuration"}
     pair = make_pair(config, TIERS["float64"])
     logits = BACKENDS["jax"].trace(*changed, TOKENS, "float64").stages["logits"]
-    with pytest.raises(AssertionError, match="differs by"):  # as test_model.py compares logits
+    with pytest.raises(AssertionError, match="differs by"):  # the comparison of test_model.py
         assert_close("logits", pair.logits(TOKENS)[1], logits, TIERS["float64"].logits)
 
 
-# Faults of code, planted in one framework: name -> what the doctor calls it, a word of its explanation, the module and
-# name of what is replaced, and its replacement, made of the framework's array functions and of what is right.
-
-
-def test_several_faults_are_named_together(float64: Tier) -> None:
-    """In weights, configuration and code at once."""
+def test_several_faults_at_once_are_named(float64: Tier) -> None:
+    """Faults in the weights and in the configuration at the same time."""
     weights = random_weights(CONFIG)
     config, changed = CONFIG, weights
     for name in ("interleaved q and k", "gate and up swapped in layer 0", "bfloat16", "eps", "no rope_scaling"):
@@ -208,8 +204,8 @@ def test_several_faults_are_named_together(float64: Tier) -> None:
     assert named == {"rope-layout", "swapped", "rounding", "norm-eps", "rope-scaling"}
 
 
-def test_what_a_short_prompt_would_miss(float64: Tier) -> None:
-    """Forgotten rope_scaling slows long waves alone: five tokens agree in float32, five hundred do not."""
+def test_fault_that_a_short_prompt_misses(float64: Tier) -> None:
+    """A missing rope_scaling changes only the low frequencies: 5 tokens agree in float32, 500 do not."""
     config = replace(CONFIG, rope_theta=1e8, rope_scaling=RopeScaling(8.0, 1.0, 4.0, 5_000_000))
     weights = random_weights(config)
     right, wrong = subject("torch", config, weights), subject("jax", replace(config, rope_scaling=None), weights)
@@ -221,8 +217,8 @@ def test_what_a_short_prompt_would_miss(float64: Tier) -> None:
         assert [finding.fault for finding in report.findings] == ["rope-scaling"]
 
 
-def test_what_no_token_shows(float64: Tier) -> None:
-    """A row of the embedding that no token reads, of an untied model."""
+def test_unused_embedding_row_is_compared(float64: Tier) -> None:
+    """In an untied model, a changed embedding row is found even if no token of the test reads it."""
     weights = random_weights(CONFIG)
     embedding = weights["model.embed_tokens.weight"].copy()
     unseen = next(i for i in range(CONFIG.vocab_size) if i not in TOKENS[:, :50])
@@ -235,7 +231,7 @@ def test_what_no_token_shows(float64: Tier) -> None:
         assert f"in rows [{unseen}]" in report.findings[0].evidence
 
 
-def test_other_training_steps_are_no_rounding(float64: Tier) -> None:
+def test_further_training_is_not_reported_as_rounding(float64: Tier) -> None:
     weights = random_weights(CONFIG)
     rng = np.random.default_rng(7)
     changed = {
@@ -245,8 +241,8 @@ def test_other_training_steps_are_no_rounding(float64: Tier) -> None:
     assert [(f.fault, f.place) for f in report.findings] == [("unknown", "weights")]
 
 
-def test_a_tied_model_and_its_untied_twin(float64: Tier) -> None:
-    """The same function: equal, gradients taken together; with another head it is named."""
+def test_tied_and_untied_copies_are_equal(float64: Tier) -> None:
+    """Both compute the same function, so they are equal. The gradients of embedding and head are added first."""
     tied = replace(CONFIG, tie_embeddings=True)
     weights = random_weights(tied)
     twin = weights | {"lm_head.weight": weights["model.embed_tokens.weight"]}
@@ -256,15 +252,15 @@ def test_a_tied_model_and_its_untied_twin(float64: Tier) -> None:
         assert "tie_embeddings" in report.configuration
 
 
-def test_nan_equals_nothing(float64: Tier) -> None:
+def test_nan_is_never_equal(float64: Tier) -> None:
     weights = random_weights(TINY)
     broken = weights | {"model.norm.weight": np.full(TINY.width, np.nan)}
     for b in (weights, broken):
         assert not report_of(subject("torch", TINY, broken), subject("jax", TINY, b), random_tokens(TINY, 1, 8)).equal
 
 
-def test_weights_that_differ_in_the_last_bits(float64: Tier) -> None:
-    """The files differ, so nothing is said of the code."""
+def test_weights_differing_in_the_last_bits(float64: Tier) -> None:
+    """The files differ, so the doctor reports the weights and says nothing about the code."""
     weights = random_weights(TINY)
     name = "model.layers.0.mlp.up_proj.weight"
     other = weights | {name: np.nextafter(weights[name], np.float32(np.inf))}

@@ -1,4 +1,4 @@
-"""The doctor, given faults of code: planted in either framework, each is named, in its place."""
+"""Faults planted in the code of either framework: the doctor names each fault and the model that has it."""
 
 import re
 from collections.abc import Callable
@@ -40,7 +40,7 @@ def rotation(change: Callable[..., Any]) -> Make:
 
 
 def table_of(**fields: Any) -> Make:
-    """The rotary table of another configuration."""
+    """The rotary table of a different configuration."""
     return lambda xp, right: lambda config: right(replace(config, **fields))
 
 
@@ -111,14 +111,16 @@ def tied_head(xp: Any, right: Any) -> Any:
     return lambda self, x: self.model.embed_tokens.attend(x)
 
 
+# Faults in code: name -> the doctor's name of the fault, a pattern of its explanation, the function to replace, and the
+# maker of its replacement, given the framework's array functions and the correct function.
 # fmt: off
 CODE: dict[str, tuple[str, str, str, Make]] = {
     "interleaved rotation": ("rope-layout", "2i and 2i", "attention.apply_rope", interleaved_rotation),
-    "rotated backwards": ("rope-direction", "other way", "attention.apply_rope", rotation(lambda c, s: (c, -s))),
+    "rotated backwards": ("rope-direction", "wrong direction", "attention.apply_rope", rotation(lambda c, s: (c, -s))),
     "not rotated": ("rope-direction", "missing", "attention.apply_rope", rotation(lambda cos, sin: (cos**0, 0 * sin))),
     "theta forgotten": ("rope-theta", "10000, not", "weights.rope_table", table_of(rope_theta=10_000.0)),
     "rope_scaling forgotten": ("rope-scaling", "missing", "weights.rope_table", table_of(rope_scaling=None)),
-    "tiled KV heads": ("head-groups", "n % K", "attention.attend", attention(tiled)),
+    "tiled KV heads": ("head-groups", "n % n_kv_heads", "attention.attend", attention(tiled)),
     "no scale": ("scale", "missing", "attention.attend", queries_times(H**0.5)),
     "scale by width": ("scale", "width", "attention.attend", queries_times((H / CONFIG.width) ** 0.5)),
     "no causal mask": ("causal-mask", "later tokens", "attention.attend", attention(sees_all)),
@@ -145,9 +147,9 @@ def plant(monkeypatch: pytest.MonkeyPatch, framework: str, place: str, make: Mak
 
 @pytest.mark.parametrize("framework", BACKENDS)
 @pytest.mark.parametrize("fault", CODE)
-def test_faults_of_code_are_named(fault: str, framework: str, float64: Tier, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_code_faults_are_named(fault: str, framework: str, float64: Tier, monkeypatch: pytest.MonkeyPatch) -> None:
     name, words, place, make = CODE[fault]
-    theta = CONFIG.rope_theta + (1 + list(CODE).index(fault)) * (framework == "jax")  # what is compiled has the fault
+    theta = CONFIG.rope_theta + (1 + list(CODE).index(fault)) * (framework == "jax")  # so that JAX compiles anew
     config = replace(CONFIG, rope_theta=theta)
     weights, other = random_weights(config), "torch" if framework == "jax" else "jax"
     plant(monkeypatch, framework, place, make)
@@ -156,7 +158,7 @@ def test_faults_of_code_are_named(fault: str, framework: str, float64: Tier, mon
     report = report_of(a, b)
     assert not report.equal
     assert {(f.fault, f.subject, f.place) for f in report.findings} == {(name, letter, "code")}, report.findings
-    assert len(report.findings) == 1 or name == "cast", report.findings  # a cast is at home in several stages
+    assert len(report.findings) == 1 or name == "cast", report.findings  # a cast shows in several stages
     assert re.search(words, report.findings[0].says), report.findings
     with pytest.raises(AssertionError, match="differs by"):
         assert_close("a sample of the logits", *report.logits, TIERS["float64"].logits)
@@ -171,7 +173,7 @@ def test_faults_of_code_are_named(fault: str, framework: str, float64: Tier, mon
     ],
     ids=["head cut off", "scaled"],
 )
-def test_faults_of_gradients_are_named(
+def test_gradient_faults_are_named(
     words: str, place: str, make: Make, framework: str, float64: Tier, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = replace(CONFIG, tie_embeddings=True, rope_theta=1e6 + len(words) * (framework == "jax"))
@@ -185,15 +187,15 @@ def test_faults_of_gradients_are_named(
 
 
 def stopped(embedding: Any, attend: Any, x: Any) -> Any:
-    """The head's logits without a gradient for its matrix: those of the input alone."""
+    """The head's logits, with a gradient for the input but none for the head's matrix."""
     if isinstance(x, torch.Tensor):
         return x @ embedding.weight.detach().T
     return x @ jax.lax.stop_gradient(embedding.embedding[...]).T
 
 
 @pytest.mark.parametrize("framework", BACKENDS)
-def test_a_fault_in_the_code_of_one_layer(framework: str, float64: Tier, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is named once, and at that layer."""
+def test_code_fault_in_one_layer(framework: str, float64: Tier, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fault is named once, with its layer."""
     config = replace(CONFIG, rope_theta=3e4 + (framework == "jax"))
     weights, other = random_weights(config), "torch" if framework == "jax" else "jax"
     calls = iter(range(10**6))
@@ -205,11 +207,13 @@ def test_a_fault_in_the_code_of_one_layer(framework: str, float64: Tier, monkeyp
     plant(monkeypatch, framework, "layers.MLP.call", in_layer_1)
     report = report_of(subject(other, config, weights), subject(framework, config, weights))
     assert [(f.fault, f.subject) for f in report.findings] == [("swapped", "B")], report.findings
-    assert report.findings[0].evidence.startswith("so planted, model.layers.1.mlp agrees")
+    assert report.findings[0].evidence.startswith(
+        "with this fault applied, the reference reproduces B (1 stage: model.layers.1.mlp)"
+    )
 
 
-def test_both_wrong_alike_is_noticed(float64: Tier, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two models that are equal, and neither of which computes what its files say."""
+def test_same_fault_in_both_is_detected(float64: Tier, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The two models are equal, but neither computes what its files say."""
     config = replace(CONFIG, rope_theta=4e4)
     weights = random_weights(config)
     for framework in BACKENDS:
@@ -220,8 +224,8 @@ def test_both_wrong_alike_is_noticed(float64: Tier, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("name", ["gqa", "mha"])
-def test_queries_that_no_fault_explains(name: str, float64: Tier) -> None:
-    """Pairs of faults are tried, of shapes that do not go together too."""
+def test_unexplained_queries_are_reported(name: str, float64: Tier) -> None:
+    """The doctor also tries pairs of faults, including pairs whose shapes do not fit together."""
     config = MODELS[name]
 
     def noisy(*arguments: Any) -> Trace:
@@ -233,8 +237,8 @@ def test_queries_that_no_fault_explains(name: str, float64: Tier) -> None:
     assert [(f.fault, f.subject) for f in report.findings if "q" in f.says] == [("unknown", "B")]
 
 
-def test_a_reader_that_forgets_theta_and_scaling(float64: Tier, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two faults at one stage are told apart, though other pairs would not fit the heads."""
+def test_missing_theta_and_scaling_together(float64: Tier, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two faults at the same stage are both named, although some other pairs of faults do not fit the heads."""
     plant(monkeypatch, "torch", "weights.rope_table", table_of(rope_theta=10_000.0, rope_scaling=None))
     weights = random_weights(CONFIG)
     report = report_of(subject("jax", CONFIG, weights), subject("torch", CONFIG, weights))

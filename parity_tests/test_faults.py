@@ -1,4 +1,4 @@
-"""Real processes, killed and interrupted by real signals; damaged files; a full disk; two processes in one place.
+"""Real processes: killed, interrupted by signals, with damaged files, on a full disk, two in one run directory.
 
 A short form runs with the other tests; `pytest parity_tests -m faults` kills each framework's training 40 times.
 """
@@ -20,9 +20,9 @@ import yaml
 
 from minillm_core.config import DataConfig, OptimConfig, RunConfig, to_dict
 from minillm_core.errors import InputError
-from minillm_core.training import loop
 from minillm_core.training.checkpoints import checkpoint_steps, verify_checkpoint
 from minillm_core.training.metrics import read_metrics
+from minillm_core.training.train import train
 from parity_tests.conftest import BACKENDS, ROOT, TINY, assert_same_bits, metrics_of, run_config, state_at
 
 FRAMEWORKS = ("jax", "torch")
@@ -32,14 +32,14 @@ def start(framework: str, folder: Path, *arguments: str) -> subprocess.Popen[str
     """`python scripts/train_<framework>.py run.yaml`, as a user starts it."""
     command = [sys.executable, str(ROOT / f"scripts/train_{framework}.py"), "run.yaml", *arguments]
     environment = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
-    environment |= {"PYTHONPATH": str(ROOT)}  # and every process compiles by itself
+    environment |= {"PYTHONPATH": str(ROOT)}  # without the shared cache, every process compiles by itself
     return subprocess.Popen(
         command, cwd=folder, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
 
 
 def finish(framework: str, folder: Path, *arguments: str, status: int = 0) -> str:
-    """Runs training to its end; returns what it said."""
+    """Run training to its end; return its stderr."""
     process = start(framework, folder, *arguments)
     said = process.communicate(timeout=300)[1]
     assert process.returncode == status, said
@@ -48,7 +48,7 @@ def finish(framework: str, folder: Path, *arguments: str, status: int = 0) -> st
 
 
 def wait_for(condition: Callable[[], Any], process: subprocess.Popen[str]) -> None:
-    """Polls every millisecond, until the condition holds or the process ends."""
+    """Poll every millisecond until the condition holds or the process ends."""
     deadline = time.monotonic() + 120
     while not condition() and process.poll() is None:
         assert time.monotonic() < deadline
@@ -70,7 +70,7 @@ def checkpoints(home: Path, framework: str) -> Path:
 
 
 def assert_same_run(ours: Path, theirs: Path, framework: str, step: int) -> None:
-    """The same final bits, and the same log: no step missing, none twice."""
+    """The same final bits and the same log, with no step missing or repeated."""
     assert_same_bits(state_at(ours / "run", framework, step), state_at(theirs / "run", framework, step))
     assert metrics_of(ours / "run", framework) == metrics_of(theirs / "run", framework)
 
@@ -78,7 +78,7 @@ def assert_same_run(ours: Path, theirs: Path, framework: str, step: int) -> None
 @pytest.mark.parametrize("framework", FRAMEWORKS)
 @pytest.mark.parametrize("kills", [2, pytest.param(40, marks=pytest.mark.faults)])
 def test_killed_at_random_moments(framework: str, kills: int, data_config: DataConfig, tmp_path: Path) -> None:
-    """SIGKILL: half of them aimed into a save, the others anywhere from the start of the process."""
+    """SIGKILL: half of the kills aim at a save, the others hit at any time after the start of the process."""
     steps = 60 + 15 * kills
     undisturbed = new_home(tmp_path / "undisturbed", data_config, steps=steps)
     finish(framework, undisturbed)
@@ -95,7 +95,7 @@ def test_killed_at_random_moments(framework: str, kills: int, data_config: DataC
             time.sleep(rng.uniform(0, 4))
         process.kill()
         said = process.communicate()[1]
-        if process.returncode == 0:  # a fast machine came to the end
+        if process.returncode == 0:  # a fast machine finished the run
             break
         assert process.returncode == -signal.SIGKILL, said
         in_saves += bool(list(folder.glob(".*.partial")))
@@ -120,10 +120,10 @@ def short_run(home: Path, data: DataConfig) -> RunConfig:
 
 @pytest.fixture(scope="module")
 def finished(data_config: DataConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A short finished run of both."""
+    """A short finished run in each framework."""
     home = tmp_path_factory.mktemp("finished")
     for framework in FRAMEWORKS:
-        loop.train(short_run(home, data_config), BACKENDS[framework])
+        train(short_run(home, data_config), BACKENDS[framework])
     return home
 
 
@@ -138,7 +138,7 @@ def truncate(path: Path) -> None:
 
 
 def damages(framework: str) -> list[Any]:
-    """Every kind of damage to the largest file; each file missing."""
+    """Every kind of damage to every file of a checkpoint; by default only the first case runs."""
     payload = ["orbax/weights/*"] if framework == "jax" else ["model.safetensors", "optimizer.safetensors"]
     cases = [(flip, payload[0]), (truncate, payload[0]), (Path.unlink, payload[0]), (Path.unlink, "manifest.json")]
     every_file = [
@@ -158,7 +158,7 @@ def damages(framework: str) -> list[Any]:
         for case in damages(framework)
     ],
 )
-def test_a_damaged_checkpoint_is_passed_over(
+def test_damaged_checkpoint_is_skipped(
     framework: str,
     damage: Callable[[Path], None],
     pattern: str,
@@ -167,15 +167,15 @@ def test_a_damaged_checkpoint_is_passed_over(
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """Named, left where it is until its step comes again, and the run ends as it would have."""
+    """It is named and stays in place until its step is reached again; the run ends with the same bits and log."""
     shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
     newest = checkpoints(tmp_path, framework) / "12"
     victim = max((path for path in newest.glob(pattern) if path.is_file()), key=lambda path: path.stat().st_size)
     damage(victim)
     left = {path: path.read_bytes() for path in newest.rglob("*") if path.is_file()}
-    loop.train(short_run(tmp_path, data_config), BACKENDS[framework])
+    train(short_run(tmp_path, data_config), BACKENDS[framework])
     said = caplog.text
-    named = "" if (damage, pattern) == (flip, "manifest.json") else victim.name  # a changed hash blames its own file
+    named = "" if (damage, pattern) == (flip, "manifest.json") else victim.name  # a changed hash may blame any file
     assert re.search(f"(?s)skipping a damaged checkpoint.*: damaged checkpoint.*{named}.*where: {newest}", said)
     assert f"resuming from {newest.with_name('8')}" in said
     moved = newest.with_suffix(".damaged")
@@ -186,21 +186,23 @@ def test_a_damaged_checkpoint_is_passed_over(
 
 
 @pytest.mark.parametrize("framework", FRAMEWORKS)
-def test_nothing_good_is_left(framework: str, finished: Path, data_config: DataConfig, tmp_path: Path) -> None:
-    """Training does not begin again by itself."""
+def test_all_checkpoints_damaged_is_refused(
+    framework: str, finished: Path, data_config: DataConfig, tmp_path: Path
+) -> None:
+    """Training is refused; it does not start again from step 0 by itself."""
     shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
     for step in (4, 8, 12):
         flip(checkpoints(tmp_path, framework) / str(step) / "checkpoint.json")
     with pytest.raises(InputError, match=r"(?s)every checkpoint of the run is damaged.*/12.*/8.*/4"):
-        loop.train(short_run(tmp_path, data_config), BACKENDS[framework])
+        train(short_run(tmp_path, data_config), BACKENDS[framework])
 
 
 @pytest.mark.parametrize("framework", FRAMEWORKS)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_ends(
+def test_signal_saves_and_stops(
     framework: str, number: signal.Signals, data_config: DataConfig, tmp_path: Path
 ) -> None:
-    """At the step it comes in, with nothing lost; the status says which signal it was."""
+    """The current step is saved, nothing is lost, and the exit status tells which signal it was."""
     home = new_home(tmp_path, data_config, checkpoint_every=5000)
     process = start(framework, home)
     log = home / "run" / framework / "metrics.jsonl"
@@ -210,11 +212,11 @@ def test_a_signal_saves_and_ends(
     assert process.returncode == 128 + number, said
     (step,) = checkpoint_steps(checkpoints(home, framework))
     assert step >= read_metrics(log)[-1]["step"]
-    assert f"stopped at step {step} of 5000: saved run/{framework}/checkpoints/{step}; the same command" in said
+    assert f"stopped at step {step} of 5000: saved run/{framework}/checkpoints/{step}; run the same command" in said
 
 
-def test_ctrl_c_with_a_reader_that_dies_of_it(data_config: DataConfig, tmp_path: Path) -> None:
-    """`python scripts/train_torch.py run.yaml 2>&1 | tee log`: a terminal's Ctrl-C reaches both processes."""
+def test_ctrl_c_with_piped_output(data_config: DataConfig, tmp_path: Path) -> None:
+    """`python scripts/train_torch.py run.yaml 2>&1 | tee log`: Ctrl-C in a terminal reaches both processes."""
     home = new_home(tmp_path, data_config, checkpoint_every=5000)
     command = f'"{sys.executable}" "{ROOT}/scripts/train_torch.py" run.yaml 2>&1 | tee log'
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -233,8 +235,8 @@ def test_ctrl_c_with_a_reader_that_dies_of_it(data_config: DataConfig, tmp_path:
     assert step >= read_metrics(log)[-1]["step"]
 
 
-def test_a_second_process_is_refused(data_config: DataConfig, tmp_path: Path) -> None:
-    """Whichever framework it is in; the first goes on, and once it is gone, however it went, the place is free."""
+def test_second_process_is_refused(data_config: DataConfig, tmp_path: Path) -> None:
+    """In either framework. The first process continues; when it has ended, even by SIGKILL, the directory is free."""
     home = new_home(tmp_path, data_config)
     first = start("torch", home)
     log = home / "run/torch/metrics.jsonl"
@@ -254,7 +256,7 @@ def test_a_second_process_is_refused(data_config: DataConfig, tmp_path: Path) ->
 
 
 def test_killed_while_preparing_data(corpus: Path, tmp_path: Path) -> None:
-    """What is left does not pass for prepared data, is not in the way, and goes; a second process waits."""
+    """The leftovers are not taken for prepared data, block nothing, and are removed; a second process waits."""
     data = DataConfig(corpus=str(corpus), dir="data/tiny", holdout_every=5)
     home = new_home(tmp_path, data, steps=2)
     partial = home / "data/.tiny.partial"
@@ -272,7 +274,7 @@ def test_killed_while_preparing_data(corpus: Path, tmp_path: Path) -> None:
 
 
 def small_disk(folder: Path, kilobytes: int) -> list[str] | None:
-    """A command prefix under which `folder` is a small disk, or None where this system does not let us make one."""
+    """A command prefix that mounts a small disk at `folder`, or None if this system does not allow it."""
     prefix = ["unshare", "--map-root-user", "--mount", "sh", "-c"]
     mount = f"mount -t tmpfs -o size={kilobytes}k tmpfs {folder}"
     if not shutil.which("unshare") or subprocess.run([*prefix, mount], capture_output=True, check=False).returncode:
@@ -284,8 +286,8 @@ def small_disk(folder: Path, kilobytes: int) -> list[str] | None:
 @pytest.mark.parametrize(
     "kilobytes", [6000, *(pytest.param(n, marks=pytest.mark.faults) for n in range(6250, 7300, 250))]
 )
-def test_a_full_disk(framework: str, kilobytes: int, data_config: DataConfig, tmp_path: Path) -> None:
-    """Before a save or somewhere in it: training stops with a message, and what was committed before is whole."""
+def test_full_disk(framework: str, kilobytes: int, data_config: DataConfig, tmp_path: Path) -> None:
+    """Full before or during a save: training stops with a message, and all earlier checkpoints are complete."""
     disk = tmp_path / "disk"
     prefix = small_disk(new_home(disk, data_config), kilobytes)
     if prefix is None:

@@ -1,4 +1,4 @@
-"""The decoding contract: one request, the same tokens from both frameworks, and each row as if it were alone."""
+"""Decoding: the same request gives the same tokens in both frameworks, and each row equals its prompt alone."""
 
 import dataclasses
 import shutil
@@ -69,7 +69,7 @@ def test_greedy_tokens_agree(name: str, tokenizer: Tokenizer, tmp_path: Any) -> 
         assert row == (out[: out.index(tokenizer.eos_id)] if tokenizer.eos_id in out else out)
 
 
-def test_penalised_greedy_tokens_are_those_of_transformers(tokenizer: Tokenizer, tmp_path: Any) -> None:
+def test_repetition_penalty_matches_transformers(tokenizer: Tokenizer, tmp_path: Any) -> None:
     config = dataclasses.replace(MODELS["gqa"], vocab_size=512)
     llama = load_llama(config, random_weights(config), tmp_path, torch.float32)
     options = {"max_new_tokens": 80, "repetition_penalty": 1.3}
@@ -103,8 +103,8 @@ def test_same_seed_same_tokens(options: dict[str, Any], tier: Tier, tokenizer: T
     assert tokens_of(both["torch"], PROMPTS, n=2, **(request | {"seed": 12})) != tokens, "the seed has no effect"
 
 
-def test_a_thousand_continuations(float64: Tier, tokenizer: Tokenizer) -> None:
-    """In float64 without exception: 1,000 sampled continuations, over many options and lengths."""
+def test_thousand_continuations_agree(float64: Tier, tokenizer: Tokenizer) -> None:
+    """1,000 sampled continuations in float64, with many options and lengths, agree without exception."""
     both = generators(TINY, float64, tokenizer)
     rng = np.random.default_rng(0)
     n_tokens = 0
@@ -119,7 +119,7 @@ def test_a_thousand_continuations(float64: Tier, tokenizer: Tokenizer) -> None:
 
 
 def reference_tokens(pair: Pair, prompt: list[int], sample: int, n: int, seed: int, penalty: float) -> list[int]:
-    """Sampling written out, without cache, padding or blocks: a Philox number per (seed, prompt, sample, position)."""
+    """A plain sampling loop without cache, padding or blocks: a Philox number per (seed, prompt, sample, position)."""
     key = row_key(prompt, sample)
     ids = list(prompt)
     for _ in range(n):
@@ -142,8 +142,8 @@ def reference_tokens(pair: Pair, prompt: list[int], sample: int, n: int, seed: i
 
 
 @pytest.mark.parametrize("penalty", [1.0, 1.3])
-def test_tokens_are_those_of_a_plain_loop(penalty: float, float64: Tier, tokenizer: Tokenizer) -> None:
-    """Both frameworks could draw the same wrong numbers; a loop without their machinery cannot."""
+def test_tokens_match_a_plain_loop(penalty: float, float64: Tier, tokenizer: Tokenizer) -> None:
+    """Both frameworks could share a bug and agree on wrong tokens; a plain loop does not share it."""
     pair, n = make_pair(TINY, float64), 2 * BLOCK + 3
     options = {"temperature": 1.7, "top_k": 40, "top_p": 0.9, "repetition_penalty": penalty, "seed": 11, "n": 2}
     for name, generator in generators(TINY, float64, tokenizer).items():
@@ -156,15 +156,15 @@ def test_tokens_are_those_of_a_plain_loop(penalty: float, float64: Tier, tokeniz
 
 @settings(max_examples=10, deadline=None)
 @given(
-    lengths=st.lists(st.sampled_from([1, 2, 7, 8, 41, 50]), min_size=5, max_size=6),  # each bucket is a compilation
+    lengths=st.lists(st.sampled_from([1, 2, 7, 8, 41, 50]), min_size=5, max_size=6),  # each bucket is compiled
     seed=st.integers(0, 1000),
     options=st.sampled_from([{"temperature": 0.0}, *OPTIONS]),
 )
 @pytest.mark.parametrize("framework", BACKENDS)
-def test_each_row_is_its_prompt_alone(
+def test_each_row_equals_its_prompt_alone(
     framework: str, tokenizer: Tokenizer, lengths: list[int], seed: int, options: dict[str, Any]
 ) -> None:
-    """Tokens exactly, log-probabilities to 1e-12, whatever the neighbours; some rows end early, the batch shrinks."""
+    """Exact tokens, log-probabilities to 1e-12, for any neighbours. Some rows end early, so the batch shrinks."""
     rng = np.random.default_rng(seed)
     prompts = [rng.integers(4, 512, length).tolist() for length in lengths]
     request = {"max_new_tokens": 40, "temperature": 1.0, "seed": seed, "stop": list(range(4, 24))} | options
@@ -179,7 +179,7 @@ def test_each_row_is_its_prompt_alone(
 
 @pytest.mark.parametrize("framework", BACKENDS)
 def test_finished_rows_cost_nothing(framework: str, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of 16 rows 15 end within the first block: from then on one row is decoded."""
+    """15 of 16 rows end early; the batch then shrinks to the row that is left."""
     generator = generators(TINY, TIERS["float32"], tokenizer)[framework]
     prompts = [[1, 5 + i] for i in range(16)]
     whole = tokens_of(generator, prompts, max_new_tokens=64, temperature=0.0)
@@ -202,8 +202,8 @@ def test_finished_rows_cost_nothing(framework: str, tokenizer: Tokenizer, monkey
 
 
 @pytest.mark.parametrize("framework", BACKENDS)
-def test_a_prefix_is_continued_many_times(framework: str, float64: Tier, tokenizer: Tokenizer) -> None:
-    """The same as the whole prompts at once, in any order, greedy and sampled; the prefix is not used up."""
+def test_prefix_can_be_continued_many_times(framework: str, float64: Tier, tokenizer: Tokenizer) -> None:
+    """The same as the whole prompts at once, in any order, greedy and sampled; the prefix can be used again."""
     generator = generators(TINY, float64, tokenizer)[framework]
     for beginning in ([1], [1, *range(60, 99)]):
         prefix = generator.prefill(beginning)
@@ -228,7 +228,7 @@ def test_a_prefix_is_continued_many_times(framework: str, float64: Tier, tokeniz
 
 
 @pytest.mark.parametrize("framework", BACKENDS)
-def test_long_prompts_go_in_chunks(
+def test_long_prompts_are_prefilled_in_chunks(
     framework: str, float64: Tier, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     generator = generators(TINY, float64, tokenizer)[framework]
@@ -245,7 +245,7 @@ def test_long_prompts_go_in_chunks(
 
 @pytest.mark.parametrize("framework", BACKENDS)
 def test_scores(framework: str, float64: Tier, tokenizer: Tokenizer) -> None:
-    """Those of the uncached model, of generation's own log-probabilities, and of any batch."""
+    """Scores equal those of the uncached model and the log-probabilities of generation, in any batch."""
     pair, generator = make_pair(TINY, float64), generators(TINY, float64, tokenizer)[framework]
     texts = ["The Congress of the United States", "a", "My fellow citizens, " * 8, "\u20ac and \U0001f600"]
     scores = generator.score(texts)
@@ -255,7 +255,7 @@ def test_scores(framework: str, float64: Tier, tokenizer: Tokenizer) -> None:
         logits = pair.logits(np.array([ids[:-1]]))[1][0]
         expected = (logits - np.logaddexp.reduce(logits, axis=1, keepdims=True))[range(len(ids) - 1), ids[1:]]
         assert np.abs(score - expected).max() <= 1e-12
-    changed = {"temperature": 1.7, "top_k": 30, "repetition_penalty": 1.4}  # log-probabilities are the model's own
+    changed = {"temperature": 1.7, "top_k": 30, "repetition_penalty": 1.4}  # log-probabilities are unfiltered
     completion = complete(generator, [PROMPTS[2]], max_new_tokens=30, **changed)[0]
     score = generator.score([PROMPTS[2] + completion.tokens])[0]
     assert np.allclose(score[len(PROMPTS[2]) - 1 :], completion.logprobs, rtol=0, atol=1e-12)
@@ -275,8 +275,8 @@ def test_scores_agree(tier: Tier, tokenizer: Tokenizer) -> None:
 
 
 def test_one_compilation_per_bucket_and_batch_size(tokenizer: Tokenizer) -> None:
-    """For any number of tokens, temperature and filter; none for a prompt length or a number of rows seen before."""
-    config = dataclasses.replace(TINY, rope_theta=12_345.0)  # nobody else's
+    """A new number of tokens, temperature or filter does not compile again; nor does a known bucket or batch size."""
+    config = dataclasses.replace(TINY, rope_theta=12_345.0)  # unique to this test
     generator: Any = generators(config, TIERS["float32"], tokenizer)["jax"]
     prefill, decode = generator._run_prefill, generator._run_decode
     requests = [
@@ -305,8 +305,8 @@ def test_one_compilation_per_bucket_and_batch_size(tokenizer: Tokenizer) -> None
 
 
 @pytest.mark.parametrize("batch", [1, 4])
-def test_the_cache_is_donated_and_never_copied(batch: int, tokenizer: Tokenizer) -> None:
-    """The compiled loop writes into the cache it was given, and copies neither it nor a weight on the way."""
+def test_cache_is_donated_and_never_copied(batch: int, tokenizer: Tokenizer) -> None:
+    """The compiled loop writes into the cache that it was given, and copies neither the cache nor a weight."""
     generator: Any = generators(TINY, TIERS["float32"], tokenizer)["jax"]
     capacity = 80
     state = generator._new_state(batch, capacity)
@@ -322,7 +322,7 @@ def test_the_cache_is_donated_and_never_copied(batch: int, tokenizer: Tokenizer)
     kernels |= {shape[::-1] for shape in kernels}
     cache = state[1].layers[0].k_BKSH.shape
     assert (48, 96) in kernels
-    inside = ""  # what is inside a fusion is computed where it is needed, and not stored
+    inside = ""  # values inside a fusion are computed where they are needed and not stored
     for line in program.splitlines():
         inside = inside if line.startswith(" ") else line
         made, _, operation = line.partition(" = ")[2].partition(" ")
@@ -336,8 +336,8 @@ def test_the_cache_is_donated_and_never_copied(batch: int, tokenizer: Tokenizer)
 
 
 @pytest.mark.parametrize("name", ["gqa", "mha", "mqa-untied"])
-def test_the_layout_for_the_cpu_is_the_same_model(name: str, float64: Tier) -> None:
-    """Every parameter is there, to the bit, and the head of a tied model is its embedding."""
+def test_cpu_layout_keeps_the_weights(name: str, float64: Tier) -> None:
+    """Both layouts hold every parameter bit for bit, and the head of a tied model is its embedding."""
     pair = make_pair(MODELS[name], float64)
     _, params, _ = split_model(pair.jax)
     _, one_row, several_rows = jax_generate._laid_out_for_cpu(pair.config, params, float64.jax)
@@ -353,7 +353,7 @@ def test_the_layout_for_the_cpu_is_the_same_model(name: str, float64: Tier) -> N
 
 @pytest.mark.parametrize("framework", BACKENDS)
 def test_truncation(framework: str, tokenizer: Tokenizer) -> None:
-    """Asked for, the end of the prompt is kept, as much of it as fits."""
+    """With `truncate`, as much of the end of the prompt is kept as fits."""
     generator = generators(TINY, TIERS["float32"], tokenizer)[framework]
     ids = (np.arange(500) % 400 + 4).tolist()
     cut = tokens_of(generator, [ids, [5]], max_new_tokens=20, temperature=0.0, truncate=True)

@@ -1,4 +1,4 @@
-"""GGUF files, both ways, against llama.cpp and what it makes of the same files."""
+"""Import and export of GGUF files, compared with llama.cpp on the same files."""
 
 import sys
 from collections.abc import Callable
@@ -44,14 +44,20 @@ from parity_tests.test_transformers import CONFIGS, llama_logits
 __all__ = ["text_checkpoint"]
 
 FLOAT32 = 2.5e-5
-"""Largest difference of llama.cpp's logits from ours, relative to the largest; measured 8.2e-6 over the 13
-configurations, 500 tokens, `sharpness` 1. Ours are within 2e-6 of float64; llama.cpp's angles are float32 products."""
+"""Bound on the largest difference between llama.cpp's logits and ours, relative to the largest logit.
+
+Measured: 8.2e-6 over the 13 configurations, with 500 tokens and `sharpness` 1. Our logits are within 2e-6 of float64;
+llama.cpp computes its rotary angles as float32 products.
+"""
 
 ROUNDED = {"float16": (8e-3, 1.2e-6, 3e-6), "bfloat16": (5e-2, 9e-5, 2e-4), "q8_0": (1e-1, 9e-4, 2e-3)}
-"""For weights kept so, llama.cpp rounds what they are multiplied with likewise (for q8_0 in blocks), and we do not:
-bounds of the largest difference and of the mean KL (nat) from our float32 model of the same file, and of the mean KL
-from our model of the weights before they were rounded. Measured, the largest of the 13 configurations: 3.2e-3, 4.1e-7,
-1.2e-6 for float16; 1.8e-2, 3.0e-5, 7.1e-5 for bfloat16; 3.5e-2, 3.2e-4, 6.9e-4 for q8_0."""
+"""Three bounds for each dtype of the weights: largest difference and mean KL divergence (nat) between llama.cpp and our
+float32 model of the same file, and mean KL divergence between llama.cpp and our model before its weights were rounded.
+
+llama.cpp rounds the activations to the dtype of the weights (for q8_0 in blocks), and we do not. Measured, the largest
+of the 13 configurations: 3.2e-3, 4.1e-7, 1.2e-6 for float16; 1.8e-2, 3.0e-5, 7.1e-5 for bfloat16; 3.5e-2, 3.2e-4,
+6.9e-4 for q8_0.
+"""
 
 
 def write(path: Path, config: ModelConfig, weights: Tensors, dtype: str = "float32") -> Path:
@@ -69,7 +75,7 @@ def mean_kl(logits: np.ndarray, other: np.ndarray) -> float:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_logits_are_llama_cpps(name: str, tmp_path: Path) -> None:
+def test_logits_match_llama_cpp(name: str, tmp_path: Path) -> None:
     config = CONFIGS[name]
     weights = random_weights(config, sharpness=1.0)
     tokens = random_tokens(config, 1, 500)
@@ -90,17 +96,17 @@ def _unpermuted(patch: pytest.MonkeyPatch) -> ModelConfig:
 
 SCALED = MODELS["mha-narrow-heads-scaled"]
 FAULTS = {
-    "rotations unpermuted": (MODELS["gqa"], _unpermuted),
-    "another eps": (MODELS["gqa"], _with(MODELS["gqa"], norm_eps=1e-6)),
-    "another theta": (MODELS["gqa"], _with(MODELS["gqa"], rope_theta=4.9e5)),
-    "scaling left out": (SCALED, _with(SCALED, rope_scaling=None)),
-    "another scaling": (SCALED, _with(SCALED, rope_scaling=RopeScaling(7.0, 1.0, 4.0, 128))),
+    "q and k not permuted": (MODELS["gqa"], _unpermuted),
+    "wrong eps": (MODELS["gqa"], _with(MODELS["gqa"], norm_eps=1e-6)),
+    "wrong theta": (MODELS["gqa"], _with(MODELS["gqa"], rope_theta=4.9e5)),
+    "scaling missing": (SCALED, _with(SCALED, rope_scaling=None)),
+    "wrong scaling": (SCALED, _with(SCALED, rope_scaling=RopeScaling(7.0, 1.0, 4.0, 128))),
 }
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_planted_faults_exceed_the_bound(fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ten times at least."""
+    """Each fault exceeds the bound at least tenfold."""
     config, plant = FAULTS[fault]
     weights = random_weights(config, sharpness=1.0)
     tokens = random_tokens(config, 1, 500)
@@ -125,10 +131,10 @@ def test_rounded_weights(name: str, dtype: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("framework", BACKENDS)
-def test_text_is_llama_cpps(
+def test_text_matches_llama_cpp(
     framework: str, text_checkpoint: Callable[[str], Path], tmp_path: Path, tokenizer: Tokenizer
 ) -> None:
-    """From a text through llama.cpp's tokenizer to the same 60 greedy tokens; and from the file imported again."""
+    """llama.cpp with its own tokenizer gives our 60 greedy tokens, and so does the file imported again."""
     checkpoint = text_checkpoint(framework)
     file = export_gguf(checkpoint, tmp_path / "model.gguf", BACKENDS[framework], "float32")
     llama = LlamaCpp(file)
@@ -146,11 +152,11 @@ def test_text_is_llama_cpps(
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("framework", BACKENDS)
-def test_there_and_back_to_the_bit(
+def test_round_trip_is_bit_exact(
     framework: str, dtype: str, text_checkpoint: Callable[[str], Path], tmp_path: Path, tokenizer: Tokenizer
 ) -> None:
-    """framework -> gguf -> the other framework: the same bits once rounded, configuration and tokenizer; and the same
-    file again."""
+    """framework -> gguf -> other framework: the same rounded bits, configuration and tokenizer; exporting again gives
+    the same file."""
     other = "torch" if framework == "jax" else "jax"
     checkpoint = text_checkpoint(framework)
     file = export_gguf(checkpoint, tmp_path / "one.gguf", BACKENDS[framework], dtype)
@@ -168,8 +174,8 @@ def test_there_and_back_to_the_bit(
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_every_configuration_comes_back(name: str, tmp_path: Path) -> None:
-    """Numbers that float32 would round to others (1e-6), Llama 3's scaling, and norms away from 1."""
+def test_every_configuration_round_trips(name: str, tmp_path: Path) -> None:
+    """Also numbers that are not exact in float32 (1e-6), Llama 3's RoPE scaling, and norm weights away from 1."""
     config = replace(CONFIGS[name], init_std=0.0123)
     weights = random_weights(config)
     opened = open_gguf(write(tmp_path / "model.gguf", config, weights))
@@ -179,9 +185,9 @@ def test_every_configuration_comes_back(name: str, tmp_path: Path) -> None:
     }
 
 
-def test_numbers_that_float32_does_not_hold(tmp_path: Path) -> None:
-    """In a file of ours they are themselves. In another's theta is what llama.cpp computes with; and in one of ours
-    whose theta was changed later, that."""
+def test_numbers_beyond_float32_precision(tmp_path: Path) -> None:
+    """A file exported here keeps the exact numbers. In any other file, theta is the float32 number that llama.cpp uses;
+    if theta was changed in a file exported here, the changed number counts."""
     config = replace(TINY, rope_theta=283461213.0, norm_eps=1.00000001e-6)
     assert open_gguf(write(tmp_path / "ours.gguf", config, random_weights(TINY))).config.rope_theta == 283461213.0
     assert open_gguf(tmp_path / "ours.gguf").config.norm_eps == 1.00000001e-6
@@ -196,8 +202,8 @@ def test_numbers_that_float32_does_not_hold(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name, config in CONFIGS.items() if config.rope_scaling is None])
-def test_transformers_reads_it(name: str, tmp_path: Path) -> None:
-    """Its loader knows no `rope_freqs`."""
+def test_transformers_reads_exported_gguf(name: str, tmp_path: Path) -> None:
+    """Only without RoPE scaling: the GGUF loader of transformers does not read `rope_freqs`."""
     config = CONFIGS[name]
     weights = random_weights(config, sharpness=1.0)
     write(tmp_path / "model.gguf", config, weights)
@@ -225,9 +231,9 @@ QUANTISED |= {"q6_k": 18, "iq4_nl": 25, "iq4_xs": 30}
 
 
 @pytest.mark.parametrize("kind", QUANTISED)
-def test_what_llama_cpp_has_quantised(kind: str, tmp_path: Path) -> None:
-    """Files of another writer, in a dozen types: the numbers that llama.cpp itself takes them for, to the bit. Its q8_0
-    is ours, block for block."""
+def test_files_quantised_by_llama_cpp(kind: str, tmp_path: Path) -> None:
+    """Files that llama.cpp quantised to a dozen types are dequantised to the same bits as by llama.cpp. Its q8_0 blocks
+    equal ours."""
     weights = random_weights(WIDE, sharpness=1.0)
     plain = write(tmp_path / "plain.gguf", WIDE, weights)
     quantise(plain, tmp_path / "quantised.gguf", QUANTISED[kind])
@@ -244,8 +250,8 @@ def test_what_llama_cpp_has_quantised(kind: str, tmp_path: Path) -> None:
             assert np.array_equal(opened.file.read(name), own.read(name)), name
 
 
-def test_llama_3s_factors_are_recognised(tmp_path: Path) -> None:
-    """Without our own keys, as llama.cpp's converter writes: the scaling of Llama 3.1 and 3.2; others are refused."""
+def test_llama_3_rope_factors_are_recognised(tmp_path: Path) -> None:
+    """In files without our own keys, the scaling of Llama 3.1 and 3.2 is recognised; other scalings are refused."""
     scalings = [RopeScaling(8.0, 1.0, 4.0, 8192), RopeScaling(32.0, 1.0, 4.0, 8192), RopeScaling(8.0, 1.0, 4.0, 4096)]
     for scaling in scalings:
         config = replace(TINY, rope_theta=5e5, rope_scaling=scaling)
@@ -258,8 +264,8 @@ def test_llama_3s_factors_are_recognised(tmp_path: Path) -> None:
             assert open_gguf(path).config == config
 
 
-def test_names_and_rows() -> None:
-    """llama.cpp's own table of names; permutation and its inverse."""
+def test_tensor_names_and_row_order() -> None:
+    """The names are those of llama.cpp's own table; the row permutation has an exact inverse."""
     known = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 3)
     config = replace(MODELS["mqa-untied"], n_layers=3)
     for name in param_table(config):
@@ -272,7 +278,7 @@ def test_names_and_rows() -> None:
 NORM, EMBEDDING = "output_norm.weight", "token_embd.weight"
 
 
-def test_weights_that_do_not_fit(tmp_path: Path) -> None:
+def test_weights_out_of_range_are_refused(tmp_path: Path) -> None:
     for dtype, value in (("float16", 7e4), ("q8_0", 1e7)):
         weights = random_weights(WIDE)
         weights["model.layers.1.self_attn.q_proj.weight"][0, 0] = value
@@ -284,7 +290,7 @@ def test_weights_that_do_not_fit(tmp_path: Path) -> None:
     )
 
 
-def test_nothing_is_overwritten_or_left(
+def test_nothing_is_overwritten_or_left_behind(
     text_checkpoint: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoint, file = text_checkpoint("torch"), tmp_path / "out" / "model.gguf"
@@ -300,17 +306,17 @@ def test_nothing_is_overwritten_or_left(
     export_gguf(checkpoint, file, BACKENDS["torch"], "float32")
     with pytest.raises(InputError, match="destination exists"):
         export_gguf(checkpoint, file, BACKENDS["torch"], "float32")
-    with lock(file.with_name(".other.gguf.lock")), pytest.raises(InputError, match="another process is at work here"):
+    with lock(file.with_name(".other.gguf.lock")), pytest.raises(InputError, match="another process is working here"):
         export_gguf(checkpoint, file.with_name("other.gguf"), BACKENDS["torch"], "float32")
-    with lock(file.with_name(".hf.lock")), pytest.raises(InputError, match="another process is at work here"):
+    with lock(file.with_name(".hf.lock")), pytest.raises(InputError, match="another process is working here"):
         export_hf(checkpoint, file.with_name("hf"), BACKENDS["torch"], "float32")
     assert not file.with_name("hf").exists()
-    with pytest.raises(InputError, match="checkpoints of its own"):
+    with pytest.raises(InputError, match="already has checkpoints"):
         import_checkpoint("gguf", file, tmp_path / "run", BACKENDS["torch"])
     with pytest.raises(InputError, match=r"different kind(?s:.*)gguf->torch") as raised:
         import_checkpoint("hf", file, tmp_path / "new", BACKENDS["torch"])
     assert raised.value.command == ("convert", "gguf->torch", str(file), str(tmp_path / "new"))
-    with pytest.raises(InputError, match=r"of the kind gguf(?s:.*)gguf->jax") as raised:
+    with pytest.raises(InputError, match=r"in gguf format(?s:.*)gguf->jax") as raised:
         find_checkpoint(file, "jax")
     assert raised.value.command == ("convert", "gguf->jax", str(file), "RUN")
     fails("gguf has no float64", "convert", "torch->gguf", str(tmp_path / "run"), "--dtype", "float64", cwd=tmp_path)
@@ -319,7 +325,7 @@ def test_nothing_is_overwritten_or_left(
 
 
 def test_commands(text_checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
-    """The default name of the file, and text from what is imported."""
+    """The default file name, and the same text from the imported file."""
     text_checkpoint("torch")
     done = succeeds("convert", "torch->gguf", "run", "--dtype", "bfloat16", cwd=tmp_path)
     assert done.stdout == "run/run-bfloat16.gguf\n"
@@ -333,7 +339,7 @@ def test_commands(text_checkpoint: Callable[[str], Path], tmp_path: Path) -> Non
     assert texts[0] == texts[1]
 
 
-def test_without_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_gguf_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(InputError, match=r"pip install.*\[gguf\]"):
         write(tmp_path / "x.gguf", TINY, random_weights(TINY))

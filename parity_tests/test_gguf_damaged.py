@@ -1,4 +1,4 @@
-"""GGUF files that are damaged, hostile, or of another architecture: refused, by name, in bounded memory."""
+"""Damaged, hostile and unsupported GGUF files are refused, with the problem named and in bounded memory."""
 
 import struct
 import tracemalloc
@@ -28,7 +28,7 @@ Fields = dict[str, Any]
 
 
 def damaged(path: Path, fields: Fields, tensors: Tensors) -> Path:
-    """A good file of the package's own writer, with some keys and tensors changed, or left out if None."""
+    """A valid file of the `gguf` package, with some keys and tensors changed, or omitted if they are None."""
     writer = gguf.GGUFWriter(path, "llama")
     everything = {"general.type": "model", **ours.config_fields(TINY), **NO_TOKENIZER} | fields
     for key, value in everything.items():
@@ -80,19 +80,19 @@ def damaged(path: Path, fields: Fields, tensors: Tensors) -> Path:
         ({}, {NORM: np.zeros(48, np.int8)}, "I8"),
         ({}, {"rope_freqs.weight": np.array([1, 1, 1, 1, 1, 1, 1, 9], np.float32)}, "not Llama 3's scaling"),
         ({}, {"rope_freqs.weight": np.full(8, np.nan, np.float32)}, "not Llama 3's scaling"),
-        ({}, {"rope_freqs.weight": np.ones(5, np.float32)}, "the shape of rope_freqs"),
+        ({}, {"rope_freqs.weight": np.ones(5, np.float32)}, "wrong shape of rope_freqs"),
     ],
 )
-def test_refused_by_name(fields: Fields, tensors: Tensors, named: str, tmp_path: Path) -> None:
-    """And nothing is written."""
+def test_unsupported_models_are_refused(fields: Fields, tensors: Tensors, named: str, tmp_path: Path) -> None:
+    """The message names the problem, and nothing is written."""
     with pytest.raises(InputError, match=named) as refused:
         import_checkpoint("gguf", damaged(tmp_path / "x.gguf", fields, tensors), tmp_path / "run", BACKENDS["torch"])
     assert "what to do: " in str(refused.value)
     assert not (tmp_path / "run").exists()
 
 
-def test_what_changes_nothing_is_accepted(tmp_path: Path) -> None:
-    """Defaults that a file may leave out, factors of 1, and keys that say that something is off."""
+def test_harmless_keys_are_accepted(tmp_path: Path) -> None:
+    """Omitted defaults, RoPE factors of 1, and keys that switch a feature off."""
     fields = dict.fromkeys((f"llama.attention.{name}_length" for name in ("key", "value")), 16)
     fields |= {"llama.rope.freq_base": None, "llama.vocab_size": None, "llama.rope.dimension_count": None}
     fields |= {"llama.expert_count": 0, "llama.rope.scaling.type": "none", "minillm.init_std": None}
@@ -116,7 +116,7 @@ def tensor(name: bytes, dims: tuple[int, ...], kind: int = 0, offset: int = 0) -
 HOSTILE = {
     "empty": (b"", "found: 0 bytes"),
     "no magic": (b"GGML" + bytes(60), "not a GGUF file"),
-    "version": (header(version=4), "another version"),
+    "version": (header(version=4), "unsupported version"),
     "big-endian": (b"GGUF" + struct.pack(">IQQ", 3, 0, 0), "big-endian"),
     "2^63 keys": (header(n_fields=1 << 63), "no model has more"),
     "2^63 tensors": (header(n_tensors=1 << 63), "no model has more"),
@@ -126,17 +126,17 @@ HOSTILE = {
     "a long array": (header(text(b"a") + struct.pack("<IIQ", 9, 0, 1 << 60) + bytes(9), n_fields=1), "ends after"),
     "a long list": (header(text(b"a") + struct.pack("<IIQ", 9, 8, 1 << 60) + bytes(9), n_fields=1), "ends after"),
     "nested arrays": (header(text(b"a") + struct.pack("<IIQ", 9, 9, 1), n_fields=1), "array of type 9"),
-    "an unknown type": (header(text(b"a") + struct.pack("<I", 13), n_fields=1), "value of type 13"),
-    "no UTF-8": (header(text(b"\xff") + struct.pack("<I", 13), n_fields=1), "utf-8"),
-    "a key twice": (header((text(b"a") + struct.pack("<Ib", 1, 1)) * 2, n_fields=2), "'a' twice"),
+    "unknown value type": (header(text(b"a") + struct.pack("<I", 13), n_fields=1), "value of type 13"),
+    "not UTF-8": (header(text(b"\xff") + struct.pack("<I", 13), n_fields=1), "utf-8"),
+    "a key twice": (header((text(b"a") + struct.pack("<Ib", 1, 1)) * 2, n_fields=2), "'a' occurs twice"),
     "alignment": (header(text(b"general.alignment") + struct.pack("<II", 4, 33), n_fields=1), "alignment of 33"),
-    "a tensor twice": (header(tensors=tensor(b"a", (1,)) * 2, n_tensors=2) + bytes(64), "'a' twice"),
+    "a tensor twice": (header(tensors=tensor(b"a", (1,)) * 2, n_tensors=2) + bytes(64), "'a' occurs twice"),
     "5 dimensions": (header(tensors=tensor(b"a", (1,) * 5), n_tensors=1) + bytes(64), "5 dimensions"),
     "2^32 dimensions": (header(tensors=text(b"a") + b"\xff" * 4, n_tensors=1) + bytes(64), "dimensions of"),
-    "no numbers": (header(tensors=tensor(b"a", (4, 0)), n_tensors=1) + bytes(64), "a shape of"),
+    "a dimension of 0": (header(tensors=tensor(b"a", (4, 0)), n_tensors=1) + bytes(64), "a shape of"),
     "overflow": (header(tensors=tensor(b"a", (1 << 32, 1 << 32)), n_tensors=1) + bytes(64), "not within"),
     "blocks": (header(tensors=tensor(b"a", (33,), 8), n_tensors=1) + bytes(64), "in blocks of 32"),
-    "a type of none": (header(tensors=tensor(b"a", (1,), 99), n_tensors=1) + bytes(64), "not known"),
+    "unknown tensor type": (header(tensors=tensor(b"a", (1,), 99), n_tensors=1) + bytes(64), "not known"),
     "beyond": (header(tensors=tensor(b"a", (64,), 0, 64), n_tensors=1) + bytes(300), "not within"),
     "far beyond": (header(tensors=tensor(b"a", (1,), 0, (1 << 64) - 32), n_tensors=1) + bytes(99), "not within"),
     "unaligned": (header(tensors=tensor(b"a", (1,), 0, 1), n_tensors=1) + bytes(99), "not within"),
@@ -150,7 +150,7 @@ HOSTILE = {
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_headers(name: str, tmp_path: Path) -> None:
-    """Counts, lengths, offsets and types that are not so: refused at once, without the memory they ask for."""
+    """False counts, lengths, offsets and types are refused at once, without allocating the memory that they ask for."""
     content, named = HOSTILE[name]
     (tmp_path / "x.gguf").write_bytes(content)
     tracemalloc.start()
@@ -163,8 +163,8 @@ def test_hostile_headers(name: str, tmp_path: Path) -> None:
         tracemalloc.stop()
 
 
-def test_many_things_wrong_are_a_short_message(tmp_path: Path) -> None:
-    """60,000 keys of the architecture that are not known; 60,000 tensors too many."""
+def test_many_problems_give_a_short_message(tmp_path: Path) -> None:
+    """60,000 unknown keys; 60,000 unexpected tensors."""
     keys = b"".join(text(f"llama.{i}{'x' * 900}".encode()) + struct.pack("<Ib", 1, 1) for i in range(60_000))
     keys += text(b"general.architecture") + struct.pack("<I", 8) + text(b"llama")
     (tmp_path / "keys.gguf").write_bytes(header(keys, n_fields=60_001))
@@ -176,7 +176,7 @@ def test_many_things_wrong_are_a_short_message(tmp_path: Path) -> None:
         assert len(str(refused.value)) < 4000
 
 
-def test_other_paths(tmp_path: Path) -> None:
+def test_bad_paths(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such file"):
         open_gguf(tmp_path / "none.gguf")
     write(tmp_path / "x.gguf", TINY, random_weights(TINY))
@@ -190,7 +190,7 @@ def test_other_paths(tmp_path: Path) -> None:
 
 
 def test_damaged_files_never_crash(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    """2,000 mutations of a header, the tokenizer's keys in it: each is read or refused with an InputError, in bounded
+    """2,000 mutations of a header with a tokenizer's keys: each file is read or refused with an InputError, in bounded
     memory."""
     path = tmp_path / "x.gguf"
     write_gguf(path, TINY, random_weights(TINY), "q8_0", tokenizer_fields(tokenizer, TINY.vocab_size))

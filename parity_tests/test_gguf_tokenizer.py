@@ -1,4 +1,4 @@
-"""Tokenizers in GGUF files: llama.cpp's ids, and those of the tokenizer made of the file."""
+"""Tokenizers in GGUF files: llama.cpp and the imported tokenizer give the same ids."""
 
 import dataclasses
 import io
@@ -49,7 +49,7 @@ def texts() -> list[str]:
 
 
 def assert_same_ids(tokenizer: Tokenizer, texts: Sequence[str], folder: Path) -> None:
-    """In llama.cpp, and in what is made of the file."""
+    """llama.cpp and the tokenizer imported from the GGUF file give the ids of `tokenizer`."""
     file = folder / "tokenizer.gguf"
     write_gguf(file, TINY, random_weights(TINY), "float32", tokenizer_fields(tokenizer, V))
     open_gguf(file).write_tokenizer(folder)
@@ -66,7 +66,7 @@ def assert_same_ids(tokenizer: Tokenizer, texts: Sequence[str], folder: Path) ->
     assert (again.bos_id, again.eos_id, again.vocab_size) == (tokenizer.bos_id, tokenizer.eos_id, tokenizer.vocab_size)
 
 
-def test_our_tokenizer(tokenizer: Tokenizer, texts: list[str], tmp_path: Path) -> None:
+def test_sentencepiece_tokenizer(tokenizer: Tokenizer, texts: list[str], tmp_path: Path) -> None:
     assert_same_ids(tokenizer, texts, tmp_path)
     before, after = (pieces(path) for path in (tokenizer.path, tmp_path / "tokenizer.model"))
     assert before == after
@@ -86,8 +86,8 @@ def train(folder: Path, lines: list[str], **settings: Any) -> Tokenizer:
     return Tokenizer(folder / "tokenizer.model")
 
 
-def test_a_space_before_every_text(texts: list[str], tmp_path: Path) -> None:
-    """As Llama 2's."""
+def test_tokenizer_with_leading_space(texts: list[str], tmp_path: Path) -> None:
+    """A tokenizer that puts a space before every text, like Llama 2's."""
     tokenizer = train(tmp_path, texts[250:2000])
     assert tokenizer.decode_after(tokenizer.encode("a")) == " a"
     (tmp_path / "made").mkdir()
@@ -95,8 +95,8 @@ def test_a_space_before_every_text(texts: list[str], tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("changes", [{"add_bos_token": False}, {"remove_extra_whitespaces": True}])
-def test_settings_of_a_file(changes: dict[str, bool], tokenizer: Tokenizer, tmp_path: Path) -> None:
-    """Whether a text begins with the begin token; and one that llama.cpp does not heed."""
+def test_tokenizer_settings_in_file(changes: dict[str, bool], tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """Whether a text starts with the begin token, and a setting that llama.cpp ignores."""
     fields = tokenizer_fields(tokenizer, V) | {f"tokenizer.ggml.{key}": value for key, value in changes.items()}
     write_gguf(tmp_path / "x.gguf", TINY, random_weights(TINY), "float32", fields)
     open_gguf(tmp_path / "x.gguf").write_tokenizer(tmp_path)
@@ -116,18 +116,18 @@ def test_overlap() -> None:
     assert not overlap(["<a>", "x<a>"])
 
 
-def test_a_piece_that_is_not_used(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    """SentencePiece passes it by, llama.cpp does not; neither format gets it."""
+def test_unused_pieces_are_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """SentencePiece skips unused pieces and llama.cpp does not, so such a model is exported to neither format."""
     proto = sentencepiece_model_pb2.ModelProto.FromString(tokenizer.content)
     proto.pieces[400].type = 5
     (tmp_path / "tokenizer.model").write_bytes(proto.SerializeToString())
-    with pytest.raises(InputError, match="tokens that are not used"):
+    with pytest.raises(InputError, match="unused tokens"):
         tokenizer_fields(Tokenizer(tmp_path / "tokenizer.model"), V)
     assert sentencepiece_to_json(proto.SerializeToString(), adds_bos=True) is None
 
 
-def test_symbols_of_spaces(tmp_path: Path) -> None:
-    """llama.cpp's converter writes them with plain spaces."""
+def test_user_symbols_made_of_spaces(tmp_path: Path) -> None:
+    """llama.cpp's converter writes such symbols with plain spaces."""
     fields = {key: value for key, value in GOOD_LLAMA.items() if key not in ("tokens", "scores", "token_type")}
     tokens = ["<unk>", "<s>", "</s>", "    ", "x", "\u2581", *(f"<0x{i:02X}>" for i in range(256))]
     fields |= {"tokens": tokens, "scores": [0.0] * len(tokens), "add_space_prefix": False}
@@ -142,8 +142,8 @@ def test_symbols_of_spaces(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(ENDS))
-def test_ends_by_name(name: str, tmp_path: Path) -> None:
-    """llama.cpp ends a text at a token of such a name, whatever the ids say; so does what is imported."""
+def test_end_tokens_by_name(name: str, tmp_path: Path) -> None:
+    """llama.cpp ends a text at tokens with these names, whatever the ids say; the imported tokenizer does the same."""
     fields = {f"tokenizer.ggml.{key}": value for key, value in GOOD_LLAMA.items()}
     fields["tokenizer.ggml.tokens"] = ["<unk>", "<s>", "<stop>", "a", "b", name]
     config = dataclasses.replace(TINY, vocab_size=6)
@@ -153,7 +153,7 @@ def test_ends_by_name(name: str, tmp_path: Path) -> None:
     assert load_tokenizer(tmp_path, 6).end_ids == {i for i in range(6) if llama.ends(i)} == {2, 5}
 
 
-def test_an_end_that_llama_cpp_adds_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_llama_cpp_end_tokens_are_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     byte_level(tmp_path, V)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / name).write_text((tmp_path / name).read_text().replace("<|begin|>", "<|im_end|>"))
@@ -161,11 +161,11 @@ def test_an_end_that_llama_cpp_adds_is_said(tmp_path: Path, caplog: pytest.LogCa
     data["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": PRE_TOKENIZERS["gpt-2"][0]}
     (tmp_path / "tokenizer.json").write_text(json.dumps(data))
     tokenizer_fields(load_tokenizer(tmp_path, V), V)
-    assert "llama.cpp will end a text at <|im_end|> too" in caplog.text
+    assert "llama.cpp will also end a text at <|im_end|>" in caplog.text
 
 
-def test_a_begin_token_that_is_the_end_too(texts: list[str], tmp_path: Path) -> None:
-    """As GPT-2's: what the template adds is added, and not taken for the end of a text; nor is a text's own end."""
+def test_same_begin_and_end_token(texts: list[str], tmp_path: Path) -> None:
+    """As in GPT-2: the begin token is added and not taken for the end of the text; nor is an end token in the text."""
     byte_level(tmp_path, V)
     data = json.loads((tmp_path / "tokenizer.json").read_text())
     data["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": PRE_TOKENIZERS["gpt-2"][0]}
@@ -179,40 +179,40 @@ def test_a_begin_token_that_is_the_end_too(texts: list[str], tmp_path: Path) -> 
     assert_same_ids(tokenizer, texts[-100:], tmp_path / "again")
 
 
-def test_what_is_not_as_in_llama_cpp_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """A space after symbols of the user, and a token that ends every text."""
+def test_differences_from_llama_cpp_are_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A space after user-defined symbols, and an end token after every text."""
     changes = {"token_type": [2, 3, 3, 4, 1, 1], "add_eos_token": True}
     fields = {f"tokenizer.ggml.{key}": value for key, value in (GOOD_LLAMA | changes).items()}
     write_gguf(tmp_path / "x.gguf", TINY, random_weights(TINY), "float32", fields)
     open_gguf(tmp_path / "x.gguf").write_tokenizer(tmp_path)
     said = caplog.text
-    assert "after tokens such as 'a' in a text llama.cpp puts a space" in said
+    assert "llama.cpp inserts a space after tokens such as 'a'" in said
     assert "end-of-document token after every text" in said
 
 
 @pytest.mark.parametrize(
     ("settings", "named"),
     [
-        ({"model_type": "unigram"}, "another kind than BPE"),
-        ({"byte_fallback": False}, "no bytes to fall back on"),
-        ({"treat_whitespace_as_suffix": True}, "spaces of another form"),
+        ({"model_type": "unigram"}, "not a BPE model"),
+        ({"byte_fallback": False}, "no byte fallback"),
+        ({"treat_whitespace_as_suffix": True}, "unusual handling of spaces"),
         ({"normalization_rule_name": "nmt_nfkc"}, "text is normalised"),
         ({"remove_extra_whitespaces": True}, "text is normalised"),
-        ({"user_defined_symbols": ["\n"]}, "a space before a text, and symbols of the user"),
-        ({"user_defined_symbols": ["    "], "add_dummy_prefix": False}, "symbols of the user with spaces"),
-        ({"user_defined_symbols": ["#ab", "b##cd"], "add_dummy_prefix": False}, "symbols of the user that overlap"),
+        ({"user_defined_symbols": ["\n"]}, "a space before a text together with user-defined symbols"),
+        ({"user_defined_symbols": ["    "], "add_dummy_prefix": False}, "user-defined symbols with spaces"),
+        ({"user_defined_symbols": ["#ab", "b##cd"], "add_dummy_prefix": False}, "user-defined symbols that overlap"),
     ],
 )
-def test_tokenizers_that_llama_cpp_lacks(
+def test_sentencepiece_models_unsupported_by_llama_cpp(
     settings: dict[str, Any], named: str, texts: list[str], tmp_path: Path
 ) -> None:
     with pytest.raises(InputError, match=named):
         tokenizer_fields(train(tmp_path, texts[250:2000], **settings), V)
 
 
-def test_a_text_that_spells_a_control_token(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    """A limit: where the halves of `</s>` are pieces, llama.cpp joins them to the control token, which SentencePiece
-    does not. No piece of the default corpus has a < or a >."""
+def test_text_that_spells_a_control_token(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """A known limit: if the halves of `</s>` are pieces, llama.cpp joins them to the control token; SentencePiece does
+    not. No piece learnt from the default corpus contains < or >."""
     proto = sentencepiece_model_pb2.ModelProto.FromString(tokenizer.path.read_bytes())
     assert not any(set("<>") & set(piece.piece) for piece in proto.pieces if piece.type == 1)
     proto.pieces[-1].piece, proto.pieces[-2].piece = "</", "s>"
@@ -225,7 +225,7 @@ def test_a_text_that_spells_a_control_token(tokenizer: Tokenizer, tmp_path: Path
 
 
 def trained_json(folder: Path, pre: str, lines: list[str]) -> Tokenizer:
-    """A byte-level BPE with the pre-tokenizer that llama.cpp knows under a name, smaller than the vocabulary."""
+    """A byte-level BPE with a pre-tokenizer that llama.cpp knows by name, smaller than the model's vocabulary."""
     from tokenizers import Tokenizer as Json
     from tokenizers import models, pre_tokenizers, processors, trainers
 
@@ -254,15 +254,15 @@ def trained_json(folder: Path, pre: str, lines: list[str]) -> Tokenizer:
 
 @pytest.mark.parametrize("pre", PRE_TOKENIZERS)
 def test_byte_level(pre: str, texts: list[str], tmp_path: Path) -> None:
-    """The pre-tokenizers of Llama 3, SmolLM2 and GPT-2, with a token of the user, and rows that no token uses."""
+    """The pre-tokenizers of Llama 3, SmolLM2 and GPT-2, with a user-defined token and unused embedding rows."""
     tokenizer = trained_json(tmp_path / "json", pre, texts[250:20_000:5])
     assert tokenizer_fields(tokenizer, V)["tokenizer.ggml.pre"] == pre
     assert_same_ids(tokenizer, [*texts[::8], *texts[-2100:], "a <tool>b", "it's 1234 <|end|> IT'S"], tmp_path)
 
 
 @pytest.mark.parametrize("in_settings", [False, True])
-def test_ends_and_chat_template_go_along(in_settings: bool, tmp_path: Path) -> None:
-    """Further tokens that end a text, which llama.cpp then stops at, and the chat template: there and back."""
+def test_end_tokens_and_chat_template_round_trip(in_settings: bool, tmp_path: Path) -> None:
+    """Export and import keep the chat template and additional end tokens, at which llama.cpp then stops."""
     template = "{{ messages[0]['content'] }}"
     byte_level(tmp_path, V)
     settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
@@ -304,10 +304,13 @@ Change = Callable[[dict[str, Any]], object]
         (lambda data: data.update(normalizer={"type": "NFC"}), "its normalizer"),
         (lambda data: data["model"].update(end_of_word_suffix="</w>"), "prefixes and suffixes"),
         (lambda data: data["added_tokens"][0].update(special=False, lstrip=True), "its added tokens"),
-        (lambda data: data["post_processor"]["single"].insert(0, data["post_processor"]["single"][0]), "what it puts"),
+        (
+            lambda data: data["post_processor"]["single"].insert(0, data["post_processor"]["single"][0]),
+            "before a document",
+        ),
     ],
 )
-def test_a_tokenizer_json_that_llama_cpp_lacks(change: Change, named: str, tmp_path: Path) -> None:
+def test_tokenizer_json_unsupported_by_llama_cpp(change: Change, named: str, tmp_path: Path) -> None:
     byte_level(tmp_path, V)
     data = json.loads((tmp_path / "tokenizer.json").read_text())
     change(data)
@@ -316,10 +319,10 @@ def test_a_tokenizer_json_that_llama_cpp_lacks(change: Change, named: str, tmp_p
         tokenizer_fields(load_tokenizer(tmp_path, V), V)
 
 
-def test_a_model_without_its_tokenizer(
+def test_model_without_tokenizer(
     text_checkpoint: Callable[[str], Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Goes both ways, and it is said."""
+    """Both export and import work, and report the missing tokenizer."""
     checkpoint = text_checkpoint("torch")
     (checkpoint / "manifest.json").write_text(
         json.dumps(
@@ -331,7 +334,7 @@ def test_a_model_without_its_tokenizer(
     assert "the tokenizer is left out" in caplog.text
     assert len(LlamaCpp(file).logits([1, 2])) == 2
     import_checkpoint("gguf", file, tmp_path / "again", BACKENDS["torch"])
-    assert "no tokenizer of a kind known here" in caplog.text
+    assert "no supported tokenizer" in caplog.text
 
 
 GOOD_LLAMA = {
@@ -350,9 +353,9 @@ GOOD_GPT2 = {"model": "gpt2", "pre": "gpt-2", "merges": ["a b"]} | {
 @pytest.mark.parametrize(
     ("good", "change", "named"),
     [
-        (GOOD_LLAMA, {"model": "t5"}, "kind known here"),
-        (GOOD_LLAMA, {"model": "x" * 9999}, "kind known here"),
-        (GOOD_LLAMA, {"tokens": ["<unk>", "<s>", "</s>", "a", "a", "ab"]}, "no token twice"),
+        (GOOD_LLAMA, {"model": "t5"}, "no supported tokenizer"),
+        (GOOD_LLAMA, {"model": "x" * 9999}, "no supported tokenizer"),
+        (GOOD_LLAMA, {"tokens": ["<unk>", "<s>", "</s>", "a", "a", "ab"]}, "no duplicate tokens"),
         (GOOD_LLAMA, {"token_type": [2, 3, 3]}, "as many types"),
         (GOOD_LLAMA, {"token_type": [2, 3, 3, 1, 1, 77]}, "damaged tokenizer"),
         (GOOD_LLAMA, {"token_type": [1, 3, 3, 1, 1, 1]}, "damaged tokenizer"),
@@ -362,7 +365,7 @@ GOOD_GPT2 = {"model": "gpt2", "pre": "gpt-2", "merges": ["a b"]} | {
         (GOOD_LLAMA, {"token_type": 2}, "token_type"),
         (GOOD_LLAMA, {"scores": [0.0]}, "as many scores"),
         (GOOD_LLAMA, {"scores": "0.0"}, "scores"),
-        (GOOD_LLAMA, {"eos_token_id": 6}, "below their number"),
+        (GOOD_LLAMA, {"eos_token_id": 6}, "below the number of tokens"),
         (GOOD_LLAMA, {"eos_token_id": None}, "no end-of-document"),
         (GOOD_LLAMA, {"add_space_prefix": "yes"}, "add_space_prefix"),
         (GOOD_GPT2, {"pre": "qwen2"}, "qwen2"),

@@ -62,7 +62,7 @@ def test_every_gradient(pair: Pair, length: int) -> None:
 
 
 def test_gradient_against_finite_differences(float64: Tier) -> None:
-    """Both gradients could be wrong together; a directional derivative of the loss itself cannot."""
+    """Both gradients could be wrong in the same way; a numerical derivative of the loss would show it."""
     config = MODELS["gqa"]
     weights = {name: array.astype(np.float64) for name, array in random_weights(config).items()}
     tokens = random_tokens(config, 1, 33)
@@ -86,7 +86,7 @@ def test_gradient_against_finite_differences(float64: Tier) -> None:
 def run_both(
     config: RunConfig, tier: Tier, batches: list[np.ndarray], start: TrainingState
 ) -> dict[str, tuple[list[float], list[float], TrainingState]]:
-    """Losses, gradient norms and the final state of the same batches in each framework."""
+    """Train each framework on the same batches; return its losses, gradient norms and final state."""
     config = replace(config, train=replace(config.train, compute_dtype=tier.name))
     results = {}
     for backend in (minillm_jax, minillm_torch):
@@ -112,7 +112,7 @@ def test_one_update(name: str, tier: Tier, grad_clip: float) -> None:
     results = run_both(run, tier, [tokens], TrainingState(weights, {}, {}))
     (_, (norm_jax,), ours), (_, (norm_torch,), theirs) = results["jax"], results["torch"]
     assert abs(norm_jax - norm_torch) <= tier.gradient * norm_torch
-    assert (norm_torch > grad_clip) == (grad_clip < 1), "the clip is not tested where it should be"
+    assert (norm_torch > grad_clip) == (grad_clip < 1), "the gradient norm must exceed the small grad_clip only"
     for group in ("exp_avg", "exp_avg_sq", "weights"):
         for name, array in getattr(ours, group).items():
             assert_close_norm(f"{group} {name}", array, getattr(theirs, group)[name], tier.gradient)
@@ -128,8 +128,8 @@ def test_one_update(name: str, tier: Tier, grad_clip: float) -> None:
     )
 
 
-def test_the_norm_of_many_gradients_is_accurate() -> None:
-    """4 M float32 gradients, as of `quickstart`: torch's own norm is off by 8e-5, and clipping would pass it on."""
+def test_gradient_norm_is_accurate() -> None:
+    """4 M float32 gradients, as in `quickstart`: torch's own norm is off by 8e-5, which clipping would pass on."""
     grad = np.random.default_rng(0).standard_normal((2000, 2000)).astype(np.float32)
     exact = np.linalg.norm(grad.astype(np.float64))
     _, ours = jax_clip_by_global_norm({"a": jax.numpy.asarray(grad)}, 1.0)
@@ -154,7 +154,7 @@ def test_hundred_steps(tier: Tier) -> None:
 
 
 @pytest.mark.parametrize("backend", [minillm_jax, minillm_torch], ids=["jax", "torch"])
-def test_accumulation_is_one_large_batch(backend: object, float64: Tier) -> None:
+def test_accumulation_equals_one_large_batch(backend: object, float64: Tier) -> None:
     config = MODELS["gqa"]
     start = TrainingState(random_weights(config), {}, {})
     batches = [random_tokens(config, 8, 33, seed=n) for n in range(3)]
@@ -172,8 +172,8 @@ def test_accumulation_is_one_large_batch(backend: object, float64: Tier) -> None
         assert_close(name, split.weights[name], array, 1e-12)
 
 
-def test_the_train_state_is_donated() -> None:
-    """JAX reuses the old state's memory: it is gone after the step."""
+def test_train_state_is_donated() -> None:
+    """JAX reuses the memory of the old state, which is deleted by the step."""
     config = run_config(MODELS["gqa"])
     state = minillm_jax.init_state(config)
     minillm_jax.make_train_step(config)(state, random_tokens(config.model, 4, 33), 1e-3)
@@ -181,8 +181,8 @@ def test_the_train_state_is_donated() -> None:
 
 
 @pytest.mark.parametrize("backend", [minillm_jax, minillm_torch], ids=["jax", "torch"])
-def test_a_save_under_way_holds_the_state_it_was_given(backend: object, tmp_path: Path) -> None:
-    """Steps taken while the payload is still being written do not reach it."""
+def test_save_in_progress_keeps_its_state(backend: object, tmp_path: Path) -> None:
+    """Training steps taken during the save do not change what is saved."""
     config = run_config(MODELS["gqa"])
     state, step = backend.init_state(config), backend.make_train_step(config)
     state, _ = step(state, random_tokens(config.model, 4, 33), 1e-2)
@@ -197,4 +197,4 @@ def test_a_save_under_way_holds_the_state_it_was_given(backend: object, tmp_path
     for name, array in expected.items():
         assert np.array_equal(saved.weights[name], array), name
         assert np.array_equal(saved.exp_avg[name], moments[name]), name
-        assert not np.array_equal(backend.export_state(config, state).weights[name], array), "nothing moved"
+        assert not np.array_equal(backend.export_state(config, state).weights[name], array), "no weight changed"

@@ -1,4 +1,4 @@
-"""Hugging Face checkpoints, both ways, against what `transformers` makes of the same folders."""
+"""Import and export of Hugging Face checkpoints, compared with `transformers` on the same folders."""
 
 import json
 import shutil
@@ -31,7 +31,7 @@ __all__ = ["without_casts"]
 
 
 def save_llama(config: ModelConfig, folder: Path, dtype: torch.dtype, shard: str = "40KB") -> LlamaForCausalLM:
-    """A checkpoint that `transformers` itself has written, in shards."""
+    """Save a checkpoint with `transformers` itself, in shards."""
     fields = {k: v for k, v in to_hf_config(config, "float32").items() if k not in ("architectures", "model_type")}
     llama = LlamaForCausalLM(LlamaConfig(**fields))
     weights = {name: torch.from_numpy(array.copy()) for name, array in random_weights(config, sharpness=1.0).items()}
@@ -54,11 +54,11 @@ def logits_of(framework: str, checkpoint: Path, dtype: str, tokens: np.ndarray) 
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_imported_is_llama(
+def test_imported_model_matches_transformers(
     name: str, tmp_path: Path, float64: Tier, without_casts: Callable[[ModelConfig], None]
 ) -> None:
-    """What transformers saved, in shards, gives its logits in both frameworks: float32 as it is, float64 without its
-    casts; and greedy decoding from the cache gives its tokens."""
+    """A sharded checkpoint of transformers gives its logits in both frameworks: float32 unmodified, float64 without
+    transformers' casts. Greedy decoding with a cache gives its tokens."""
     config = CONFIGS[name]
     llama = save_llama(config, tmp_path / "hf", torch.float32)
     shards = list((tmp_path / "hf").glob("*.safetensors"))
@@ -86,7 +86,7 @@ def test_imported_is_llama(
 
 
 class NoText(Tokenizer):
-    """For models that have no tokenizer; no id ends a text."""
+    """A stand-in for models without a tokenizer; no id ends a text."""
 
     def __init__(self, config: ModelConfig):
         self.vocab_size, self.bos_id, self.end_ids = config.vocab_size, 0, frozenset()
@@ -97,8 +97,8 @@ class NoText(Tokenizer):
 
 @pytest.mark.parametrize("framework", BACKENDS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_there_and_back_to_the_bit(framework: str, dtype: str, tmp_path: Path) -> None:
-    """hf -> framework -> hf: the same bits under the same names, in the dtype they had, whatever the shards."""
+def test_round_trip_is_bit_exact(framework: str, dtype: str, tmp_path: Path) -> None:
+    """hf -> framework -> hf: the same bits under the same names, in the same dtype, however they are sharded."""
     config = MODELS["gqa"]
     save_llama(config, tmp_path / "hf", getattr(torch, dtype))
     checkpoint = import_checkpoint("hf", tmp_path / "hf", tmp_path / "run", BACKENDS[framework])
@@ -111,8 +111,8 @@ def test_there_and_back_to_the_bit(framework: str, dtype: str, tmp_path: Path) -
         assert torch.equal(tensor.view(torch.uint8), after[name].view(torch.uint8)), name
 
 
-def test_written_in_shards(tmp_path: Path) -> None:
-    """transformers reads the shards and the index that are written here."""
+def test_transformers_reads_exported_shards(tmp_path: Path) -> None:
+    """transformers reads the shards and the index that we write."""
     config = MODELS["gqa"]
     weights = random_weights(config)
     (tmp_path / "config.json").write_text(json.dumps(to_hf_config(config, "bfloat16")))
@@ -144,10 +144,10 @@ def text_checkpoint(tokenizer: Tokenizer, tmp_path: Path) -> Callable[[str], Pat
 
 
 @pytest.mark.parametrize("framework", BACKENDS)
-def test_exported_works_with_auto_classes(
+def test_export_works_with_auto_classes(
     framework: str, text_checkpoint: Callable[[str], Path], tmp_path: Path, tokenizer: Tokenizer
 ) -> None:
-    """AutoModel and AutoTokenizer load it as it is, and generate the same text; imported again it has the same ids."""
+    """AutoModel and AutoTokenizer load the export and give the same text; imported again, it gives the same ids."""
     checkpoint = text_checkpoint(framework)
     folder = export_hf(checkpoint, tmp_path / "exported", BACKENDS[framework], "float32")
     llama, auto = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
@@ -170,8 +170,9 @@ def test_exported_works_with_auto_classes(
     assert load_tokenizer(again, TINY.vocab_size).encode("The Congress") == tokenizer.encode("The Congress")
 
 
-def test_two_models_do_not_become_one_run(tmp_path: Path) -> None:
-    """Of one configuration, but other weights: the second framework's import is refused, the same model's is not."""
+def test_different_weights_in_one_run_are_refused(tmp_path: Path) -> None:
+    """Importing the same model in both frameworks works; a model with the same configuration but different weights is
+    refused."""
     save_llama(TINY, tmp_path / "hf", torch.float32)
     save_file({k: v + 1 for k, v in load_all(tmp_path / "hf").items()}, tmp_path / "other.safetensors")
     import_checkpoint("hf", tmp_path / "hf", tmp_path / "run", BACKENDS["jax"])
@@ -180,7 +181,7 @@ def test_two_models_do_not_become_one_run(tmp_path: Path) -> None:
     for shard in [*(tmp_path / "hf").glob("*.safetensors"), tmp_path / "hf" / "model.safetensors.index.json"]:
         shard.unlink()
     (tmp_path / "other.safetensors").rename(tmp_path / "hf" / "model.safetensors")
-    with pytest.raises(InputError, match="belongs to other weights"):
+    with pytest.raises(InputError, match="uses different weights"):
         import_checkpoint("hf", tmp_path / "hf", tmp_path / "run", BACKENDS["torch"])
     assert not (tmp_path / "run" / "torch").exists()
 
@@ -231,7 +232,7 @@ GOOD: dict[str, Any] = to_hf_config(TINY, "float32")
         ({"vocab_size": None}, "vocab_size"),
     ],
 )
-def test_refused_by_name(change: dict[str, Any], named: str) -> None:
+def test_unsupported_models_are_refused(change: dict[str, Any], named: str) -> None:
     assert from_hf_config(GOOD, "x") == TINY
     with pytest.raises(InputError, match=named):
         from_hf_config(GOOD | change, "config.json")
@@ -304,11 +305,11 @@ FREQUENCIES = "model.layers.0.self_attn.rotary_emb.inv_freq"
         (lambda f: (f / "model.safetensors").unlink(), "no weights"),
         (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), "pickled"),
         (lambda f: (f / "model.safetensors").write_bytes(b"\xff" * 64), "damaged safetensors"),
-        (lambda f: _index(f, "../model.safetensors"), "leads elsewhere"),
-        (lambda f: _index(f, "/etc/passwd"), "leads elsewhere"),
-        (lambda f: _index(f, "model-2.safetensors"), "missing shards"),
+        (lambda f: _index(f, "../model.safetensors"), "points outside"),
+        (lambda f: _index(f, "/etc/passwd"), "points outside"),
+        (lambda f: _index(f, "model-2.safetensors"), "shards are missing"),
         (lambda f: _index(f, "model-1.safetensors", {"more": "model-1.safetensors"}), "lacks tensors"),
-        (lambda f: _index(f, "model-1.safetensors", {NORM: None}), "does not name"),
+        (lambda f: _index(f, "model-1.safetensors", {NORM: None}), "does not list"),
         (lambda f: (f / "model.safetensors.index.json").write_text("{}"), "both an index"),
         (lambda f: rewrite(f / "config.json", num_hidden_layers=10**6), "more layers than tensors"),
         (_edit(lambda tensors: tensors.pop(NORM)), NORM),
@@ -325,7 +326,7 @@ FREQUENCIES = "model.layers.0.self_attn.rotary_emb.inv_freq"
     ],
 )
 def test_damaged_folders(damage: Callable[[Path], None], named: str, tmp_path: Path) -> None:
-    """Each is named, and nothing is written."""
+    """The message names the damage, and nothing is written."""
     folder, run = tmp_path / "hf", tmp_path / "run"
     save_llama(TINY, folder, torch.float32, shard="1GB")
     damage(folder)
@@ -335,7 +336,7 @@ def test_damaged_folders(damage: Callable[[Path], None], named: str, tmp_path: P
     assert not run.exists()
 
 
-def test_float16_that_would_overflow(tmp_path: Path) -> None:
+def test_float16_overflow_is_refused(tmp_path: Path) -> None:
     weights = random_weights(TINY)
     weights[NORM][0] = 7e4
     with pytest.raises(InputError, match="float16 cannot hold"):
@@ -357,7 +358,7 @@ def test_redundant_tensors_are_left_out(tmp_path: Path) -> None:
 
 def test_nothing_is_overwritten(text_checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
     checkpoint = text_checkpoint("torch")
-    with pytest.raises(InputError, match="checkpoints of its own"):
+    with pytest.raises(InputError, match="already has checkpoints"):
         import_checkpoint("hf", tmp_path / "source", tmp_path / "run", BACKENDS["torch"])
     with pytest.raises(InputError, match="destination exists"):
         export_hf(checkpoint, tmp_path / "source", BACKENDS["torch"], "float32")

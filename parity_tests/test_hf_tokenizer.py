@@ -1,4 +1,4 @@
-"""Tokenizers of Hugging Face folders, ours exported and others' imported, and what ends a text."""
+"""Tokenizers of Hugging Face folders: exporting ours, importing others, and the tokens that end a text."""
 
 import json
 from dataclasses import replace
@@ -52,7 +52,7 @@ HARD = [
 ]
 
 
-def test_tokenizer_json_is_the_tokenizer(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_exported_tokenizer_json_gives_the_same_ids(tokenizer: Tokenizer, tmp_path: Path) -> None:
     """Every line of the default corpus, hard Unicode, text that looks like special tokens, and random characters: the
     same ids from SentencePiece, from `tokenizers` and from AutoTokenizer, and the same text back."""
     data = sentencepiece_to_json(tokenizer.content, adds_bos=True)
@@ -81,7 +81,7 @@ def test_tokenizer_json_is_the_tokenizer(tokenizer: Tokenizer, tmp_path: Path) -
 
 
 def byte_level(folder: Path, vocab_size: int) -> None:
-    """A byte-level BPE as Llama 3's and SmolLM2's, trained here, with a special token that documents begin with."""
+    """Train a byte-level BPE like that of Llama 3 and SmolLM2, with a special token at the start of documents."""
     from tokenizers import Tokenizer as Json
     from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
@@ -98,7 +98,7 @@ def byte_level(folder: Path, vocab_size: int) -> None:
     json_tokenizer.post_processor = processors.TemplateProcessing(
         single="<|begin|> $A", pair=None, special_tokens=[("<|begin|>", 0)]
     )
-    json_tokenizer.enable_truncation(3)  # saved along, and not to be used
+    json_tokenizer.enable_truncation(3)  # saved with the tokenizer, but must be ignored
     json_tokenizer.enable_padding(length=50)
     json_tokenizer.save(str(folder / "tokenizer.json"))
     settings = {"bos_token": "<|begin|>", "eos_token": {"__type": "AddedToken", "content": "<|end|>"}}
@@ -107,14 +107,14 @@ def byte_level(folder: Path, vocab_size: int) -> None:
 
 @pytest.mark.parametrize("framework", BACKENDS)
 def test_imported_tokenizer_generates(framework: str, tmp_path: Path) -> None:
-    """A tokenizer.json smaller than the padded embedding: generation, streaming and scores as with transformers; it
-    survives conversion to the other framework and export."""
+    """A tokenizer.json smaller than the padded embedding: generation, streaming and scores agree with transformers.
+    The tokenizer survives conversion to the other framework and export."""
     config = TINY
     hf = tmp_path / "hf"
     llama = save_llama(config, hf, torch.float32)
     byte_level(hf, config.vocab_size - 10)
-    (hf / "tokenizer.model").write_bytes(b"dGhl 1\n")  # of another kind, as Llama 3's
-    (hf / "generation_config.json").unlink()  # config.json's 2 is a word of this tokenizer
+    (hf / "tokenizer.model").write_bytes(b"dGhl 1\n")  # in a different format, as in Llama 3's folder
+    (hf / "generation_config.json").unlink()  # its end token, 2, is an ordinary token of this tokenizer
     rewrite(hf / "config.json", eos_token_id=1)
     checkpoint = import_checkpoint("hf", hf, tmp_path / "run", BACKENDS[framework])
     tokenizer = load_tokenizer(checkpoint, config.vocab_size)
@@ -142,9 +142,9 @@ def test_imported_tokenizer_generates(framework: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("framework", BACKENDS)
 @pytest.mark.parametrize("file", ["generation_config.json", "config.json"])
-def test_what_ends_a_text_and_the_chat_template_go_along(file: str, framework: str, tmp_path: Path) -> None:
-    """Several tokens end a text, named in either file: generation stops where transformers' does, here and after an
-    export from the other framework, which has the same special ids, settings and chat template."""
+def test_end_tokens_and_chat_template_are_kept(file: str, framework: str, tmp_path: Path) -> None:
+    """Several end tokens, listed in either file: generation stops where transformers stops, here and after an export
+    from the other framework, which keeps the special ids, settings and chat template."""
     hf = tmp_path / "hf"
     save_llama(TINY, hf, torch.float32)
     byte_level(hf, TINY.vocab_size - 10)
@@ -179,7 +179,7 @@ def test_what_ends_a_text_and_the_chat_template_go_along(file: str, framework: s
 
 
 def test_special_ids_without_a_tokenizer(tmp_path: Path) -> None:
-    """What config.json says stays, whether or not there is a tokenizer that works here."""
+    """The export keeps the special ids of config.json, with or without a usable tokenizer."""
     save_llama(TINY, tmp_path / "hf", torch.float32)
     (tmp_path / "hf" / "generation_config.json").unlink()
     rewrite(tmp_path / "hf" / "config.json", bos_token_id=11, eos_token_id=[12, 13], pad_token_id=None)
@@ -191,7 +191,7 @@ def test_special_ids_without_a_tokenizer(tmp_path: Path) -> None:
 
 
 def train(folder: Path, corpus: Path, **options: Any) -> Tokenizer:
-    """A SentencePiece model with the library's own defaults."""
+    """Train a SentencePiece model with the library's defaults."""
     source = corpus if corpus.is_file() else next(corpus.glob("*.txt"))
     sentencepiece.SentencePieceTrainer.train(
         input=str(source), model_prefix=str(folder / "tokenizer"), vocab_size=TINY.vocab_size, model_type="bpe",
@@ -200,18 +200,24 @@ def train(folder: Path, corpus: Path, **options: Any) -> Tokenizer:
     return Tokenizer(folder / "tokenizer.model")
 
 
-def test_a_space_before_a_continuation_stays(tmp_path: Path, corpus: Path) -> None:
-    """SentencePiece models that put a space before every text, as Llama 2's, drop it from what they decode."""
+def test_leading_space_of_a_continuation_is_kept(tmp_path: Path, corpus: Path) -> None:
+    """SentencePiece models like Llama 2's put a space before every text and drop it again when they decode.
+
+    `decode_after` keeps the space.
+    """
     tokenizer = train(tmp_path, corpus)
     ids = tokenizer.encode("the people of the")
     assert tokenizer.decode(ids) == "the people of the"
     assert tokenizer.decode_after(ids) == " the people of the"
-    assert sentencepiece_to_json(tokenizer.content, adds_bos=True) is None  # it also takes spaces away
+    assert sentencepiece_to_json(tokenizer.content, adds_bos=True) is None  # it also removes spaces
 
 
-def test_llama_2s_kind_is_exported(tmp_path: Path, corpus: Path) -> None:
-    """A space before every text and nothing else changed: AutoTokenizer gives SentencePiece's ids, the begin token
-    them, and its text; so do the lines of the corpus, hard Unicode, and text that looks like special tokens."""
+def test_llama_2_style_tokenizer_is_exported(tmp_path: Path, corpus: Path) -> None:
+    """A tokenizer that only puts a space before every text: AutoTokenizer gives the same ids and text as SentencePiece.
+
+    Checked on lines of the corpus, hard Unicode and text that looks like special tokens, with and without the begin
+    token.
+    """
     options = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
     save_llama(TINY, tmp_path / "hf", torch.float32)
     tokenizer = train(tmp_path / "hf", corpus, **options)
@@ -223,13 +229,13 @@ def test_llama_2s_kind_is_exported(tmp_path: Path, corpus: Path) -> None:
         ids = tokenizer.encode(text)
         assert auto(text, add_special_tokens=False).input_ids == ids, repr(text)
         assert auto(text).input_ids == tokenizer.encode(text, bos=True) == [1, *ids]
-        if "\ufffd" not in tokenizer.decode(ids):  # bytes that are no UTF-8
+        if "\ufffd" not in tokenizer.decode(ids):  # the bytes are not UTF-8
             assert auto.decode(ids) == tokenizer.decode(ids), repr(text)
 
 
-def test_a_space_that_is_not_put(tmp_path: Path, corpus: Path) -> None:
-    """tokenizer_config.json says that no space comes before a text, and AutoTokenizer, of the source and of the export,
-    and what is exported heed it. Special tokens keep the names that the model has for them."""
+def test_add_prefix_space_false_is_respected(tmp_path: Path, corpus: Path) -> None:
+    """If tokenizer_config.json says that no space comes before a text, the import and AutoTokenizer on the export add
+    none. Special tokens keep the names that they have in the model."""
     save_llama(TINY, tmp_path / "hf", torch.float32)
     options = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False, "bos_piece": "<|start|>"}
     train(tmp_path / "hf", corpus, eos_piece="<|stop|>", **options)
@@ -245,8 +251,8 @@ def test_a_space_that_is_not_put(tmp_path: Path, corpus: Path) -> None:
 
 
 @pytest.mark.parametrize("framework", BACKENDS)
-def test_a_tokenizer_smaller_than_the_vocabulary(framework: str, tmp_path: Path, corpus: Path) -> None:
-    """A SentencePiece model under an embedding with rows that no token uses: it generates, and goes to both formats."""
+def test_tokenizer_smaller_than_the_vocabulary(framework: str, tmp_path: Path, corpus: Path) -> None:
+    """A SentencePiece model with fewer pieces than embedding rows: it generates, and exports to both formats."""
     config = replace(TINY, vocab_size=TINY.vocab_size + 8)
     save_llama(config, tmp_path / "hf", torch.float32)
     train(tmp_path / "hf", corpus, normalization_rule_name="identity", remove_extra_whitespaces=False)
@@ -263,7 +269,7 @@ def test_a_tokenizer_smaller_than_the_vocabulary(framework: str, tmp_path: Path,
 
 
 @pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json"])
-def test_half_a_surrogate_pair(name: str, tmp_path: Path) -> None:
+def test_lone_surrogate_is_refused(name: str, tmp_path: Path) -> None:
     byte_level(tmp_path, TINY.vocab_size)
     (tmp_path / name).write_text('{"eos_token": "\\ud800"}')
     with pytest.raises(InputError, match=rf"damaged file(?s:.*){name}"):
@@ -271,8 +277,8 @@ def test_half_a_surrogate_pair(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("framework", BACKENDS)
-def test_without_a_begin_token(framework: str, tmp_path: Path, corpus: Path) -> None:
-    """Nothing is put before a text: generation and scores are those of its ids, and the export knows no begin token."""
+def test_tokenizer_without_begin_token(framework: str, tmp_path: Path, corpus: Path) -> None:
+    """Nothing is put before a text: generation and scores equal those of its ids, and the export has no begin token."""
     save_llama(TINY, tmp_path / "hf", torch.float32)
     (tmp_path / "hf" / "generation_config.json").unlink()
     rewrite(tmp_path / "hf" / "config.json", bos_token_id=None, eos_token_id=None)
@@ -284,7 +290,7 @@ def test_without_a_begin_token(framework: str, tmp_path: Path, corpus: Path) -> 
     ids, options = tokenizer.encode("the people"), {"max_new_tokens": 8, "temperature": 0.0, "logprobs": True}
     assert generator.generate(["the people"], **options)[0] == generator.generate([ids], **options)[0]
     assert np.array_equal(generator.score(["the people"])[0], generator.score([ids])[0])
-    squeezed = train(tmp_path, corpus, bos_id=-1)  # takes spaces away
+    squeezed = train(tmp_path, corpus, bos_id=-1)  # removes spaces
     assert squeezed.encode("  ", bos=True) == []
     with pytest.raises(InputError, match="empty prompt"):
         BACKENDS[framework].Generator(BACKENDS[framework].load(checkpoint), squeezed).score(["  "])
@@ -293,8 +299,8 @@ def test_without_a_begin_token(framework: str, tmp_path: Path, corpus: Path) -> 
     assert AutoTokenizer.from_pretrained(folder)("the people").input_ids == ids
 
 
-def test_a_begin_token_that_is_not_added(tmp_path: Path, corpus: Path) -> None:
-    """There is one, but tokenizer_config.json says that texts do not begin with it."""
+def test_add_bos_token_false_is_respected(tmp_path: Path, corpus: Path) -> None:
+    """The begin token exists, but tokenizer_config.json says that texts do not start with it."""
     save_llama(TINY, tmp_path / "hf", torch.float32)
     options = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
     train(tmp_path / "hf", corpus, **options)
@@ -328,8 +334,9 @@ def test_a_begin_token_that_is_not_added(tmp_path: Path, corpus: Path) -> None:
         lambda data: data.update(decoder={"type": "Strip", "content": "e", "start": 0, "stop": 999}),
     ],
 )
-def test_what_makes_the_package_panic(change: Any, tmp_path: Path) -> None:
-    """Its panics are no Exceptions, and one ends the process: an InputError, at the latest when it is used."""
+def test_tokenizers_panics_become_input_errors(change: Any, tmp_path: Path) -> None:
+    """Panics of the `tokenizers` package are not Exceptions, and one of them ends the process. Such files give an
+    InputError, at the latest when the tokenizer is used."""
     byte_level(tmp_path, TINY.vocab_size)
     data = json.loads((tmp_path / "tokenizer.json").read_text())
     change(data)
@@ -345,7 +352,7 @@ def test_what_makes_the_package_panic(change: Any, tmp_path: Path) -> None:
 
 
 def test_ids_beyond_the_vocabulary_are_refused(tmp_path: Path) -> None:
-    """A tokenizer.json whose template names an id that the model has no row for: before anything is computed."""
+    """If the template of tokenizer.json uses an id beyond the embedding, it is refused before anything is computed."""
     save_llama(TINY, tmp_path / "hf", torch.float32)
     byte_level(tmp_path / "hf", TINY.vocab_size - 10)
     data = json.loads((tmp_path / "hf" / "tokenizer.json").read_text())

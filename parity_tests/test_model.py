@@ -1,4 +1,4 @@
-"""Logits and loss of whole models, causality, and the loss of a fresh model."""
+"""Logits and loss of whole models, causality, and the loss of a new model."""
 
 import jax
 import jax.numpy as jnp
@@ -53,7 +53,7 @@ def test_mean_loss_predicts_the_next_token(tier: Tier) -> None:
 
 @pytest.mark.parametrize("name", ["gqa", "mqa-untied"])
 def test_causality_by_gradient(name: str, float64: object) -> None:
-    """The gradient of position t's logits reaches the embeddings of tokens 0 to t, and of no later one."""
+    """The gradient at position t reaches the embeddings of tokens 0 to t, and of no later token."""
     config = MODELS[name]
     pair = make_pair(config, TIERS["float64"])
     length, t = 12, 7
@@ -77,7 +77,7 @@ def test_causality_by_gradient(name: str, float64: object) -> None:
 
 
 @pytest.mark.parametrize("name", ["gqa", "mqa-untied"])
-def test_first_loss_is_that_of_guessing(name: str) -> None:
+def test_initial_loss_equals_uniform_guessing(name: str) -> None:
     config = MODELS[name]
     pair = pair_of(config, TIERS["float32"], init_params(config, seed=0))
     tokens = random_tokens(config, 4, 257)

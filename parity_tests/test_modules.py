@@ -1,4 +1,4 @@
-"""Every submodule by name, the same inputs, both frameworks."""
+"""Every submodule, compared by name: the same inputs give the same outputs in both frameworks."""
 
 from operator import attrgetter
 from types import SimpleNamespace
@@ -20,8 +20,8 @@ LENGTH = 300
 
 
 def agree(pair: Pair, name: str, ours: np.ndarray, theirs: np.ndarray) -> None:
-    """float64 and float32 by the largest error; bfloat16 by the relative norm of the difference, since the largest of
-    many roundings says little (measured: at most 4.7e-3, in the MLP, whose inner rounding XLA may leave out)."""
+    """Compare float64 and float32 by the largest error, bfloat16 by the relative norm of the difference, since the
+    largest of many rounding errors says little. Measured: at most 4.7e-3, in the MLP, where XLA may skip a rounding."""
     compare = assert_close_norm if pair.tier.name == "bfloat16" else assert_close
     compare(name, ours, theirs, pair.tier.module)
 
@@ -78,8 +78,8 @@ def test_every_pointwise_module_by_name(module_pair: Pair) -> None:
         agree(module_pair, name, to_numpy(module_jax(x_jax)), to_numpy(module_torch(x_torch)))
 
 
-def test_rotary_tables_are_the_shared_ones(module_pair: Pair) -> None:
-    """At least float32, in a bfloat16 model too."""
+def test_rotary_tables_match_core(module_pair: Pair) -> None:
+    """Both equal the table of `rope_table`, in at least float32 even in a bfloat16 model."""
     for table, ours, theirs in zip(
         rope_table(module_pair.config),
         (module_pair.jax.model.cos_SH[...], module_pair.jax.model.sin_SH[...]),
@@ -107,7 +107,7 @@ def test_rope(module_pair: Pair) -> None:
 
 
 def test_attend(module_pair: Pair) -> None:
-    """Against each other, and against plain loops over heads and positions in float64."""
+    """Compared with each other, and with plain float64 loops over heads and positions."""
     c = module_pair.config
     T, S, H = 5, 9, c.resolved_head_dim
     (q_j, q_t), (k_j, k_t), (v_j, v_t) = (
@@ -132,8 +132,8 @@ def test_attend(module_pair: Pair) -> None:
     agree(module_pair, "attend against loops", ours, expected)
 
 
-def test_fused_attention_is_attention(module_pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a GPU fuses means the same as `attend`; JAX's cuDNN call runs here as XLA, with a float32 softmax."""
+def test_fused_attention_equals_plain_attention(module_pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fused attention, used on GPUs, equals `attend`. JAX's cuDNN call runs here in XLA, with a float32 softmax."""
     c = module_pair.config
     heads = (c.n_heads, c.n_kv_heads, c.n_kv_heads)
     inputs = [both(module_pair, 2, 64, n, c.resolved_head_dim, seed=i) for i, n in enumerate(heads)]
@@ -162,7 +162,7 @@ def test_fused_attention_is_attention(module_pair: Pair, monkeypatch: pytest.Mon
         ((2, 64, 4, 64), "float32", False),
     ],
 )
-def test_when_to_fuse(shape: tuple[int, ...], dtype: str, fits: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_can_fuse(shape: tuple[int, ...], dtype: str, fits: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not jax_attention.can_fuse(jnp.zeros(shape, dtype)), "there is no GPU here"
     assert not torch_attention.can_fuse(torch.zeros(shape, dtype=getattr(torch, dtype)))
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")

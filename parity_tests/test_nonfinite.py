@@ -1,4 +1,4 @@
-"""Losses and gradients that are not finite: what is not updated, and what the run does."""
+"""Losses and gradients that are not finite: no update is applied, and the run stops or skips the step."""
 
 import copy
 from collections.abc import Callable
@@ -18,6 +18,7 @@ from minillm_core.data.batches import PreparedData
 from minillm_core.errors import InputError
 from minillm_core.training import loop
 from minillm_core.training.checkpoints import checkpoint_steps, read_info
+from minillm_core.training.train import train
 from parity_tests.conftest import (
     BACKENDS,
     TINY,
@@ -34,7 +35,7 @@ from parity_tests.test_state import moved_run
 
 @pytest.fixture
 def poison(monkeypatch: pytest.MonkeyPatch) -> Callable[[float, set[int]], None]:
-    """Makes the loss, and so every gradient, `value` in the steps (from 0) given: on the device, in both frameworks."""
+    """Multiplies the loss, and so every gradient, by `value` in the given steps (from 0), in both frameworks."""
 
     def apply(value: float, steps: set[int]) -> None:
         poisoned = TINY.vocab_size - 1  # a token that marks the batch
@@ -62,10 +63,10 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> Callable[[float, set[int]], None]
 @pytest.mark.parametrize("framework", BACKENDS)
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 @pytest.mark.parametrize("grad_accum", [1, 2])
-def test_a_bad_update_is_not_made(
+def test_nonfinite_update_is_not_applied(
     framework: str, value: float, grad_accum: int, data_config: DataConfig, tmp_path: Path, poison: Any
 ) -> None:
-    """Parameters, moments and Adam's count stay, to the bit."""
+    """Parameters, moments and Adam's count do not change by a single bit."""
     poison(value, {1})
     backend, config = BACKENDS[framework], text_run(data_config, tmp_path, grad_accum=grad_accum)
     data, step = PreparedData(data_config.dir, TINY.vocab_size), backend.make_train_step(config)
@@ -85,8 +86,8 @@ def test_a_bad_update_is_not_made(
 
 
 @pytest.mark.parametrize("framework", BACKENDS)
-def test_a_bad_gradient_of_a_good_loss(framework: str, data_config: DataConfig, tmp_path: Path) -> None:
-    """After one step of a rate far too high, the loss is finite and the gradient's norm is not."""
+def test_nonfinite_gradient_with_finite_loss(framework: str, data_config: DataConfig, tmp_path: Path) -> None:
+    """After one step with a far too high learning rate, the loss is finite and the gradient norm is not."""
     backend, config = BACKENDS[framework], text_run(data_config, tmp_path)
     data, step = PreparedData(data_config.dir, TINY.vocab_size), backend.make_train_step(config)
     state, _ = step(backend.init_state(config), data.batch(0, 4, 32, 3), 1e8)
@@ -99,10 +100,10 @@ def test_a_bad_gradient_of_a_good_loss(framework: str, data_config: DataConfig, 
 
 
 @pytest.mark.parametrize("framework", BACKENDS)
-def test_a_bad_loss_of_a_good_gradient(
+def test_nonfinite_loss_with_finite_gradient(
     framework: str, data_config: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Infinity added to the loss does not reach the gradient; the update is not made all the same."""
+    """Infinity added to the loss does not reach the gradient, but the update is still not applied."""
     backend, config = BACKENDS[framework], text_run(data_config, tmp_path)
     mean_loss = backend.train.mean_loss
     monkeypatch.setattr(backend.train, "mean_loss", lambda *arguments: mean_loss(*arguments) + np.inf)
@@ -117,21 +118,21 @@ def test_a_bad_loss_of_a_good_gradient(
 
 
 @pytest.mark.parametrize("framework", BACKENDS)
-def test_a_bad_step_stops_the_run(framework: str, data_config: DataConfig, tmp_path: Path, poison: Any) -> None:
-    """Between two log ticks: named with its numbers, and the checkpoint after it is not written."""
+def test_nonfinite_step_stops_the_run(framework: str, data_config: DataConfig, tmp_path: Path, poison: Any) -> None:
+    """Between two logged steps: the message gives the step and its numbers, and no further checkpoint is written."""
     config = text_run(data_config, tmp_path, log_every=10, checkpoint_every=3)
     poison(np.nan, {3})
     message = r"(?s)step 4: .*not finite.*loss nan, gradient norm nan, learning rate 6\.667e-04.*nonfinite skip"
     with pytest.raises(InputError, match=message):
-        loop.train(config, BACKENDS[framework])
+        train(config, BACKENDS[framework])
     assert checkpoint_steps(tmp_path / framework / "checkpoints") == [3]
     skipping = replace(config, train=replace(config.train, nonfinite="skip"))  # what the message offers
-    loop.train(skipping, BACKENDS[framework])
+    train(skipping, BACKENDS[framework])
     assert read_info(tmp_path / framework / "checkpoints/30").updates == 29
 
 
 def test_skipped_updates_are_counted(float64: Tier, data_config: DataConfig, tmp_path: Path, poison: Any) -> None:
-    """The same in both frameworks, resumed and converted: Adam's count is not the step."""
+    """The same in both frameworks, also after a resume and a conversion; Adam's count then differs from the step."""
     poison(np.inf, {2, 3, 11})
 
     def config(out_dir: Path) -> RunConfig:
@@ -139,7 +140,7 @@ def test_skipped_updates_are_counted(float64: Tier, data_config: DataConfig, tmp
 
     moved = moved_run(config, tmp_path / "moved", ["torch", "jax", "torch"], every=10)
     for framework, backend in BACKENDS.items():
-        loop.train(config(tmp_path / "whole"), backend)
+        train(config(tmp_path / "whole"), backend)
         rows = [row for row in metrics_of(tmp_path / "whole", framework) if row["split"] == "train"]
         assert [row["step"] for row in rows if row["loss"] is None] == [3, 4, 12]
         assert [row["step"] - row["updates"] for row in rows][::4] == [0, 2, 2, 3, 3, 3, 3, 3]
@@ -152,7 +153,7 @@ def test_skipped_updates_are_counted(float64: Tier, data_config: DataConfig, tmp
 
 
 @pytest.mark.parametrize("framework", BACKENDS)
-def test_a_held_out_loss_that_is_not_finite(
+def test_nonfinite_held_out_loss_stops_the_run(
     framework: str, data_config: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The run stops, and can be resumed as the message says; no row is written twice."""
@@ -161,17 +162,17 @@ def test_a_held_out_loss_that_is_not_finite(
     monkeypatch.setattr(loop, "evaluate", lambda *_: np.inf)
     for _ in range(2):
         with pytest.raises(InputError, match="step 10: the held-out loss is not finite"):
-            loop.train(config, BACKENDS[framework])
+            train(config, BACKENDS[framework])
     skipping = replace(config, train=replace(config.train, nonfinite="skip"))
     train_until(skipping, BACKENDS[framework], 15)
     monkeypatch.setattr(loop, "evaluate", finite)
-    loop.train(skipping, BACKENDS[framework])
+    train(skipping, BACKENDS[framework])
     rows = [(row["step"], row["loss"] is None) for row in metrics_of(tmp_path, framework) if row["split"] == "val"]
     assert rows == [(10, True), (20, False)]
 
 
-def test_skipping_comes_to_an_end(data_config: DataConfig, tmp_path: Path, poison: Any) -> None:
+def test_too_many_skipped_updates_stop_the_run(data_config: DataConfig, tmp_path: Path, poison: Any) -> None:
     poison(np.nan, set(range(4, 30)))
     config = text_run(data_config, tmp_path, nonfinite="skip", checkpoint_every=4)
-    with pytest.raises(InputError, match=r"step 24: .*not made, nor the 19 before it"):
-        loop.train(config, minillm_torch)
+    with pytest.raises(InputError, match=r"step 24: .*not applied, nor were the 19 before it"):
+        train(config, minillm_torch)

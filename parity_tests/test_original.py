@@ -1,4 +1,4 @@
-"""Checkpoints of the original Mini-LLM, against an independent model of its arithmetic: interleaved rotations."""
+"""Checkpoints of the original Mini-LLM, compared with an independent version of its model (interleaved RoPE)."""
 
 import io
 import json
@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch.nn import functional as F
 
 from minillm_core.errors import InputError
-from minillm_core.interop import convert
+from minillm_core.interop import convert, torch_pickle
 from minillm_core.interop.imports import import_checkpoint
 from minillm_core.interop.original import open_original, original_name
 from minillm_core.model.params import param_table
@@ -48,7 +48,7 @@ H, HIDDEN = 8, 192
 
 @pytest.fixture(autouse=True)
 def model_args() -> Iterator[Callable[[], Any]]:
-    """A class that pickles under the original's name; the module is gone while the file is read."""
+    """Makes objects that pickle under the name of the original's class, in a module that tests can remove."""
     module = types.ModuleType("model.config")
 
     @dataclass
@@ -76,7 +76,7 @@ def rotations(dtype: torch.dtype) -> torch.Tensor:
 
 
 def state_dict() -> dict[str, torch.Tensor]:
-    """Weights of the original's names and shapes, with sharp attention and norms away from 1."""
+    """Weights with the original's names and shapes, sharp attention and norm weights away from 1."""
     generator = torch.Generator().manual_seed(0)
     D, KV, V = ARGS["dim"], ARGS["n_kv_heads"] * H, ARGS["vocab_size"]
     shapes = {"tok_embeddings.emb.weight": (V, D), "norm.weight": (D,)}
@@ -95,7 +95,7 @@ def state_dict() -> dict[str, torch.Tensor]:
 
 
 def original_logits(tensors: dict[str, torch.Tensor], tokens: np.ndarray, dtype: torch.dtype) -> np.ndarray:
-    """What the original computes without a cache; in float64 with rotations of that precision."""
+    """The original's logits without a cache. In float64, the rotations are float64 too."""
     w = {name: tensor.to(dtype) for name, tensor in tensors.items() if name != "rope.freqs_cis"}
     turn = rotations(dtype)[: tokens.shape[1], None]
 
@@ -122,7 +122,7 @@ def original_logits(tensors: dict[str, torch.Tensor], tokens: np.ndarray, dtype:
 
 
 def save_pickle(folder: Path, model_args: Callable[[], Any], tensors: dict[str, Any]) -> Path:
-    """As the original's train.py does, with an optimizer's state beside."""
+    """Save as the original's train.py does, together with an optimizer state."""
     model = torch.nn.Linear(2, 2)
     optimizer = torch.optim.AdamW(model.parameters())
     model(torch.ones(1, 2)).sum().backward()
@@ -133,7 +133,7 @@ def save_pickle(folder: Path, model_args: Callable[[], Any], tensors: dict[str, 
 
 
 def save_folder(folder: Path, model_args: Callable[[], Any], tensors: dict[str, Any]) -> Path:
-    """As the original's convert_to_safetensors.py does."""
+    """Save as the original's convert_to_safetensors.py does."""
     save_file({name: tensor.clone() for name, tensor in tensors.items()}, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(ARGS | {"architectures": ["MiniLLM"], "model_type": "mini-llm"}))
     return folder
@@ -141,7 +141,7 @@ def save_folder(folder: Path, model_args: Callable[[], Any], tensors: dict[str, 
 
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("save", [save_pickle, save_folder])
-def test_imported_is_the_original(
+def test_imported_model_matches_original(
     save: Callable[..., Path], compiled: bool, tmp_path: Path, model_args: Callable[[], Any], float64: Tier
 ) -> None:
     tensors = state_dict()
@@ -158,9 +158,9 @@ def test_imported_is_the_original(
         assert_close(framework, logits, expected["float32"], TIERS["float32"].logits)
 
 
-def test_its_own_tokenizer_is_taken(tmp_path: Path, model_args: Callable[[], Any]) -> None:
-    """The original is trained and run with its tokenizer.json, special tokens in special_tokens_map.json; the
-    tokenizer.model that this was made of adds a space, and takes others away."""
+def test_original_tokenizer_json_is_used(tmp_path: Path, model_args: Callable[[], Any]) -> None:
+    """The original uses its tokenizer.json, with special tokens from special_tokens_map.json. The tokenizer.model, from
+    which that file was made, adds a space before a text and removes other spaces."""
     source = save_pickle(tmp_path, model_args, state_dict())
     model = io.BytesIO()
     text = ["Fellow citizens of the Senate and the House of Representatives"] * 50
@@ -187,8 +187,8 @@ def test_its_own_tokenizer_is_taken(tmp_path: Path, model_args: Callable[[], Any
     assert (tokenizer.bos_id, tokenizer.end_ids) == (1, {2})
 
 
-def test_unpermuted_is_another_model(tmp_path: Path, model_args: Callable[[], Any], monkeypatch: Any) -> None:
-    """The fault this import is known for, planted: a short prompt of random tokens hides little, a long one nothing."""
+def test_missing_permutation_is_detected(tmp_path: Path, model_args: Callable[[], Any], monkeypatch: Any) -> None:
+    """The classic fault of such an import, planted: q and k keep the row order of interleaved RoPE."""
     source = save_pickle(tmp_path, model_args, state_dict())
     monkeypatch.setattr("minillm_core.interop.original.half_split", lambda array, head_dim: array)
     checkpoint = import_checkpoint("minillm", source, tmp_path / "run", BACKENDS["torch"])
@@ -212,7 +212,9 @@ class Hostile:
         return os.system, ("touch hostile",)
 
 
-def test_no_code_runs(tmp_path: Path, model_args: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pickled_code_never_runs(
+    tmp_path: Path, model_args: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     path = save_pickle(tmp_path, model_args, state_dict() | {"norm.weight": Hostile()})
     with pytest.raises(InputError, match="could run code") as raised:
@@ -222,36 +224,36 @@ def test_no_code_runs(tmp_path: Path, model_args: Callable[[], Any], monkeypatch
 
 
 class Attributes:
-    """Pickles as a tensor whose attributes are then set, past the checks of its construction."""
+    """Pickles as a tensor whose attributes are set after its construction, past the checks."""
 
     def __reduce_ex__(self, _: Any) -> Any:
         function, arguments, *_ = torch.ones(48).__reduce_ex__(2)
         return function, arguments, {"strides": (-64,), "file": "/etc/passwd"}
 
 
-def test_a_tensor_takes_no_attributes(tmp_path: Path, model_args: Callable[[], Any]) -> None:
+def test_tensor_attributes_are_refused(tmp_path: Path, model_args: Callable[[], Any]) -> None:
     path = save_pickle(tmp_path, model_args, state_dict())
     content = {"model": {"a": Attributes()}, "model_args": model_args()}
     torch.save(content, path)
-    with pytest.raises(InputError, match="attributes of something else"):
+    with pytest.raises(InputError, match="attributes of an object that is not ModelArgs"):
         open_original(path)
 
 
 @pytest.mark.parametrize("place", [b"", b"X\x05\x00\x00\x00model}sX\x0a\x00\x00\x00model_args}X\x03\x00\x00\x00dim"])
 def test_nested_tuples_are_refused_at_once(place: bytes, tmp_path: Path) -> None:
-    """A tuple of two of a tuple of two ... sixty times, a few hundred bytes: neither hashed, as a key, nor shown."""
+    """Sixty nested tuples, each holding the next one twice, in a few hundred bytes: neither hashed nor shown."""
     nested = b")" + b"q\x01h\x01\x86" * 60
     content = b"\x80\x02}" + place + nested + (b"s" if place else b"N") + b"s."
     with zipfile.ZipFile(tmp_path / "ckpt.pt", "w") as archive:
         archive.writestr("a/data.pkl", content)
     before = time.monotonic()
-    with pytest.raises(InputError, match=r"damaged checkpoint|not the original's model_args"):
+    with pytest.raises(InputError, match=r"damaged checkpoint|not the model_args"):
         open_original(tmp_path / "ckpt.pt")
     assert time.monotonic() - before < 2
 
 
-def test_a_small_file_asks_for_much(tmp_path: Path, model_args: Callable[[], Any]) -> None:
-    """One number under a stride of 0 stands for any number of them; a billion layers for a table of that size."""
+def test_small_file_with_huge_claims_is_refused(tmp_path: Path, model_args: Callable[[], Any]) -> None:
+    """A stride of 0 makes one number look like a whole tensor; a huge number of layers asks for a huge table."""
     tensors = state_dict() | {NORM: torch.ones(1).expand(48)}
     with pytest.raises(InputError, match="contiguous"):
         list(open_original(save_pickle(tmp_path, model_args, tensors)).tensors())
@@ -275,7 +277,7 @@ NORM = "norm.weight"
         ({"rope.freqs_cis": rotations(torch.float32).conj().resolve_conj()}, "rotations"),
     ],
 )
-def test_other_models_are_refused(
+def test_mismatched_models_are_refused(
     change: dict[str, Any], named: str, tmp_path: Path, model_args: Callable[[], Any]
 ) -> None:
     path = save_pickle(tmp_path, model_args, state_dict() | change)
@@ -319,7 +321,14 @@ def test_damaged_files_never_crash(tmp_path: Path, model_args: Callable[[], Any]
             open_original(path)
 
 
-def test_every_parameter_has_its_name(tmp_path: Path, model_args: Callable[[], Any]) -> None:
+def test_every_parameter_has_an_original_name(tmp_path: Path, model_args: Callable[[], Any]) -> None:
     opened = open_original(save_pickle(tmp_path, model_args, state_dict()))
     names = {original_name(name) for name in param_table(opened.config)}
     assert names == state_dict().keys() - {"output.weight", "rope.freqs_cis"}
+
+
+def test_changed_pickle_module_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If Python lacks the class that our reader restricts, the error message says so."""
+    monkeypatch.delattr(pickle, "_Unpickler")
+    with pytest.raises(InputError, match=r"(?s)different pickle\._Unpickler.*found: Python 3\..*earlier Python"):
+        torch_pickle._python_unpickler()

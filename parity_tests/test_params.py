@@ -1,4 +1,4 @@
-"""The table of parameters: counts, names, initial weights, and both frameworks' own view of them."""
+"""The table of parameters: counts, names and initial weights, and that both frameworks agree with it."""
 
 import numpy as np
 import pytest
@@ -45,7 +45,7 @@ def test_names_are_a_bijection(config: ModelConfig) -> None:
 
 
 def test_round_trip_in_memory(config: ModelConfig) -> None:
-    """Canonical -> framework -> canonical, bit for bit, and the two frameworks' layouts are what they claim."""
+    """Canonical -> framework -> canonical is exact, bit for bit; JAX kernels are laid out (in, out)."""
     tensors = random_weights(config)
     in_jax = jax_weights.from_canonical(config, tensors, np.float32)
     in_torch = torch_weights.from_canonical(config, tensors, torch.float32)
@@ -57,7 +57,7 @@ def test_round_trip_in_memory(config: ModelConfig) -> None:
 
 
 @pytest.mark.parametrize("weights", [jax_weights, torch_weights], ids=["jax", "torch"])
-def test_every_misfit_is_named_at_once(weights: object) -> None:
+def test_all_mismatched_tensors_in_one_message(weights: object) -> None:
     config = MODELS["gqa"]
     tensors = random_weights(config)
     del tensors["model.norm.weight"]
@@ -74,7 +74,7 @@ def test_every_misfit_is_named_at_once(weights: object) -> None:
 
 
 def test_initial_weights() -> None:
-    """Distribution as configured; any slice of rows equals the slice of the whole; names and seeds are independent."""
+    """The configured distribution; a slice of rows equals that slice of the whole; names and seeds are independent."""
     config = load_config("quickstart").model
     table = param_table(config)
     whole = init_params(config, seed=7)
@@ -101,7 +101,7 @@ def test_initial_weights() -> None:
 
 @pytest.mark.parametrize("backend", [minillm_jax, minillm_torch], ids=["jax", "torch"])
 @pytest.mark.parametrize("seed", [1, 2])
-def test_training_starts_from_them(backend: object, seed: int) -> None:
+def test_training_starts_from_initial_weights(backend: object, seed: int) -> None:
     config = run_config(MODELS["gqa"], seed=seed)
     state = backend.export_state(config, backend.init_state(config))
     expected = init_params(config.model, seed)
@@ -109,8 +109,8 @@ def test_training_starts_from_them(backend: object, seed: int) -> None:
     assert all((array == 0).all() for array in (*state.exp_avg.values(), *state.exp_avg_sq.values()))
 
 
-def test_initial_weights_are_these_bits() -> None:
-    """A frozen sample: a change here changes every run."""
+def test_initial_weights_are_frozen() -> None:
+    """A frozen sample: if these bits change, every run changes."""
     spec = param_table(MODELS["gqa"])["model.layers.1.mlp.gate_proj.weight"]
     frozen = [0.02610214240849018, 0.03391113504767418, 0.014867681078612804, -0.020043442025780678]
     assert np.array_equal(init_param(spec, 1337)[5, :4], np.array(frozen, np.float32))

@@ -1,4 +1,4 @@
-"""`scripts/parity.py`: checkpoints of every kind against each other, its outputs, its exit codes, bad input."""
+"""`scripts/parity.py`: comparing checkpoints in all formats, its outputs, its exit statuses, bad input."""
 
 import json
 import re
@@ -61,7 +61,7 @@ def exit_code(*arguments: Any, **options: Any) -> int:
 
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 @pytest.mark.parametrize("kinds", [("jax", "torch"), ("exported", "jax"), ("torch", "exported"), ("model.gguf", "jax")])
-def test_every_kind_is_the_same_model(
+def test_every_checkpoint_format_is_equal(
     kinds: tuple[str, str], dtype: Any, home: Path, float64: Tier, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert exit_code(home / kinds[0], home / kinds[1], dtype=dtype) == 0
@@ -72,10 +72,8 @@ def test_every_kind_is_the_same_model(
     assert "first divergence" not in out
 
 
-def test_a_quantised_file_is_named(
-    home: Path, tmp_path: Path, float64: Tier, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """q8_0 in matrices of 32 columns or a multiple, float16 in the others."""
+def test_quantisation_is_named(home: Path, tmp_path: Path, float64: Tier, capsys: pytest.CaptureFixture[str]) -> None:
+    """q8_0 in matrices whose number of columns is a multiple of 32, float16 in the others."""
     checkpoint = home / "torch" / "torch" / "checkpoints" / "0"
     export_gguf(checkpoint, tmp_path / "q8.gguf", BACKENDS["torch"], "q8_0")
     assert exit_code(checkpoint, tmp_path / "q8.gguf") == 1
@@ -84,8 +82,8 @@ def test_a_quantised_file_is_named(
     assert "unknown" not in out
 
 
-def test_a_faulty_port(home: Path, float64: Tier, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    """Exit code 1, the fault named in the table, in the JSON and on the page."""
+def test_faulty_port(home: Path, float64: Tier, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Exit status 1; the table, the JSON and the HTML page name the fault."""
     for dtype in ("float64", "bfloat16"):
         page = tmp_path / "new" / f"{dtype}.html"
         assert exit_code(home / "jax", home / "faulty", dtype=dtype, html=page) == 1
@@ -95,7 +93,7 @@ def test_a_faulty_port(home: Path, float64: Tier, capsys: pytest.CaptureFixture[
         assert page.read_text().count("<svg") == 2
         assert "interleaved RoPE" in page.read_text()
         assert not re.search(r"(src|href)=[\"']?https?:", page.read_text())
-    assert re.search(r"^layer 0 .*>\d", out, re.MULTILINE), "the first divergence is marked"
+    assert re.search(r"^layer 0 .*>\d", out, re.MULTILINE), "the first divergence is not marked"
     assert exit_code(home / "jax", home / "faulty", as_json=True) == 1
     data = json.loads(capsys.readouterr().out)
     assert data["equal"] is False
@@ -108,9 +106,12 @@ def test_a_faulty_port(home: Path, float64: Tier, capsys: pytest.CaptureFixture[
 
 
 @pytest.mark.parametrize("name", ["gqa", "gqa-wide-heads-untied", "mha-narrow-heads-scaled"])
-def test_transformers_is_the_same_model(name: str, tmp_path: Path, float64: Tier) -> None:
-    """Every stage and every gradient, in float64 with its casts lifted, in float32 as it is. Not in bfloat16, where it
-    rounds in more places: there the most likely token is the same at 96.3 % of the positions."""
+def test_transformers_model_is_equal(name: str, tmp_path: Path, float64: Tier) -> None:
+    """Every stage and every gradient agree: in float64 without the casts of transformers, in float32 unmodified.
+
+    Not in bfloat16, where transformers rounds in more places: there, the most likely token is the same at 96.3 % of
+    the positions.
+    """
     config = replace(MODELS[name], head_dim=MODELS[name].resolved_head_dim)
     save_llama(config, tmp_path, torch.float32)
     weights = dict(open_hf(tmp_path).tensors())
@@ -122,8 +123,8 @@ def test_transformers_is_the_same_model(name: str, tmp_path: Path, float64: Tier
         assert len(report.gradients) == len(weights)
 
 
-def test_weights_that_are_not_finite(float64: Tier) -> None:
-    """A model that computes NaN is equal to nothing, and every form of the report says so."""
+def test_nonfinite_weights_are_named(float64: Tier) -> None:
+    """A model that computes NaN equals no model, and every form of the report says so."""
     weights = random_weights(CONFIG)
     broken = weights | {"model.layers.1.mlp.up_proj.weight": np.full((CONFIG.hidden, CONFIG.width), np.nan, np.float32)}
     tokens = random_tokens(CONFIG, 2, 20)
@@ -173,10 +174,10 @@ def test_bad_input(
         parity(a, b, **options)
 
 
-def test_a_model_without_a_tokenizer(
+def test_model_without_tokenizer(
     tmp_path: Path, float64: Tier, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Random ids alone, up to the smaller context."""
+    """Only random ids are compared, as many as fit in the smaller context."""
     config: ModelConfig = replace(TINY, context_length=64)
     tmp_path.joinpath("config.json").write_text(json.dumps(to_hf_config(config, "float32")))
     write_hf_weights(tmp_path, config, random_weights(config, sharpness=1.0), "float32")
@@ -185,11 +186,11 @@ def test_a_model_without_a_tokenizer(
     captured = capsys.readouterr()
     assert "float64, 2 x 64 tokens: 2 rows of random ids, 0 of text" in captured.out
     assert "rows of 64 tokens" in caplog.text
-    assert "tokenizers: not compared: none that can be used in A and B" in captured.out
+    assert "tokenizers: not compared: no usable tokenizer in A and B" in captured.out
 
 
-def test_a_text_of_few_tokens(home: Path, float64: Tier) -> None:
-    """A tokenizer that gives less than a row of ids: random rows alone."""
+def test_text_shorter_than_a_row(home: Path, float64: Tier) -> None:
+    """If a tokenizer gives less than one row of ids, only random rows are compared."""
 
     class Short(Tokenizer):
         def encode(self, text: str, *, bos: bool = False) -> list[int]:
@@ -200,11 +201,11 @@ def test_a_text_of_few_tokens(home: Path, float64: Tier) -> None:
     assert (tokens_BT.shape, rows_of_text) == ((2, 20), 0)
 
 
-def test_other_tokenizers_are_named(
+def test_tokenizer_differences_are_named(
     tmp_path: Path, home: Path, float64: Tier, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Equal models all the same: ids exchanged in the file that transformers reads, beside a tokenizer.model that is
-    right; another end of a text."""
+    """The models are still equal. First, two ids are exchanged in tokenizer.json, next to a correct tokenizer.model;
+    then the end tokens differ."""
     folder = tmp_path / "hf"
     shutil.copytree(home / "exported", folder)
     right = (folder / "tokenizer.json").read_text()
@@ -213,7 +214,7 @@ def test_other_tokenizers_are_named(
     vocab["\u2581the"], vocab["\u2581of"] = vocab["\u2581of"], vocab["\u2581the"]
     (folder / "tokenizer.json").write_text(json.dumps(data))
     assert exit_code(home / "jax", folder) == 0
-    assert re.search("tokenizers: differ: .* ids, ", capsys.readouterr().out)
+    assert re.search("tokenizers: differ: .* ids in A and ", capsys.readouterr().out)
     import_checkpoint("hf", folder, tmp_path / "run", BACKENDS["torch"])
     assert "give different ids: using tokenizer.json" in caplog.text
     capsys.readouterr()
@@ -222,4 +223,4 @@ def test_other_tokenizers_are_named(
     (folder / "tokenizer.json").write_text(right)
     (folder / "generation_config.json").write_text('{"eos_token_id": [2, 5]}')
     assert exit_code(home / "jax", folder) == 0
-    assert "tokenizers: differ: texts end with [2] and [2, 5]" in capsys.readouterr().out
+    assert "tokenizers: differ: texts end with [2] in A and [2, 5] in B" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""generate.py as processes: a file of prompts continued, killed, resumed; a stream ended by Ctrl-C."""
+"""generate.py as a process: a file of prompts, killed and resumed; a stream interrupted by Ctrl-C."""
 
 import json
 import os
@@ -48,8 +48,8 @@ def rows_of(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def test_a_file_of_prompts(run: Path, prompts: Path, tmp_path: Path) -> None:
-    """In the order of the prompts, the same from both frameworks, from any batches, after a kill, and in Python."""
+def test_prompt_file(run: Path, prompts: Path, tmp_path: Path) -> None:
+    """Results in the order of the prompts; the same in both frameworks, any batch size, after a kill, and in Python."""
     outputs = {}
     for framework in BACKENDS:
         output = tmp_path / f"{framework}.jsonl"
@@ -66,13 +66,13 @@ def test_a_file_of_prompts(run: Path, prompts: Path, tmp_path: Path) -> None:
         process.kill()
         process.wait()
         kept = partial.read_text(encoding="utf-8")
-        partial.write_text(kept[: kept.rindex("\n") + 1] + '{"index": 3, "prom', encoding="utf-8")  # killed in a line
+        partial.write_text(kept[: kept.rindex("\n") + 1] + '{"index": 3, "prom', encoding="utf-8")  # half a line
         n_kept = kept.count("\n") - 1
         assert 0 < n_kept < 120
         if framework == "torch":
             refused = subprocess.run([*full, "--min-p", "0.1"], cwd=tmp_path, capture_output=True, text=True)
             assert refused.returncode == 2
-            assert "another request" in refused.stderr
+            assert "different request" in refused.stderr
             assert "min_p: 0.0, now 0.1" in refused.stderr
         done = subprocess.run(full, cwd=tmp_path, capture_output=True, text=True, check=True)
         assert f"{n_kept}/120" in done.stderr
@@ -102,10 +102,10 @@ def test_a_file_of_prompts(run: Path, prompts: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("framework", BACKENDS)
 def test_ctrl_c_ends_a_stream(framework: str, run: Path, tmp_path: Path) -> None:
-    """What has been decoded stays on stdout, whole; no traceback; status 130."""
+    """The text decoded so far stays on stdout, in whole characters; no traceback; exit status 130."""
     full = command(run, framework, "--prompt", "We the", "--max-new-tokens", 300, "--temperature", 1, "--stop-ids", 1)
     whole = subprocess.run(full, cwd=tmp_path, capture_output=True, check=True).stdout.decode()
-    with (tmp_path / "errors").open("wb") as file:  # a pipe would fill up: XLA says much about its compilation cache
+    with (tmp_path / "errors").open("wb") as file:  # a pipe would fill up: XLA logs much about its cache
         process = subprocess.Popen(full, cwd=tmp_path, stdout=subprocess.PIPE, stderr=file)
     assert process.stdout is not None
     first = os.read(process.stdout.fileno(), 6)
@@ -139,21 +139,21 @@ def test_bad_prompt_files(name: str, content: bytes, message: str, tmp_path: Pat
     assert read_prompts(tmp_path / "good.jsonl") == ["a\nb", "c\u2028d"]
 
 
-def test_an_unfinished_output_of_something_else(run: Path, tmp_path: Path) -> None:
+def test_foreign_partial_output_is_refused(run: Path, tmp_path: Path) -> None:
     (tmp_path / "p.txt").write_text("one\ntwo\n")
     for content in ("my own notes", "line\nline\n", '{"index": 3}\n'):
         (tmp_path / "o.jsonl.partial").write_text(content)
         arguments = ("--prompts", "p.txt", "--output", "o.jsonl")
         done = subprocess.run(command(run, "torch", *arguments), cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 2, done.stderr
-        assert "cannot go on with this file" in done.stderr
+        assert "cannot resume from this file" in done.stderr
         assert (tmp_path / "o.jsonl.partial").read_text() == content
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--prompts", "p.txt"], "go together"),
+        (["--prompts", "p.txt"], "need each other"),
         (["--n", "2"], "need a file"),
         (["--compile"], "for torch"),
         (["--prompts", "none.txt", "--output", "o.jsonl"], "cannot read the prompts"),
@@ -165,7 +165,7 @@ def test_an_unfinished_output_of_something_else(run: Path, tmp_path: Path) -> No
         (["--top-p", "2"], "top_p"),
     ],
 )
-def test_mistakes(arguments: list[str], message: str, run: Path, tmp_path: Path) -> None:
+def test_bad_arguments(arguments: list[str], message: str, run: Path, tmp_path: Path) -> None:
     (tmp_path / "p.txt").write_text("one\ntwo\n")
     done = subprocess.run(command(run, "jax", *arguments), cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2, done.stderr

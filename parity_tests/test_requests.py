@@ -1,4 +1,4 @@
-"""Requests that cannot be met, and models that cannot answer: an error that says what is wrong, before any work."""
+"""Bad requests are refused before any work, and broken models give an error: the message says what is wrong."""
 
 import functools
 from collections.abc import Callable
@@ -25,7 +25,7 @@ from parity_tests.test_generate import generators
 
 
 def broken(tier: Tier) -> Pair:
-    """A model with one weight that is not a number."""
+    """Both models, with one weight set to NaN."""
     weights = {name: array.copy() for name, array in random_weights(TINY).items()}
     weights["model.layers.1.mlp.down_proj.weight"][3, 5] = np.nan
     return pair_of(TINY, tier, weights)
@@ -33,7 +33,7 @@ def broken(tier: Tier) -> Pair:
 
 @pytest.mark.parametrize("framework", BACKENDS)
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_logits_that_are_not_finite(framework: str, temperature: float, tokenizer: Tokenizer) -> None:
+def test_nonfinite_logits_are_refused(framework: str, temperature: float, tokenizer: Tokenizer) -> None:
     generator = BACKENDS[framework].Generator(getattr(broken(TIERS["float32"]), framework), tokenizer)
     with pytest.raises(InputError, match=r"(?s)logits are not finite.*new token 1.*checkpoint"):
         generator.generate([[1, 5], [1]], max_new_tokens=3, temperature=temperature)
@@ -87,15 +87,15 @@ def test_bad_requests(
     tokenizer: Tokenizer,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A clear error before any work; for a stream at the call."""
+    """A clear error before any work starts; for a stream, at the call itself."""
     generator = generators(TINY, TIERS["float32"], tokenizer)[framework]
     for work in ("_new_state", "_prefill", "_decode", "_losses"):
-        monkeypatch.setattr(generator, work, functools.partial(pytest.fail, "work was begun"))
+        monkeypatch.setattr(generator, work, functools.partial(pytest.fail, "work was started"))
     with pytest.raises(InputError, match=message):
         request_of(generator)
 
 
-def test_numbers_of_numpy(tokenizer: Tokenizer) -> None:
+def test_numpy_numbers_are_accepted(tokenizer: Tokenizer) -> None:
     for generator in generators(TINY, TIERS["float32"], tokenizer).values():
         plain = generator.generate([[1, 5]], max_new_tokens=9, seed=3, top_k=5, temperature=1)
         numbers = {
@@ -107,8 +107,8 @@ def test_numbers_of_numpy(tokenizer: Tokenizer) -> None:
         assert generator.generate([np.array([1, 5])], n=np.int64(1), **numbers) == plain
 
 
-def test_tokenizer_of_another_vocabulary(tokenizer: Tokenizer) -> None:
+def test_tokenizer_with_mismatched_vocabulary(tokenizer: Tokenizer) -> None:
     pair: Pair = make_pair(MODELS["gqa"], TIERS["float32"])
     for name, backend in BACKENDS.items():
-        with pytest.raises(InputError, match=r"(?s)another vocabulary.*509 pieces.*512 pieces"):
+        with pytest.raises(InputError, match=r"(?s)vocabulary is larger.*509 pieces.*512 pieces"):
             backend.Generator(getattr(pair, name), tokenizer)

@@ -1,4 +1,4 @@
-"""A run that is stopped and resumed: the same bits, the same log; what is kept of its checkpoints, and when."""
+"""Stopped and resumed runs: the same bits, the same log; which checkpoints are kept, and when they are written."""
 
 import errno
 import os
@@ -22,6 +22,7 @@ from minillm_core.training import loop, progress
 from minillm_core.training.checkpoints import checkpoint_steps
 from minillm_core.training.metrics import read_metrics
 from minillm_core.training.progress import peak_flops
+from minillm_core.training.train import train
 from parity_tests.conftest import (
     BACKENDS,
     assert_same_bits,
@@ -34,15 +35,15 @@ from parity_tests.conftest import (
 
 @pytest.mark.parametrize("framework", BACKENDS)
 @pytest.mark.parametrize("stops", [[1], [7, 20]], ids=str)
-def test_resumes_to_the_same_bits(
+def test_resume_is_bit_exact(
     framework: str, stops: list[int], data_config: DataConfig, tmp_path: Path, undisturbed: Path
 ) -> None:
-    """Stopped by a signal at any step, several times over: the same bits and the same log as without."""
+    """Stopped by signals at any steps: the same bits and the same log as without a stop."""
     backend, config = BACKENDS[framework], text_run(data_config, tmp_path, log_every=3, grad_accum=2)
     for step in stops:
         train_until(config, backend, step)
         assert checkpoint_steps(tmp_path / framework / "checkpoints")[-1] == step
-    loop.train(config, backend)
+    train(config, backend)
     assert_same_bits(state_at(tmp_path, framework, 30), state_at(undisturbed, framework, 30))
     assert metrics_of(tmp_path, framework) == metrics_of(undisturbed, framework)
 
@@ -51,13 +52,13 @@ def test_resumes_to_the_same_bits(
 def undisturbed(data_config: DataConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("undisturbed")
     for backend in BACKENDS.values():
-        loop.train(text_run(data_config, folder, log_every=3, grad_accum=2), backend)
+        train(text_run(data_config, folder, log_every=3, grad_accum=2), backend)
     return folder
 
 
 @pytest.mark.parametrize("framework", BACKENDS)
 def test_stopped_while_evaluating(framework: str, data_config: DataConfig, tmp_path: Path, undisturbed: Path) -> None:
-    """The step before is saved at once, and the evaluation made up for when the run is resumed."""
+    """The step is saved at once, without its evaluation; the resumed run then makes the evaluation."""
     backend, config = BACKENDS[framework], text_run(data_config, tmp_path, log_every=3, grad_accum=2)
     eval_batches = PreparedData.eval_batches
 
@@ -71,22 +72,20 @@ def test_stopped_while_evaluating(framework: str, data_config: DataConfig, tmp_p
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(PreparedData, "eval_batches", interrupting)
             with pytest.raises(Interrupted):
-                loop.train(config, backend)
+                train(config, backend)
         assert checkpoint_steps(tmp_path / framework / "checkpoints")[-1] == step
         last = metrics_of(tmp_path, framework)[-1]
         assert (last["step"], last["split"]) == (step, "train")
         if step < 30:
             train_until(config, backend, step + 1)
-    loop.train(config, backend)
+    train(config, backend)
     assert_same_bits(state_at(tmp_path, framework, 30), state_at(undisturbed, framework, 30))
     assert metrics_of(tmp_path, framework) == metrics_of(undisturbed, framework)
 
 
 @pytest.mark.parametrize("framework", BACKENDS)
-def test_training_goes_on_while_a_checkpoint_is_written(
-    framework: str, data_config: DataConfig, tmp_path: Path
-) -> None:
-    """The first save is held up until five more steps are done: a loop that waited for it would never end."""
+def test_training_continues_during_a_save(framework: str, data_config: DataConfig, tmp_path: Path) -> None:
+    """The first save waits until five more steps are done: a loop that waited for the save would fail."""
     five_more = threading.Event()
     backend = BACKENDS[framework]
 
@@ -112,7 +111,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(
         return counting
 
     slow = SimpleNamespace(**(vars(backend) | {"start_payload": start_payload, "make_train_step": make_train_step}))
-    loop.train(text_run(data_config, tmp_path), slow)
+    train(text_run(data_config, tmp_path), slow)
     assert checkpoint_steps(tmp_path / framework / "checkpoints") == [10, 20, 30]
 
 
@@ -124,7 +123,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(
         (0, [2, 4, 6, 8, 10, 12, 14], None),
     ],
 )
-def test_the_last_and_the_best_are_kept(
+def test_last_and_best_checkpoints_are_kept(
     keep_last: int,
     kept: list[int],
     seen: list[list[int]] | None,
@@ -132,7 +131,7 @@ def test_the_last_and_the_best_are_kept(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Held-out losses with their lowest at step 6, that of the last step aside: it outlives the last ones."""
+    """Step 6 has the lowest held-out loss before the last step, so it is kept in addition to the last checkpoints."""
     held_out = iter([3.0, 2.0, 1.0, 2.5, 2.5, 2.5, 0.5])
     monkeypatch.setattr(loop, "evaluate", lambda *_: next(held_out))
     config = text_run(data_config, tmp_path, steps=14, eval_every=2, checkpoint_every=2, keep_last=keep_last)
@@ -149,14 +148,14 @@ def test_the_last_and_the_best_are_kept(
 
         return slowly
 
-    loop.train(config, SimpleNamespace(**(vars(minillm_torch) | {"start_payload": start_payload})))
+    train(config, SimpleNamespace(**(vars(minillm_torch) | {"start_payload": start_payload})))
     assert checkpoint_steps(tmp_path / "torch/checkpoints") == kept
     assert seen is None or before_saves == seen
     assert not list((tmp_path / "torch/checkpoints").glob(".*"))
 
 
-def test_a_damaged_checkpoint_is_not_counted(data_config: DataConfig, tmp_path: Path) -> None:
-    """It takes no good one's place among the last, wherever it lies."""
+def test_damaged_checkpoint_is_not_counted(data_config: DataConfig, tmp_path: Path) -> None:
+    """It does not count for `keep_last`, wherever it is, so it displaces no good checkpoint."""
     config = text_run(data_config, tmp_path, steps=20, checkpoint_every=5, eval_every=20, keep_last=2)
     train_until(config, minillm_torch, 12)
     folder = tmp_path / "torch/checkpoints"
@@ -166,13 +165,13 @@ def test_a_damaged_checkpoint_is_not_counted(data_config: DataConfig, tmp_path: 
     (folder / "16/model.safetensors").write_bytes(b"damaged")
     (folder / "15/model.safetensors").write_bytes(b"damaged")
     with pytest.raises(InputError, match=r"(?s)every checkpoint of the run is damaged.*12.*do: restore"):
-        loop.train(config, minillm_torch)
+        train(config, minillm_torch)
 
 
-def test_a_commit_is_on_the_disk_before_it_has_its_name(
+def test_checkpoint_is_flushed_before_rename(
     data_config: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The log, then every file and folder of the checkpoint, then its rename, then the folder that holds the name."""
+    """Order: flush the log, flush all files and folders of the checkpoint, rename it, flush the parent folder."""
     events: list[tuple[str, str]] = []
     fsync, rename = os.fsync, Path.rename
 
@@ -187,7 +186,7 @@ def test_a_commit_is_on_the_disk_before_it_has_its_name(
     config = text_run(data_config, tmp_path, steps=6, checkpoint_every=6)
     monkeypatch.setattr(os, "fsync", watched_fsync)
     monkeypatch.setattr(Path, "rename", watched_rename)
-    loop.train(config, minillm_jax)
+    train(config, minillm_jax)
     folder = tmp_path / "jax/checkpoints"
     partial = str(folder / ".6.partial")
     renamed = events.index(("rename", partial))
@@ -199,11 +198,11 @@ def test_a_commit_is_on_the_disk_before_it_has_its_name(
 
 
 @pytest.mark.parametrize("moment", ["saving", "finished"])
-def test_a_signal_after_the_last_step(moment: str, data_config: DataConfig, tmp_path: Path) -> None:
-    """It is not forgotten: nothing else is begun."""
+def test_signal_after_the_last_step(moment: str, data_config: DataConfig, tmp_path: Path) -> None:
+    """A signal during the last save, or when the run has finished, still stops the process before anything else."""
     config = text_run(data_config, tmp_path, steps=6)
     if moment == "finished":
-        loop.train(config, minillm_torch)
+        train(config, minillm_torch)
 
     def read_payload(*arguments: Any, **keywords: Any) -> Any:
         os.kill(os.getpid(), signal.SIGTERM)
@@ -220,34 +219,32 @@ def test_a_signal_after_the_last_step(moment: str, data_config: DataConfig, tmp_
 
     backend = SimpleNamespace(**(vars(minillm_torch) | {"read_payload": read_payload, "start_payload": start_payload}))
     with pytest.raises(Interrupted):
-        loop.train(config, backend)
+        train(config, backend)
     assert checkpoint_steps(tmp_path / "torch/checkpoints") == [6]
 
 
 def test_garbage_at_the_end_of_the_log(data_config: DataConfig, tmp_path: Path, undisturbed: Path) -> None:
-    """As a power cut may leave it; but a bad line among those that the run goes on from is an error."""
+    """As a power cut may leave it: the garbage is dropped. A bad line before the resumed step is an error."""
     config = text_run(data_config, tmp_path, log_every=3, grad_accum=2)
     train_until(config, minillm_torch, 14)
     log = tmp_path / "torch/metrics.jsonl"
     good = log.read_bytes()
     log.write_bytes(good + b'{"step": 15, "sp\n\x00\xff\x00\n\n\x00')
-    loop.train(config, minillm_torch)
+    train(config, minillm_torch)
     assert metrics_of(tmp_path, "torch") == metrics_of(undisturbed, "torch")
     log.write_bytes(b"\x00\n" + good)
-    with pytest.raises(InputError, match=r"not a line of metrics.*\n.*\n.*metrics.jsonl:1"):
+    with pytest.raises(InputError, match=r"not a metrics row.*\n.*\n.*metrics.jsonl:1"):
         read_metrics(log)
 
 
-def test_trackers_hold_what_the_log_holds(
-    data_config: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """TensorBoard's file, after a stop and a resume: every row once. Weights & Biases, offline: a run is written."""
+def test_trackers_match_the_log(data_config: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a stop and a resume, TensorBoard's file has every row once. Weights & Biases writes an offline run."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     monkeypatch.setenv("WANDB_SILENT", "true")
     config = text_run(data_config, tmp_path, steps=8, eval_every=4, tensorboard=True, wandb="offline")
     train_until(config, minillm_torch, 5)
-    loop.train(config, minillm_torch)
+    train(config, minillm_torch)
     events = EventAccumulator(str(tmp_path / "torch/tensorboard"), size_guidance={"tensors": 0})
     events.Reload()
     rows = metrics_of(tmp_path, "torch")
@@ -266,8 +263,8 @@ def test_peak_flops() -> None:
     assert peak_flops("jax 0.10.1 on cpu", "float32") is None
 
 
-def test_a_failed_save_gets_one_more_chance(data_config: DataConfig, tmp_path: Path) -> None:
-    """The disk was full when step 4 was saved; when a signal comes, there is room again, and nothing is lost."""
+def test_failed_save_is_retried(data_config: DataConfig, tmp_path: Path) -> None:
+    """The disk is full when step 4 is saved. When a signal comes, there is space again, and nothing is lost."""
     failures = iter([True])
 
     def start_payload(*arguments: Any, **keywords: Any) -> Any:
@@ -283,25 +280,27 @@ def test_a_failed_save_gets_one_more_chance(data_config: DataConfig, tmp_path: P
     assert checkpoint_steps(tmp_path / "torch/checkpoints") == [7]
 
 
-def test_files_beside_a_checkpoint_do_no_harm(data_config: DataConfig, tmp_path: Path) -> None:
+def test_unknown_files_in_a_checkpoint_are_ignored(data_config: DataConfig, tmp_path: Path) -> None:
     config = text_run(data_config, tmp_path, steps=6)
-    checkpoint = loop.train(config, minillm_torch)
+    checkpoint = train(config, minillm_torch)
     (checkpoint / ".DS_Store").write_bytes(b"")
-    assert loop.train(config, minillm_torch) == checkpoint
+    assert train(config, minillm_torch) == checkpoint
 
 
-def test_the_log_of_lost_checkpoints_is_kept(data_config: DataConfig, tmp_path: Path) -> None:
+def test_log_is_kept_when_checkpoints_are_lost(data_config: DataConfig, tmp_path: Path) -> None:
     config = text_run(data_config, tmp_path, steps=6)
-    loop.train(config, minillm_torch)
+    train(config, minillm_torch)
     log = tmp_path / "torch/metrics.jsonl"
     content = log.read_bytes()
     shutil.rmtree(tmp_path / "torch/checkpoints")
-    loop.train(config, minillm_torch)
+    train(config, minillm_torch)
     assert log.with_name("metrics.jsonl.old").read_bytes() == content
 
 
-def test_speed_is_that_of_the_steps(data_config: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By a clock on which a step takes 1 s, and an evaluation or a picture 100: only steps show in it."""
+def test_speed_excludes_evaluation_and_plots(
+    data_config: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a fake clock, a step takes 1 s, an evaluation or a plot 100 s: the logged speed counts only the steps."""
     now = 0.0
 
     def taking(seconds: float, function: Any) -> Any:
@@ -318,6 +317,6 @@ def test_speed_is_that_of_the_steps(data_config: DataConfig, tmp_path: Path, mon
     monkeypatch.setattr(PreparedData, "batch", taking(1, PreparedData.batch))
     monkeypatch.setattr(loop, "evaluate", taking(100, loop.evaluate))
     monkeypatch.setattr(loop, "plot_loss", taking(100, loop.plot_loss))
-    loop.train(text_run(data_config, tmp_path, steps=20, eval_every=5, checkpoint_every=7), minillm_torch)
+    train(text_run(data_config, tmp_path, steps=20, eval_every=5, checkpoint_every=7), minillm_torch)
     rows = read_metrics(tmp_path / "torch/metrics.jsonl")
     assert {row["tokens_per_second"] for row in rows if row["split"] == "train"} == {4 * 32}

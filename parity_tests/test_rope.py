@@ -1,4 +1,4 @@
-"""The rotary table, which everything here shares, against the published formula in 50 digits."""
+"""The rotary table that both frameworks share, compared with the published formula in 50 digits."""
 
 import mpmath
 import numpy as np
@@ -28,7 +28,7 @@ LLAMAS = {
 
 
 def exact_frequencies(config: ModelConfig) -> list[mpmath.mpf]:
-    """As Meta's `apply_scaling` has them, case by case."""
+    """The frequencies of Meta's `apply_scaling`, case by case."""
     found = []
     for i in range(config.resolved_head_dim // 2):
         frequency = mpmath.mpf(config.rope_theta) ** (-mpmath.mpf(2 * i) / config.resolved_head_dim)
@@ -47,8 +47,8 @@ def exact_frequencies(config: ModelConfig) -> list[mpmath.mpf]:
 
 @pytest.mark.parametrize("name", LLAMAS)
 def test_rotary_table(name: str) -> None:
-    """Frequencies to 5e-16 of their own size, however small; cosines and sines at any position up to the rounding of
-    the angle (measured: 2.3e-16, and 2.3e-16 of the angle)."""
+    """Frequencies to a relative error of 5e-16; cosines and sines to 3e-16 times the angle (at least 3e-16).
+    Measured: 2.3e-16, and 2.3e-16 times the angle."""
     config = LLAMAS[name]
     with mpmath.workdps(50):
         frequencies = exact_frequencies(config)

@@ -1,4 +1,4 @@
-"""Whole runs against an independent one, and what the train loop does when things go wrong."""
+"""Whole runs compared with an independent run, and what the train loop does when something fails."""
 
 import json
 import math
@@ -20,6 +20,7 @@ from minillm_core.model.params import init_params
 from minillm_core.training import loop
 from minillm_core.training.checkpoints import CheckpointWriter, checkpoint_steps
 from minillm_core.training.metrics import read_metrics
+from minillm_core.training.train import train
 from parity_tests.conftest import BACKENDS, TINY, run_config
 
 STEPS = 6
@@ -34,7 +35,7 @@ def small_run(data: DataConfig, out_dir: Path, **train: Any) -> RunConfig:
 def independent_run(config: RunConfig) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
     """The run with transformers' Llama, torch's AdamW and clipping, and the schedule written out.
 
-    It shares with the project the initial weights, the order of the batches and the token files.
+    It shares with the project only the initial weights, the order of the batches and the token files.
 
     Returns:
         the rows of the log, the final weights.
@@ -89,7 +90,7 @@ def independent_run(config: RunConfig) -> tuple[list[dict[str, float]], dict[str
 
 
 def held_out(llama: LlamaForCausalLM, config: RunConfig, val: np.ndarray, n_windows: int | None) -> dict[str, float]:
-    """Over all windows of 32 tokens, or over some of them spread from the first to the last."""
+    """Held-out metrics over all windows of 32 tokens, or over `n_windows` spread from the first to the last."""
     starts = list(range(0, len(val) - 1, 32))
     if n_windows is not None:
         starts = [starts[int(n * (len(starts) - 1) / (n_windows - 1))] for n in range(n_windows)]
@@ -113,13 +114,13 @@ def expected(data_config: DataConfig) -> Any:
 
 @pytest.mark.parametrize("framework", BACKENDS)
 @pytest.mark.parametrize("grad_accum", [1, 2])
-def test_run_against_an_independent_one(
+def test_run_matches_an_independent_run(
     framework: str, grad_accum: int, data_config: DataConfig, expected: Any, tmp_path: Path
 ) -> None:
-    """Both could be wrong together in the loop, the schedule or the evaluation; this run shares none of them."""
+    """Both frameworks could share a bug in the loop, the schedule or the evaluation; this run shares none of them."""
     batches = 2 * grad_accum  # micro-batches: the same windows
     config = small_run(data_config, tmp_path / "run", grad_accum=grad_accum, eval_batches=batches)
-    checkpoint = loop.train(config, BACKENDS[framework])
+    checkpoint = train(config, BACKENDS[framework])
     expected_rows, weights = expected
     rows = read_metrics(tmp_path / "run" / framework / "metrics.jsonl")
     assert [row["step"] for row in rows] == [1, 2, 3, 3, 4, 5, 6, 6]
@@ -131,7 +132,7 @@ def test_run_against_an_independent_one(
         assert np.abs(array - weights[name].numpy()).max() <= 1e-4, name
 
 
-def test_a_failed_save_is_reported(data_config: DataConfig, tmp_path: Path) -> None:
+def test_failed_save_is_reported(data_config: DataConfig, tmp_path: Path) -> None:
     def failing(folder: Path, config: RunConfig, state: Any) -> Callable[[], None]:
         def finish() -> None:
             raise OSError("Input/output error")
@@ -140,17 +141,17 @@ def test_a_failed_save_is_reported(data_config: DataConfig, tmp_path: Path) -> N
 
     backend = SimpleNamespace(**(vars(minillm_torch) | {"start_payload": failing}))
     with pytest.raises(OSError, match="Input/output error"):
-        loop.train(small_run(data_config, tmp_path / "run"), backend)
+        train(small_run(data_config, tmp_path / "run"), backend)
     assert checkpoint_steps(tmp_path / "run/torch/checkpoints") == []
 
 
 @pytest.mark.parametrize("framework", BACKENDS)
-def test_other_data_is_refused_on_resume(framework: str, data_config: DataConfig, tmp_path: Path) -> None:
+def test_mismatched_data_is_refused_on_resume(framework: str, data_config: DataConfig, tmp_path: Path) -> None:
     config = small_run(data_config, tmp_path / "run", steps=3)
-    checkpoint = loop.train(config, BACKENDS[framework])
+    checkpoint = train(config, BACKENDS[framework])
     info = json.loads((checkpoint / "checkpoint.json").read_text())
     assert info["data_hashes"].keys() == {"tokenizer", "train", "val"}
     other = PreparedData(data_config.dir, TINY.vocab_size)
     other.meta["train"]["sha256"] = "0" * 64
-    with pytest.raises(InputError, match="belongs to another training text"):
+    with pytest.raises(InputError, match="uses a different training text"):
         loop.initial_or_newest(config, BACKENDS[framework], other, CheckpointWriter(checkpoint.parent))

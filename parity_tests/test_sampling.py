@@ -1,4 +1,4 @@
-"""How the next token is chosen: transformers' filters, draws that follow the distribution, noise with a key."""
+"""Sampling: the filters of transformers, draws that follow the distribution, and keyed noise."""
 
 import dataclasses
 import itertools
@@ -71,8 +71,8 @@ def assert_same_distribution(ours: np.ndarray, theirs: np.ndarray, tolerance: fl
     min_p=st.sampled_from([0.0, 0.01, 0.3, 1.0]),
     repetition_penalty=st.sampled_from([0.5, 1.0, 1.3]),
 )
-def test_filters_are_those_of_transformers(seed: int, spread: float, **options: float) -> None:
-    """float64, random logits; both frameworks to 1e-11, in the tokens kept exactly."""
+def test_filters_match_transformers(seed: int, spread: float, **options: float) -> None:
+    """Random float64 logits: both frameworks keep exactly the same tokens, with log-probabilities to 1e-11."""
     rng = np.random.default_rng(seed)
     logits, ids = spread * rng.standard_normal((3, 97)), rng.integers(0, 97, (3, 20))
     sampling = SamplingConfig(**options)
@@ -92,13 +92,13 @@ def test_float32_filters_over_a_large_vocabulary() -> None:
         expected = by_transformers(logits, ids, sampling)
         for scores in filtered(logits, seen_of(ids, 32_000), sampling):
             assert_same_distribution(scores, expected, 1e-4)
-    # With top_p, summing 32,000 float32 in another order may move the boundary by a token.
+    # With top_p, summing 32,000 float32 in a different order may move the boundary by a token.
     expected = np.isfinite(by_transformers(logits.astype(np.float64), ids, SamplingConfig(0.8, top_p=0.95)))
     for scores in filtered(logits, seen_of(ids, 32_000), SamplingConfig(0.8, top_p=0.95)):
         assert (np.isfinite(scores) != expected).sum(axis=1).max() <= 1
 
 
-def test_equal_tokens_stay_together(float64: Tier) -> None:
+def test_equal_logits_are_kept_together(float64: Tier) -> None:
     logits = np.array([[0.0, 1.0, 1.0, 1.0, -1.0]])
     for options in ({"top_k": 2, "top_p": 1.0}, {"top_p": 0.3}, {"top_k": 1, "top_p": 0.01}):
         for scores in filtered(logits, np.zeros((1, 5), bool), SamplingConfig(1.0, **options)):
@@ -116,7 +116,7 @@ OPTIONS = [
 @pytest.mark.parametrize("tier_name", TIERS)
 @pytest.mark.parametrize("sampling", OPTIONS)
 def test_draws_follow_the_filtered_distribution(sampling: SamplingConfig, tier_name: str) -> None:
-    """Chi-squared over 20,000 draws with the generator's own noise: one per position of two prompts' samples."""
+    """A chi-squared test of 20,000 draws with the generator's own noise: 2 prompts, 20 samples, 500 positions."""
     rng = np.random.default_rng(3)
     logits = 1.5 * rng.standard_normal((1, 40))
     ids = rng.integers(0, 40, (1, 8))
@@ -138,8 +138,8 @@ def test_draws_follow_the_filtered_distribution(sampling: SamplingConfig, tier_n
 
 
 @pytest.mark.parametrize("sampling", OPTIONS[:3])
-def test_an_even_grid_is_drawn_exactly(sampling: SamplingConfig, float64: Tier) -> None:
-    """Over an even grid of numbers every token comes in proportion to its probability, to within one draw."""
+def test_even_grid_draws_are_exact(sampling: SamplingConfig, float64: Tier) -> None:
+    """With evenly spaced numbers as noise, each token is drawn in proportion to its probability, to within one draw."""
     logits = np.random.default_rng(0).standard_normal((1, 50)) * 2
     expected = np.exp(by_transformers(logits, np.zeros((1, 1), int), sampling)[0])
     n = 5000
@@ -152,10 +152,10 @@ def test_an_even_grid_is_drawn_exactly(sampling: SamplingConfig, float64: Tier) 
 
 
 def test_large_vocabulary_draws_agree() -> None:
-    """The same float32 logits give the same tokens over 32,000 pieces, where a float32 cumsum drifts, and never one
-    that was dropped.
+    """The same float32 logits give the same tokens over 32,000 pieces, where a float32 cumsum drifts, and never a
+    token that a filter removed.
 
-    Measured: 0 of 800 draws differ (with torch's float32 cumsum 10 of 400 did); one may fall on a boundary elsewhere.
+    Measured: 0 of 800 draws differ (10 of 400 with torch's float32 cumsum). One may differ on a different machine.
     """
     rng = np.random.default_rng(0)
     logits = (3 * rng.standard_normal((200, 32_000))).astype(np.float32)

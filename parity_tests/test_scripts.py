@@ -1,4 +1,4 @@
-"""The commands, as a user runs them: real processes, real files, and what they say when something is wrong."""
+"""The commands as a user runs them: real processes, real files, and the messages when something is wrong."""
 
 import json
 import os
@@ -38,7 +38,7 @@ def succeeds(name: str, *arguments: str, cwd: Path) -> subprocess.CompletedProce
 
 
 def fails(message: str, name: str, *arguments: str, cwd: Path) -> str:
-    """A user's mistake: exit code 2, a message that matches, no traceback."""
+    """Bad input: exit status 2, a message that matches, no traceback."""
     done = script(name, *arguments, cwd=cwd)
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
@@ -49,7 +49,7 @@ def fails(message: str, name: str, *arguments: str, cwd: Path) -> str:
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
-    """A folder with tiny.yaml and a run that train_jax.py and train_torch.py have finished from nothing."""
+    """A folder with tiny.yaml and a run that train_jax.py and train_torch.py trained from raw text."""
     folder = tmp_path_factory.mktemp("home")
     config = run_config(
         TINY,
@@ -107,12 +107,12 @@ def test_compare_runs(home: Path, tmp_path: Path) -> None:
     shutil.copytree(home / "runs/tiny/jax", tmp_path / "copy")
     done = succeeds("compare_runs", "runs/tiny/jax", str(tmp_path / "copy"), "--out", str(tmp_path / "c.png"), cwd=home)
     assert "largest difference 0 at" in done.stdout
-    assert done.stderr.startswith("6 rows are the same to the last digit")  # and no warning of the plot's
+    assert done.stderr.startswith("6 rows are identical")  # and no warning from the plot
     assert done.stderr.endswith(f"converted checkpoint\ndrew {tmp_path / 'c.png'}\n")
 
 
 @pytest.mark.parametrize("framework", BACKENDS)
-def test_second_run_finds_the_first(home: Path, framework: str) -> None:
+def test_finished_run_is_not_repeated(home: Path, framework: str) -> None:
     before = (home / "runs/tiny" / framework / "metrics.jsonl").read_bytes()
     done = succeeds(f"train_{framework}", "tiny.yaml", cwd=home)
     assert "found prepared data in data/tiny" in done.stderr
@@ -128,7 +128,7 @@ def payload(checkpoint: Path, framework: str) -> TrainingState:
 
 @pytest.mark.parametrize(("source", "target"), [("torch", "jax"), ("jax", "torch")])
 def test_convert_round_trip(home: Path, source: str, target: str, tmp_path: Path) -> None:
-    """There and back, to the bit: weights and both moments; and the copy is the same function."""
+    """There and back, weights and both moments are the same bits, and the converted model gives the same logits."""
     there, back = str(tmp_path / "there"), str(tmp_path / "back")
     done = succeeds("convert", f"{source}->{target}", "runs/tiny", there, cwd=home)
     converted = Path(done.stdout.strip())
@@ -152,7 +152,7 @@ def test_convert_round_trip(home: Path, source: str, target: str, tmp_path: Path
 
 
 def test_convert_without_paths_and_quotes(home: Path, tmp_path: Path) -> None:
-    """`convert.py torch->jax`, which a shell takes apart, on the default run; and what is there is not overwritten."""
+    """`convert.py torch->jax` on the default run: the shell redirects stdout to `jax`, and nothing is overwritten."""
     folder = tmp_path / "runs" / "quickstart"
     shutil.copytree(home / "runs/tiny", folder)
     shutil.rmtree(folder / "jax")
@@ -165,7 +165,7 @@ def test_convert_without_paths_and_quotes(home: Path, tmp_path: Path) -> None:
         assert "quote it" in done.stderr
         assert "removed the empty file `jax`" in done.stderr
         assert ("already converted" in done.stderr) == again
-        assert done.stderr.endswith("runs/quickstart/jax/checkpoints/6\n"), "what stdout would have got"
+        assert done.stderr.endswith("runs/quickstart/jax/checkpoints/6\n"), "no result on stderr"
         assert not (tmp_path / "jax").exists()
     (tmp_path / "jax").write_text("notes")
     os.utime(tmp_path / "jax", (1e9, 1e9))
@@ -177,8 +177,8 @@ def test_convert_without_paths_and_quotes(home: Path, tmp_path: Path) -> None:
     assert_same_bits(payload(folder / "torch/checkpoints/6", "torch"), payload(folder / "jax/checkpoints/6", "jax"))
 
 
-def test_convert_keeps_a_run_of_its_own(home: Path) -> None:
-    """A run trained in both frameworks: the copy goes beside it."""
+def test_convert_keeps_an_existing_run(home: Path) -> None:
+    """The run was trained in both frameworks, so the converted checkpoint goes to a directory next to it."""
     before = (home / "runs/tiny/jax/checkpoints/6/manifest.json").read_bytes()
     done = succeeds("convert", "torch->jax", "runs/tiny", cwd=home)
     assert done.stdout.strip() == "runs/tiny-from-torch/jax/checkpoints/6"
@@ -186,7 +186,7 @@ def test_convert_keeps_a_run_of_its_own(home: Path) -> None:
     fails("holds a different checkpoint of this step", "convert", "torch->jax", "runs/tiny", "runs/tiny", cwd=home)
 
 
-def test_generate_is_the_same_text(home: Path) -> None:
+def test_generated_text_is_the_same(home: Path) -> None:
     succeeds("convert", "torch->jax", "runs/tiny", "runs/same", cwd=home)
     options = ("--prompt", "We the people", "--max-new-tokens", "40", "--seed", "5", "--top-k", "50", "--top-p", "0.9")
     texts = [
@@ -209,14 +209,14 @@ def test_evaluate_repeats_the_final_evaluation(home: Path, framework: str) -> No
     assert train.stdout != done.stdout
 
 
-def test_prepare_data_finds_it(home: Path) -> None:
+def test_prepare_data_reuses_existing_data(home: Path) -> None:
     done = succeeds("prepare_data", "tiny.yaml", cwd=home)
     assert "found" in done.stderr
     assert len(done.stdout.splitlines()) == 2
 
 
 def test_plan(home: Path) -> None:
-    done = succeeds("plan", "mini-llm-50m", cwd=home)  # every preset: test_readme.py, test_params.py
+    done = succeeds("plan", "mini-llm-50m", cwd=home)  # every preset: test_docs.py, test_params.py
     assert "50,049,408" in done.stdout
     assert "agree with: jax, torch" in done.stdout
 
@@ -227,11 +227,18 @@ def test_plan(home: Path) -> None:
         (r"no such configuration: quickstrat.*quickstart", ["train_jax", "quickstrat"]),
         (r"train\.step", ["train_jax", "tiny.yaml", "--train.step", "3"]),
         (
-            r"belongs to another configuration.*optim\.weight_decay: 0\.2, was 0\.1",
+            r"belongs to a different configuration.*optim\.weight_decay: 0\.2, was 0\.1",
             ["train_torch", "tiny.yaml", "--optim.weight_decay", "0.2"],
         ),
         (r"not empty and not a run directory.*data", ["train_jax", "tiny.yaml", "--train.out_dir", "data"]),
-        (r"another vocabulary.*expected: 600.*found: 512", ["train_torch", "tiny.yaml", "--model.vocab-size", "600"]),
+        (
+            r"vocabulary size.*expected: 600.*found: 512",
+            ["train_torch", "tiny.yaml", "--model.vocab-size", "600", "--train.out_dir", "runs/new"],
+        ),
+        (  # before any data is prepared
+            r"different configuration.*model\.vocab_size: 600, was 512",
+            ["train_torch", "tiny.yaml", "--model.vocab-size", "600", "--data.dir", "data/new"],
+        ),
         (r"no jax checkpoint.*train first", ["generate", "runs/nothing"]),
         (
             r"a torch checkpoint where a jax one is needed.*convert\.py 'torch->jax'",
@@ -242,14 +249,15 @@ def test_plan(home: Path) -> None:
         (r"unknown conversion.*'torch->hx'", ["convert", "torch->hx"]),
         (r"no torch checkpoint.*where: runs/quickstart", ["convert", "torch->jax"]),
         (r"to jax does not round.*bfloat16", ["convert", "hf->jax", "x", "y", "--dtype", "bfloat16"]),
-        (r"a page is one file.*where: runs", ["parity", "runs/tiny", "runs/tiny", "--html", "runs"]),
+        (r"the HTML page must be a file.*where: runs", ["parity", "runs/tiny", "runs/tiny", "--html", "runs"]),
         (r"not a folder of prepared data", ["evaluate", "runs/tiny", "--data-dir", "runs"]),
-        (r"no metrics there.*where: data/jax", ["compare_runs", "data"]),
-        (r"a run compared with itself", ["compare_runs", "runs/tiny/jax", "runs/tiny/jax"]),
+        (r"no metrics found.*where: data/jax", ["compare_runs", "data"]),
+        (r"both folders are the same", ["compare_runs", "runs/tiny/jax", "runs/tiny/jax"]),
     ],
 )
-def test_mistakes(home: Path, message: str, arguments: list[str]) -> None:
+def test_bad_arguments(home: Path, message: str, arguments: list[str]) -> None:
     fails(message, *arguments, cwd=home)
+    assert not (home / "data/new").exists()
 
 
 @pytest.mark.parametrize("framework", BACKENDS)
@@ -273,8 +281,8 @@ def test_damaged_checkpoints_are_named(home: Path, framework: str, tmp_path: Pat
 
 
 @pytest.mark.parametrize("framework", BACKENDS)
-def test_checkpoint_of_another_shape(home: Path, framework: str, tmp_path: Path) -> None:
-    """Every differing tensor in one message."""
+def test_checkpoint_with_mismatched_shapes(home: Path, framework: str, tmp_path: Path) -> None:
+    """One message names every mismatched tensor."""
     config = read_info(home / "runs/tiny" / framework / "checkpoints/6").config
     wrong = to_dict(config)
     wrong["model"] |= {"hidden": 80, "n_layers": 3}
@@ -292,18 +300,18 @@ def test_newer_run_is_refused(home: Path, tmp_path: Path) -> None:
     path = tmp_path / "runs/tiny/run.json"
     record = json.loads(path.read_text())
     path.write_text(json.dumps(record | {"format_version": 2, "version": "9.9"}))
-    message = r"written by another version.*format 1.*format 2, written by version 9\.9"
+    message = r"written by a different version.*format 1.*format 2, written by version 9\.9"
     fails(message, "train_torch", "tiny.yaml", cwd=tmp_path)
     hashes = record["data_hashes"] | {"tokenizer": "0" * 64, "val": "1" * 64}
     path.write_text(json.dumps(record | {"data_hashes": hashes}))
-    message = r"belongs to another tokenizer and another held-out text.*expected: tokenizer 0000"
+    message = r"uses a different tokenizer and a different held-out text.*expected: tokenizer 0000"
     fails(message, "train_jax", "tiny.yaml", cwd=tmp_path)
     path.write_text("{}")
     fails(r"damaged file of the run.*run\.json", "train_jax", "tiny.yaml", cwd=tmp_path)
 
 
 def test_changed_data_is_refused(home: Path, tmp_path: Path) -> None:
-    """One token of the prepared text, changed."""
+    """One token of the prepared data was changed."""
     shutil.copytree(home, tmp_path, dirs_exist_ok=True)
     path = tmp_path / "data/tiny/train.bin"
     content = bytearray(path.read_bytes())
@@ -317,13 +325,13 @@ def test_newer_format_is_refused(home: Path, tmp_path: Path) -> None:
     shutil.copytree(home / "runs/tiny/torch/checkpoints/6", checkpoint)
     data = json.loads((checkpoint / "checkpoint.json").read_text())
     (checkpoint / "checkpoint.json").write_text(json.dumps(data | {"format_version": 99, "version": "9.9"}))
-    with pytest.raises(InputError, match=r"(?s)another format version.*found: 99, written by version 9\.9"):
+    with pytest.raises(InputError, match=r"(?s)different format version.*found: 99, written by version 9\.9"):
         read_info(checkpoint)
 
 
 @pytest.mark.parametrize("framework", BACKENDS)
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
-def test_load_in_another_dtype(home: Path, framework: str, dtype: str) -> None:
+def test_load_with_given_dtype(home: Path, framework: str, dtype: str) -> None:
     with jax.enable_x64(dtype == "float64"):
         model = BACKENDS[framework].load(home / "runs/tiny", dtype=dtype)
         tokens = random_tokens(TINY, 1, 20)
@@ -334,7 +342,7 @@ def test_load_in_another_dtype(home: Path, framework: str, dtype: str) -> None:
 
 @pytest.mark.parametrize("command", [["train_torch"], ["generate", "--backend", "torch"]], ids=["train", "generate"])
 def test_without_torch(command: list[str], home: Path, tmp_path: Path) -> None:
-    """After installing for JAX alone, asking for torch says what to install."""
+    """If only JAX is installed, asking for torch gives a message that says what to install."""
     (tmp_path / "torch.py").write_text("raise ModuleNotFoundError(\"No module named 'torch'\", name='torch')")
     path = str(ROOT / "scripts" / f"{command[0]}.py")
     done = subprocess.run(

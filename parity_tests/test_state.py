@@ -1,4 +1,4 @@
-"""The state of a training run, moved between the frameworks in the middle; the same curve in both."""
+"""A training run moves between the frameworks without a change, and both frameworks give the same curve."""
 
 import json
 import shutil
@@ -16,9 +16,9 @@ from minillm_core.config import DataConfig, RunConfig
 from minillm_core.errors import InputError
 from minillm_core.files import hash_file
 from minillm_core.interop import convert
-from minillm_core.training import loop
 from minillm_core.training.checkpoints import CheckpointWriter, TrainingState, read_info
 from minillm_core.training.schedule import learning_rate
+from minillm_core.training.train import train
 from parity_tests.conftest import (
     BACKENDS,
     TIERS,
@@ -33,7 +33,7 @@ from parity_tests.conftest import (
 
 
 def moved_run(config: Callable[[Path], RunConfig], folder: Path, frameworks: list[str], every: int) -> np.ndarray:
-    """Losses of a run that is trained in one framework after another, `every` steps in each, and converted between."""
+    """Losses of a run that trains `every` steps in each of the frameworks in turn and is converted in between."""
     for n, framework in enumerate(frameworks):
         run = config(folder / str(n))
         if n > 0:
@@ -41,7 +41,7 @@ def moved_run(config: Callable[[Path], RunConfig], folder: Path, frameworks: lis
             before = frameworks[n - 1]
             convert(f"{before}->{framework}", folder / f"{n - 1}/{before}/checkpoints/{step}", folder / str(n))
         if n == len(frameworks) - 1:
-            loop.train(run, BACKENDS[framework])
+            train(run, BACKENDS[framework])
         else:
             train_until(run, BACKENDS[framework], (n + 1) * every)
     return losses_of(folder / str(n), frameworks[-1])
@@ -51,19 +51,19 @@ def moved_run(config: Callable[[Path], RunConfig], folder: Path, frameworks: lis
 def whole_runs(
     request: pytest.FixtureRequest, data_config: DataConfig, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[RunConfig]:
-    """An undisturbed run of both frameworks in each precision."""
+    """An uninterrupted run in both frameworks, in each precision."""
     config = text_run(data_config, tmp_path_factory.mktemp(f"whole-{request.param}"), compute_dtype=request.param)
     with jax.enable_x64(request.param == "float64"):
         for backend in BACKENDS.values():
-            loop.train(config, backend)
+            train(config, backend)
         yield config
 
 
 @pytest.mark.parametrize("order", [["torch", "jax", "torch"], ["jax", "torch", "jax"]], ids="-".join)
-def test_a_moved_run_is_the_same_run(order: list[str], whole_runs: RunConfig, tmp_path: Path) -> None:
-    """Trained in turn in each framework, with a conversion between, a run gives what it gives in either alone.
+def test_run_moved_between_frameworks_is_the_same(order: list[str], whole_runs: RunConfig, tmp_path: Path) -> None:
+    """A run that trains in each framework in turn, with conversions in between, equals a run in either framework alone.
 
-    In bfloat16, the final losses differ by less than those of two seeds.
+    In bfloat16, the final losses differ by no more than those of two seeds.
     """
     dtype, whole = whole_runs.train.compute_dtype, Path(whole_runs.train.out_dir)
 
@@ -73,7 +73,7 @@ def test_a_moved_run_is_the_same_run(order: list[str], whole_runs: RunConfig, tm
     moved = moved_run(config, tmp_path, order, every=10)
     if dtype == "bfloat16":
         other_seed = replace(whole_runs.train, out_dir=str(tmp_path / "other"), seed=4)
-        loop.train(replace(whole_runs, train=other_seed), minillm_torch)
+        train(replace(whole_runs, train=other_seed), minillm_torch)
         noise = abs(np.mean(losses_of(tmp_path / "other", "torch")[-10:] - losses_of(whole, "torch")[-10:]))
         for framework in BACKENDS:
             assert abs(np.mean(moved[-10:] - losses_of(whole, framework)[-10:])) <= noise
@@ -88,7 +88,7 @@ def test_a_moved_run_is_the_same_run(order: list[str], whole_runs: RunConfig, tm
 
 
 @pytest.mark.long
-def test_a_thousand_steps_moved_three_times(float64: Tier, data_config: DataConfig, tmp_path: Path) -> None:
+def test_thousand_steps_moved_three_times(float64: Tier, data_config: DataConfig, tmp_path: Path) -> None:
     """float64, every loss within 1e-9 of a run in either framework alone."""
 
     def config(out_dir: Path) -> RunConfig:
@@ -97,7 +97,7 @@ def test_a_thousand_steps_moved_three_times(float64: Tier, data_config: DataConf
     moved = moved_run(config, tmp_path / "moved", ["torch", "jax", "torch", "jax"], every=250)
     assert moved[-1] < moved[0] - 1, "nothing was learnt, so little was compared"
     for framework, backend in BACKENDS.items():
-        loop.train(config(tmp_path / "whole"), backend)
+        train(config(tmp_path / "whole"), backend)
         error = np.abs(moved - losses_of(tmp_path / "whole", framework)).max()
         print(f"\n{framework}: largest difference of a loss {error:.1e}")
         assert error <= 1e-9
@@ -105,7 +105,7 @@ def test_a_thousand_steps_moved_three_times(float64: Tier, data_config: DataConf
 
 @pytest.mark.parametrize("grad_accum", [1, 2])
 def test_same_curve(grad_accum: int, tier: Tier, data_config: DataConfig, tmp_path: Path) -> None:
-    """A hundred steps on text, evaluated on the way: every logged number."""
+    """100 steps on text, with evaluations: every logged number agrees."""
     config = text_run(
         data_config,
         tmp_path,
@@ -116,7 +116,7 @@ def test_same_curve(grad_accum: int, tier: Tier, data_config: DataConfig, tmp_pa
         compute_dtype=tier.name,
     )
     for backend in BACKENDS.values():
-        loop.train(config, backend)
+        train(config, backend)
     ours, theirs = (metrics_of(tmp_path, framework) for framework in BACKENDS)
     assert ours[-1]["loss"] < ours[0]["loss"] - 0.5, "nothing was learnt, so little was compared"
     for a, b in zip(ours, theirs, strict=True):
@@ -128,7 +128,7 @@ def test_same_curve(grad_accum: int, tier: Tier, data_config: DataConfig, tmp_pa
 
 
 def test_converting_an_older_step_keeps_the_log(data_config: DataConfig, tmp_path: Path) -> None:
-    loop.train(text_run(data_config, tmp_path, steps=20), minillm_torch)
+    train(text_run(data_config, tmp_path, steps=20), minillm_torch)
     for step, last in ((10, 10), (20, 20)):
         convert("torch->jax", tmp_path / f"torch/checkpoints/{step}", tmp_path)
         assert metrics_of(tmp_path, "jax")[-1]["step"] == last
@@ -136,7 +136,7 @@ def test_converting_an_older_step_keeps_the_log(data_config: DataConfig, tmp_pat
     assert metrics_of(tmp_path, "jax")[-1]["step"] == 20
     (tmp_path / "jax/checkpoints/20").rename(tmp_path / "20")
     train_until(text_run(data_config, tmp_path, steps=20), minillm_jax, 11)
-    with pytest.raises(InputError, match="the destination has been trained"):
+    with pytest.raises(InputError, match="destination run was also trained"):
         convert("torch->jax", tmp_path / "torch/checkpoints/20", tmp_path)
     (tmp_path / "20").rename(tmp_path / "jax/checkpoints/20")
     (tmp_path / "jax/checkpoints/20/tokenizer.model").write_bytes(b"")
@@ -144,10 +144,10 @@ def test_converting_an_older_step_keeps_the_log(data_config: DataConfig, tmp_pat
         convert("torch->jax", tmp_path / "torch/checkpoints/20", tmp_path)
 
 
-def test_weights_alone_can_be_trained_on(
+def test_training_continues_from_weights_alone(
     data_config: DataConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A checkpoint without optimizer state converts, and is trained on as the messages say: Adam starts anew."""
+    """A checkpoint without optimizer state can be converted and trained further; as the messages say, Adam restarts."""
     config = text_run(data_config, tmp_path / "a", steps=6, checkpoint_every=4, log_every=1)
     train_until(config, minillm_torch, 3)
     state, info = state_at(tmp_path / "a", "torch", 3), read_info(tmp_path / "a/torch/checkpoints/3")
@@ -158,7 +158,7 @@ def test_weights_alone_can_be_trained_on(
     convert("torch->jax", tmp_path / "bare/torch/checkpoints/3", tmp_path / "b")
     assert "further training restarts Adam's moments at zero" in caplog.text
     moved = replace(config, train=replace(config.train, out_dir=str(tmp_path / "b")))
-    loop.train(moved, minillm_jax)
+    train(moved, minillm_jax)
     assert "Adam's moments and its count start again at zero" in caplog.text
     assert read_info(tmp_path / "b/jax/checkpoints/4").updates == 1
     first = state_at(tmp_path / "b", "jax", 4)
@@ -170,22 +170,22 @@ def test_weights_alone_can_be_trained_on(
         assert_close(name, first.weights[name], expected, 1e-6)
 
 
-def test_an_auto_dtype_stays_that_of_the_run(data_config: DataConfig, tmp_path: Path) -> None:
-    """A run that began in bfloat16 (as on a GPU) goes on in bfloat16 where `auto` would mean float32."""
+def test_auto_dtype_keeps_the_dtype_of_the_run(data_config: DataConfig, tmp_path: Path) -> None:
+    """A run that started in bfloat16 (as on a GPU) continues in bfloat16 where `auto` would mean float32."""
     begun = text_run(data_config, tmp_path, steps=6, compute_dtype="bfloat16", checkpoint_every=3)
     train_until(begun, minillm_torch, 3)
     auto = replace(begun, train=replace(begun.train, compute_dtype="auto"))
-    loop.train(auto, minillm_torch)
+    train(auto, minillm_torch)
     assert read_info(tmp_path / "torch/checkpoints/6").config.train.compute_dtype == "bfloat16"
     other = replace(begun, train=replace(begun.train, compute_dtype="float32"))
     with pytest.raises(InputError, match="compute_dtype: 'float32', was 'bfloat16'"):
-        loop.train(other, minillm_torch)
-    begun_auto = tmp_path / "auto"  # by a version that stored `auto`
+        train(other, minillm_torch)
+    begun_auto = tmp_path / "auto"  # as if a version that stored `auto` had started it
     train_until(replace(auto, train=replace(auto.train, out_dir=str(begun_auto))), minillm_torch, 3)
     for path in (begun_auto / "config.yaml", begun_auto / "torch/checkpoints/3/checkpoint.json"):
         path.write_text(path.read_text().replace("float32", "auto"))
     rewrite_manifest(begun_auto / "torch/checkpoints/3")
-    loop.train(replace(auto, train=replace(auto.train, out_dir=str(begun_auto))), minillm_torch)
+    train(replace(auto, train=replace(auto.train, out_dir=str(begun_auto))), minillm_torch)
 
 
 def rewrite_manifest(checkpoint: Path) -> None:
@@ -197,11 +197,11 @@ def rewrite_manifest(checkpoint: Path) -> None:
     path.write_text(json.dumps(manifest))
 
 
-def test_another_runs_checkpoint_is_refused(data_config: DataConfig, tmp_path: Path) -> None:
-    """Copied into the folder of a run with another configuration."""
+def test_checkpoint_of_a_different_run_is_refused(data_config: DataConfig, tmp_path: Path) -> None:
+    """A checkpoint was copied into the directory of a run with a different configuration."""
     for name, seed in (("a", 3), ("b", 4)):
-        loop.train(text_run(data_config, tmp_path / name, steps=6, seed=seed), minillm_torch)
+        train(text_run(data_config, tmp_path / name, steps=6, seed=seed), minillm_torch)
     shutil.rmtree(tmp_path / "b/torch/checkpoints/6")
     shutil.copytree(tmp_path / "a/torch/checkpoints/6", tmp_path / "b/torch/checkpoints/6")
-    with pytest.raises(InputError, match=r"(?s)another configuration.*train.seed: 4, was 3.*b/torch/checkpoints/6"):
-        loop.train(text_run(data_config, tmp_path / "b", steps=6, seed=4), minillm_torch)
+    with pytest.raises(InputError, match=r"(?s)different configuration.*train.seed: 4, was 3.*b/torch/checkpoints/6"):
+        train(text_run(data_config, tmp_path / "b", steps=6, seed=4), minillm_torch)

@@ -1,4 +1,4 @@
-"""What is shown of a text that goes on: whole characters, nothing of a stop, and in the end what `generate` returns."""
+"""Streams show whole characters and no part of a stop string, and end with the text that `generate` returns."""
 
 from typing import Any
 
@@ -20,7 +20,7 @@ STOPS: list[dict[str, Any]] = [{}, {"stop": "e"}, {"stop": ["the", "an", " "]}, 
 
 @pytest.mark.parametrize("stop", STOPS)
 @pytest.mark.parametrize("framework", BACKENDS)
-def test_stream_is_generate(framework: str, stop: dict[str, Any], tokenizer: Tokenizer) -> None:
+def test_stream_equals_generate(framework: str, stop: dict[str, Any], tokenizer: Tokenizer) -> None:
     generator = generators(TINY, TIERS["float32"], tokenizer)[framework]
     for seed in range(4):
         request = {"max_new_tokens": 60, "temperature": 1.5, "top_p": 1.0, "seed": seed} | stop
@@ -42,9 +42,9 @@ def test_stream_is_generate(framework: str, stop: dict[str, Any], tokenizer: Tok
 
 @settings(max_examples=300, deadline=None)
 @given(data=st.data())
-def test_what_is_shown_never_breaks(tokenizer: Tokenizer, data: st.DataObject) -> None:
-    """Any token ids, bytes of half characters among them, arriving in any pieces: what is shown only grows, never has a
-    part of a character or of a stop string, and in the end is the whole text up to the first stop."""
+def test_streamed_text_only_grows(tokenizer: Tokenizer, data: st.DataObject) -> None:
+    """For any token ids, including bytes of incomplete characters: the shown text only grows, never has a part of a
+    character or a stop string, and ends as the whole text up to the first stop string."""
     byte = st.sampled_from([tokenizer.encode("\u20ac\U0001f600\u0416")[i] for i in range(1, 5)])
     text = st.text("ab \n\u20ac\U0001f600\u4e2d", max_size=12).map(tokenizer.encode)
     ids = [i for part in data.draw(st.lists(st.one_of(text, st.lists(byte, max_size=3)), max_size=6)) for i in part]
@@ -65,7 +65,7 @@ def test_what_is_shown_never_breaks(tokenizer: Tokenizer, data: st.DataObject) -
 
 
 def test_characters_split_over_tokens(tokenizer: Tokenizer) -> None:
-    """Bytes of a character that the tokenizer has no piece for; spaces; a stop string in three tokens."""
+    """A character that has no piece of its own, as bytes; spaces; a stop string that arrives in parts."""
     ids = tokenizer.encode("say \U0001f600 and  two spaces")
     assert len(tokenizer.encode("\U0001f600")) >= 4
     generator = generators(TINY, TIERS["float32"], tokenizer)["torch"]

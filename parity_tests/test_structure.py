@@ -15,14 +15,14 @@ from parity_tests.conftest import ROOT
 
 
 def test_imports_flow_one_way() -> None:
-    """The contracts in pyproject.toml: the order of the rooms, no framework in core, no train step in decoding."""
+    """The contracts in pyproject.toml: the order of the packages, no framework in core, no train step in decoding."""
     done = subprocess.run(["lint-imports", "--no-cache"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
 
 
 @pytest.mark.parametrize("name", minillm_core.__all__)
 def test_public_names_of_core(name: str) -> None:
-    """Each is importable from the package's face, which imports it only then, and is in the API reference."""
+    """Each name can be imported from `minillm_core`, which loads it only then, and is in the API reference."""
     assert getattr(minillm_core, name) is not None
     if not name.startswith("__"):
         assert re.search(rf"^::: minillm_core\.\S+\.{name}$", (ROOT / "docs/api.md").read_text(), re.MULTILINE), name

@@ -1,4 +1,4 @@
-"""A third party: transformers' LlamaForCausalLM, loaded from the torch checkpoint's own files."""
+"""A third implementation: LlamaForCausalLM of transformers, loaded from the files of a torch checkpoint."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -61,7 +61,7 @@ def any_config(request: pytest.FixtureRequest) -> ModelConfig:
 
 
 def load_llama(config: ModelConfig, weights: Tensors, folder: Path, dtype: torch.dtype) -> LlamaForCausalLM:
-    """From the payload of a torch checkpoint, as `transformers` itself reads it."""
+    """Load the payload of a torch checkpoint with `transformers`."""
     minillm_torch.write_payload(folder, run_config(config), TrainingState(weights, {}, {}))
     model, report = LlamaForCausalLM.from_pretrained(
         folder, dtype=dtype, attn_implementation="sdpa", output_loading_info=True
@@ -76,9 +76,10 @@ def llama_logits(model: LlamaForCausalLM, tokens: np.ndarray) -> np.ndarray:
 
 
 def test_float32(any_config: ModelConfig, tmp_path: Path) -> None:
-    """As it is: its angles are float32 products, at position 500 off by up to 3e-5, and sharp attention amplifies that.
+    """transformers unmodified. Its rotary angles are float32 products, off by up to 3e-5 at position 500, and sharp
+    attention amplifies that.
 
-    With `sharpness` 3 it is off by 1.4e-4, where our two models differ by less than 5e-5 and float64 by 1e-12.
+    With `sharpness` 3 its logits are off by 1.4e-4, while our two models differ by less than 5e-5 (float64: 1e-12).
     """
     weights = random_weights(any_config, sharpness=1.0)
     llama = load_llama(any_config, weights, tmp_path, torch.float32)
@@ -92,7 +93,7 @@ def test_float32(any_config: ModelConfig, tmp_path: Path) -> None:
 
 @pytest.fixture
 def without_casts() -> Iterator[Callable[[ModelConfig], None]]:
-    """Lifts the two hard-coded float32 casts of transformers' Llama, until the test ends."""
+    """Removes the two hard-coded float32 casts of transformers' Llama until the test ends."""
     with ExitStack() as stack:
         yield lambda config: stack.enter_context(lift_casts(config))
 

@@ -1,12 +1,12 @@
-"""Parity and rates of both frameworks on this machine's GPU, or on its CPU: a report in Markdown.
+"""Checks parity and measures the speed of both frameworks on this machine's GPU or CPU; prints a Markdown report.
 
-Parity is checked at float32 (no TF32) and bfloat16 against the tolerances that the tests hold; then a short training
-of the preset on its own data and decoding are timed. On a GPU the default preset is mini-llm-50m, else quickstart.
+Parity is checked in float32 (no TF32) and bfloat16, with the tolerances of the tests. Then a short training of the
+preset on its own data, and decoding, are timed. The default preset is mini-llm-50m on a GPU, else quickstart.
 """
 
 import os
 
-os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # two frameworks share the GPU; read at import
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # both frameworks share the GPU; read at import
 
 import platform
 import tempfile
@@ -48,11 +48,11 @@ class BenchmarkConfig(RunConfig):
     """A run to benchmark."""
 
     steps: int = 20
-    """Training steps to time, after two of warm-up."""
+    """Training steps to time, after two warm-up steps."""
     tokens: int = 256
     """Tokens to decode."""
     decode_batch: int = 16
-    """Rows of the batched decoding; one row is timed as well."""
+    """Rows of batched decoding; a single row is timed as well."""
     out: str | None = None
     """Also write the report to this file."""
 
@@ -97,7 +97,7 @@ def main() -> None:
         Path(config.out).parent.mkdir(parents=True, exist_ok=True)
         Path(config.out).write_text(report)
     if not all(check.holds for check in checks):
-        raise InputError("the frameworks differ by more than the table allows on this machine (see the report)")
+        raise InputError("the frameworks differ by more than the bounds in the report")
 
 
 def header(config: BenchmarkConfig) -> list[str]:
@@ -112,7 +112,7 @@ def header(config: BenchmarkConfig) -> list[str]:
 
 
 def parity(config: BenchmarkConfig, dtype: str) -> list[Check]:
-    """Logits and every gradient of both frameworks from the same initial weights, on random tokens."""
+    """Compares logits and every gradient of both frameworks, from the same initial weights, on random tokens."""
     say(f"parity at {dtype}")
     length = min(PARITY_LENGTH, config.model.context_length)
     settings = replace(config.train, compute_dtype=dtype, batch_size=2, seq_len=length, grad_accum=1)
@@ -159,13 +159,13 @@ def forward(backend: Any, model: Any, tokens: np.ndarray) -> np.ndarray:
 
 
 def unclipped(config: RunConfig, state: TrainingState, grad_norm: float) -> Tensors:
-    """The gradient behind a first update: its first moment is (1 - beta1) times the clipped gradient."""
+    """The gradients of the first update, unclipped: the first moment is (1 - beta1) times the clipped gradient."""
     factor = min(1.0, config.optim.grad_clip / (grad_norm + 1e-6)) * (1 - config.optim.beta1)
     return {name: moment / factor for name, moment in state.exp_avg.items()}
 
 
 def training_rates(config: BenchmarkConfig) -> list[str]:
-    """Tokens per second of the preset's train step on its own data, and the losses on the way."""
+    """Tokens per second of the preset's train step on its own data, the loss after it, and the time to save."""
     prepare_data(config.data, config.model.vocab_size)
     data = PreparedData(config.data.dir, config.model.vocab_size)
     c = config.train
@@ -189,14 +189,14 @@ def training_rates(config: BenchmarkConfig) -> list[str]:
         f"| training, token/s | {speeds[0]:,.0f} | {speeds[1]:,.0f} |",
         f"| training, TFLOP/s of matrix products | {speeds[0] * flops / 1e12:.3g} | {speeds[1] * flops / 1e12:.3g} |",
         f"| loss after {config.steps + 2} steps | {losses[0]:.4f} | {losses[1]:.4f} |",
-        "| saving a checkpoint: training waits, s, of s in all | "
+        "| saving a checkpoint: seconds training waits, of total | "
         + " | ".join(f"{waits:.3f} of {whole:.3f}" for waits, whole in saves)
         + " |",
     ]
 
 
 def saving_times(backend: Any, config: BenchmarkConfig, state: Any, data: PreparedData) -> tuple[float, float]:
-    """Seconds for which the train loop stands still, and until the checkpoint is committed; the second save counts."""
+    """Seconds that the train loop waits, and seconds until the checkpoint is committed, both for the second save."""
     run_config = RunConfig(config.model, config.optim, config.data, config.train)
     with tempfile.TemporaryDirectory() as folder, CheckpointWriter(Path(folder)) as writer:
         for step in (1, 2):
@@ -210,10 +210,10 @@ def saving_times(backend: Any, config: BenchmarkConfig, state: Any, data: Prepar
 
 
 def decoding_rates(config: BenchmarkConfig) -> list[str]:
-    """Tokens per second of greedy decoding, all rows together, compilation not counted."""
+    """Tokens per second of greedy decoding, over all rows, without the time for compilation."""
     weights = init_params(config.model, config.train.seed)
     tokenizer = PreparedData(config.data.dir, config.model.vocab_size).tokenizer
-    tokenizer.end_ids = frozenset()  # untrained weights might stop at any token
+    tokenizer.end_ids = frozenset()  # untrained weights might end the text at any token
     dtype = "bfloat16" if jax.default_backend() == "gpu" else "float32"
     rows = []
     for batch in (1, config.decode_batch):
@@ -238,7 +238,7 @@ def build(backend: Any, config: RunConfig, weights: Tensors, dtype: str) -> Any:
 
 
 def decode_speed(generator: Any, prompts: list[list[int]], n_tokens: int) -> float:
-    """Tokens per second of one row, its prompt included; the second call counts, as the first one compiles."""
+    """New tokens per second of one row, with prefill in the time. The second call is timed; the first one compiles."""
     for _ in range(2):
         started = time.perf_counter()
         generator.generate(prompts, max_new_tokens=n_tokens, temperature=0.0)

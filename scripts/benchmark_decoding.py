@@ -1,8 +1,10 @@
-"""Greedy decoding speed of both frameworks and of `transformers`' generate: the same model, prompts and machine.
+"""Compares the decoding speed of both frameworks and of `transformers`' generate, greedy by default.
 
-Every engine lives in a process of its own, which waits while another is timed; they take turns, so that a change of
-the machine's mood meets all of them. A time is a whole call of `generate`: prefill, every token, ids on the host.
-Compilation is done before. Needs `pip install -c constraints.txt -e '.[test]'`.
+All use the same model, prompts and machine. Every engine runs in its own process and waits while the others are timed.
+The engines take turns, so that changes in the machine's speed affect all of them. A measured time is a whole call of
+`generate`: prefill, all tokens, ids on the host. Compilation happens before.
+
+Needs `pip install -c constraints.txt -e '.[test]'`.
 """
 
 import importlib
@@ -26,7 +28,7 @@ ENGINES = ("transformers", "jax", "torch")
 
 
 class NoTokenizer:
-    """Token ids are all this needs; no id ends a text."""
+    """A stand-in for the tokenizer: this script uses only token ids, and no id ends a text."""
 
     path = None
     end_ids: frozenset[int] = frozenset()
@@ -42,14 +44,14 @@ class NoTokenizer:
 
 
 def prompts_of(config: ModelConfig, batch: int) -> list[list[int]]:
-    """One prompt of 32 tokens, or prompts of 8 to 64."""
+    """One prompt of 32 tokens, or several prompts of 8 to 64 tokens."""
     rng = np.random.default_rng(0)
     lengths = [32] if batch == 1 else np.linspace(8, 64, batch).astype(int).tolist()
     return [rng.integers(4, config.vocab_size, length).tolist() for length in lengths]
 
 
 def make_engine(engine: str, config: ModelConfig, compile: bool) -> Callable[[int, int, float], None]:
-    """(batch, new tokens, temperature) -> one generation of all of them."""
+    """A function of (batch, new tokens, temperature) that generates one batch of texts."""
     weights: Any = init_params(config, 0)
     if engine == "transformers":
         import torch
@@ -94,7 +96,7 @@ def make_engine(engine: str, config: ModelConfig, compile: bool) -> Callable[[in
 
 
 def serve(engine: str, preset: str, tokens: int, compile: bool) -> None:
-    """Times a call for every line "batch temperature" on stdin."""
+    """For every line "batch temperature" on stdin, runs one call and prints its seconds."""
     generate = make_engine(engine, load_config(preset).model, compile)
     for line in sys.stdin:
         batch, temperature = int(line.split()[0]), float(line.split()[1])
@@ -112,16 +114,16 @@ def main(
     compile: bool = False,
     engine: Literal["transformers", "jax", "torch"] | None = None,
 ) -> None:
-    """Greedy decoding speed of both frameworks and of `transformers`' generate, in float32.
+    """Compares the float32 decoding speed of both frameworks and of `transformers`' generate, greedy by default.
 
     Args:
         preset: the model's shape; weights are random.
-        tokens: new tokens of every row.
-        rounds: timed calls of every engine and batch, after one to warm up.
-        batches: rows at a time: 1 prompt of 32 tokens, more have 8 to 64.
-        temperature: 0 is greedy; otherwise sampled with top_p 0.95.
-        compile: put torch's decoding step through torch.compile.
-        engine: be one engine, timed over stdin and stdout; without it all of them are started and compared.
+        tokens: new tokens per row.
+        rounds: timed calls per engine and batch size, after one warm-up call.
+        batches: batch sizes: one row has a prompt of 32 tokens, several rows have prompts of 8 to 64.
+        temperature: 0 is greedy; otherwise tokens are sampled with top_p 0.95.
+        compile: compile torch's decoding step with torch.compile.
+        engine: run only this engine, controlled over stdin and stdout; by default, all engines run and are compared.
     """
     if engine:
         return serve(engine, preset, tokens, compile)

@@ -1,1 +1,1 @@
-"""Text to batches: corpora, token files, and the batch of a step as a pure function of (seed, step)."""
+"""From text to batches: corpora, token files, and batches as a pure function of (seed, step)."""

@@ -1,6 +1,6 @@
 """Prepared data: token files, and batches as a pure function of (seed, step).
 
-There is no iterator state: resuming is asking for the next step.
+There is no iterator state: a resumed run asks for the batch of its next step.
 """
 
 import hashlib
@@ -21,8 +21,8 @@ FORMAT_VERSION = 1
 
 
 def redo_hint(folder: Path) -> str:
-    """What to do about a folder that cannot be used."""
-    return f"remove {folder}, or give another --data.dir, and prepare the data again"
+    """The hint for a folder that cannot be used."""
+    return f"remove {folder} or choose a different --data.dir, then prepare the data again"
 
 
 @dataclass(frozen=True)
@@ -34,13 +34,13 @@ class EvalBatch:
 
 
 class PreparedData:
-    """Memory-mapped tokens of one prepared folder."""
+    """The memory-mapped tokens of one folder of prepared data."""
 
     def __init__(self, folder: str | Path, vocab_size: int):
         """Opens and checks a folder.
 
         Raises:
-            InputError: a file is missing or truncated, or the folder was prepared with another vocabulary.
+            InputError: a file is missing or truncated, or the vocabulary size differs.
         """
         self.dir = Path(folder)
         redo = redo_hint(self.dir)
@@ -60,7 +60,7 @@ class PreparedData:
         except (ValueError, KeyError, TypeError) as error:
             raise InputError("damaged data file", found=repr(error), where=meta_path, hint=redo) from error
         if found != vocab_size:
-            problem = "the data was prepared with another vocabulary than the model's"
+            problem = "the data's vocabulary size differs from the model's"
             raise InputError(problem, expected=vocab_size, found=found, where=self.dir, hint=redo)
         self.vocab_size = vocab_size
         self.tokens: dict[str, np.ndarray] = {}
@@ -78,7 +78,7 @@ class PreparedData:
         return Tokenizer(self.dir / "tokenizer.model")
 
     def hashes(self) -> dict[str, str]:
-        """What identifies this data: the tokenizer's and both splits' SHA-256, as recorded when it was prepared."""
+        """SHA-256 of the tokenizer and of both splits, which identify this data; recorded when it was prepared."""
         return {"tokenizer": self.meta["tokenizer_sha256"], **{split: self.meta[split]["sha256"] for split in SPLITS}}
 
     def verify(self) -> None:
@@ -94,7 +94,7 @@ class PreparedData:
                 raise InputError(problem, where=self.dir / names[key], hint=redo_hint(self.dir))
 
     def tokens_per_byte(self, split: str) -> float:
-        """Predicted tokens per byte of the split's text: turns nats per token into nats per byte."""
+        """Predicted tokens per byte of the split's text: the factor from nats per token to nats per byte."""
         return (len(self.tokens[split]) - 1) / self.meta[split]["n_bytes"]
 
     def batch(self, step: int, batch_size: int, seq_len: int, seed: int) -> np.ndarray:
@@ -113,9 +113,9 @@ class PreparedData:
     def eval_batches(
         self, split: str, batch_size: int, seq_len: int, n_batches: int | None = None
     ) -> Iterator[EvalBatch]:
-        """The split in order, every token but the first predicted once; or `n_batches` spread evenly over it.
+        """The split in order, every token except the first predicted once; or `n_batches` spread evenly over it.
 
-        Each window starts without context. The last batch is padded; padding does not count.
+        Each window starts without context. The last batch is padded; the mask excludes the padding.
         """
         tokens = self.tokens[split]
         n_targets = len(tokens) - 1
@@ -150,16 +150,17 @@ class PreparedData:
                 expected=f"below {self.vocab_size}",
                 found=int(batch.max()),
                 where=self.dir / f"{split}.bin",
-                hint="the file is damaged: prepare the data again",
+                hint="the file is damaged; prepare the data again",
             )
         return batch
 
 
 def permute(index: np.ndarray, n: int, key: tuple[int, ...]) -> np.ndarray:
-    """Applies a pseudo-random permutation of range(n), drawn from `key`, to int64 indices: O(1) memory.
+    """Applies a pseudo-random permutation of range(n), drawn from `key`, to int64 indices.
 
-    A six-round Feistel network over the next even power of two, walked until it lands below n (Black and Rogaway
-    2002, "Ciphers with arbitrary finite domains").
+    The permutation is never stored: each index is encrypted by a six-round Feistel network over the next power of
+    four, again and again until the result is below n (cycle walking; Black and Rogaway 2002, "Ciphers with arbitrary
+    finite domains").
     """
     half = max(1, ((n - 1).bit_length() + 1) // 2)
     low = np.uint64((1 << half) - 1)

@@ -1,4 +1,4 @@
-"""Raw text: which documents a corpus has, which of them are held out, and their text in bounded pieces."""
+"""Raw text: the documents of a corpus, which of them are held out, and their text in pieces of limited size."""
 
 import importlib.metadata
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ class Document:
     stop: int
 
     def chunks(self) -> Iterator[str]:
-        """The text, in pieces of about 1 MiB that end with a line.
+        """The text, in pieces of about 1 MiB, each of whole lines.
 
         Raises:
             InputError: the file is not UTF-8.
@@ -36,11 +36,13 @@ class Document:
                 try:
                     yield block.decode("utf-8")
                 except UnicodeDecodeError as error:
-                    raise InputError("not UTF-8 text", found=error, where=self.path, hint="convert the file") from error
+                    raise InputError(
+                        "not UTF-8 text", found=error, where=self.path, hint="convert it to UTF-8"
+                    ) from error
 
 
 def list_documents(config: DataConfig) -> list[Document]:
-    """The corpus in order, every document or part of one in its split.
+    """The documents of the corpus in order, each with its split. A single file counts as two documents.
 
     Raises:
         InputError: the corpus is missing, empty or too small to hold anything out.
@@ -49,7 +51,7 @@ def list_documents(config: DataConfig) -> list[Document]:
     every = config.holdout_every
     if config.corpus != "sotu" and not path.exists():
         raise InputError(
-            "no such corpus",
+            "the corpus does not exist",
             expected="`sotu`, a text file, or a folder of .txt files",
             where=path,
             hint="check the path",
@@ -64,7 +66,7 @@ def list_documents(config: DataConfig) -> list[Document]:
         ]
     if {document.split for document in documents if document.stop > document.start} != {"train", "val"}:
         raise InputError(
-            "the corpus has too little text to train on and to hold out",
+            "the corpus has too little text for a training and a held-out split",
             expected=f"`sotu`, a text file, or a folder of at least {every} .txt files",
             found=f"{len(documents)} document(s)",
             where=config.corpus,

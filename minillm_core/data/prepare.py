@@ -1,4 +1,4 @@
-"""Raw text made into a tokenizer and token files, once."""
+"""Prepares raw text once: trains the tokenizer and writes the token files."""
 
 import json
 import logging
@@ -20,10 +20,10 @@ logger = logging.getLogger(__name__)
 
 
 def open_or_prepare(config: DataConfig, vocab_size: int) -> PreparedData:
-    """The prepared data of a corpus, made if it is missing; every file compared with its hash.
+    """The prepared data of a corpus. Prepares it if it is missing, then compares every file with its hash.
 
     Raises:
-        InputError: the corpus is unusable, the folder holds other data, or a file was changed.
+        InputError: the corpus is unusable, the folder holds different data, or a file was changed.
     """
     is_new = prepare_data(config, vocab_size)
     logger.info(f"prepared {config.corpus} in {config.dir}" if is_new else f"found prepared data in {config.dir}")
@@ -33,15 +33,15 @@ def open_or_prepare(config: DataConfig, vocab_size: int) -> PreparedData:
 
 
 def prepare_data(config: DataConfig, vocab_size: int) -> bool:
-    """Trains the tokenizer and packs the corpus into `config.dir`, unless that is done already.
+    """Trains the tokenizer and packs the corpus into `config.dir`, unless this has been done before.
 
-    Every document becomes BOS, its tokens, EOS. The folder appears whole or not at all.
+    Every document becomes BOS, its tokens, EOS. The folder appears only when it is complete.
 
     Returns:
-        whether there was anything to do.
+        True if the data was prepared now, False if it existed.
 
     Raises:
-        InputError: the corpus is unusable, or the folder holds other data.
+        InputError: the corpus is unusable, or the folder holds different data.
     """
     target = Path(config.dir)
     if _is_prepared(target, config, vocab_size):
@@ -63,10 +63,10 @@ def prepare_data(config: DataConfig, vocab_size: int) -> bool:
 
 
 def _is_prepared(target: Path, config: DataConfig, vocab_size: int) -> bool:
-    """Whether the folder holds this corpus, prepared.
+    """Whether the folder holds the prepared data of this corpus.
 
     Raises:
-        InputError: it holds something else.
+        InputError: the folder holds different data.
     """
     if not target.exists():
         return False
@@ -75,7 +75,7 @@ def _is_prepared(target: Path, config: DataConfig, vocab_size: int) -> bool:
     found = {key: existing.get(key) for key in wanted}
     if found != wanted:
         raise InputError(
-            "the folder was prepared from another corpus",
+            "the folder was prepared from a different corpus or with a different holdout_every",
             expected=wanted,
             found=found,
             where=target,

@@ -1,1 +1,1 @@
-"""Text generation and scoring, the half that needs no framework."""
+"""Text generation and scoring: the part that needs no framework."""

@@ -1,4 +1,4 @@
-"""The loss of a model on a prepared split, by scoring every token of it."""
+"""The loss of a model on a split of prepared data: scores every token."""
 
 import math
 
@@ -8,14 +8,14 @@ from minillm_core.data.batches import PreparedData
 from minillm_core.decoding.generation import BaseGenerator
 
 ROWS = 64
-"""Windows scored in one call."""
+"""Windows scored per call."""
 
 
 def score_split(generator: BaseGenerator, data: PreparedData, split: str, seq_len: int) -> float:
-    """Mean loss in nats per token over every token of a split but the first.
+    """Mean loss in nats per token over every token of a split except the first.
 
     Args:
-        seq_len: tokens of a window; each window starts without context.
+        seq_len: tokens per window; each window starts without context.
     """
     sums, n_scored = [], 0
     for batch in data.eval_batches(split, ROWS, seq_len):

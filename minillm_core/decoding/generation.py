@@ -1,8 +1,8 @@
-"""Text generation, the framework-free half: rows batched, noise drawn, text cut and streamed.
+"""Text generation, the part that needs no framework: batches rows, draws random numbers, cuts and streams text.
 
 Each framework's Generator adds the device functions.
 
-Shapes: B rows, T prompt tokens, N tokens of a block, V vocabulary.
+Shapes: B rows, T prompt tokens, N tokens per block, V vocabulary.
 """
 
 from abc import ABC, abstractmethod
@@ -17,17 +17,17 @@ from minillm_core.decoding.sampling import SamplingConfig, uniforms
 from minillm_core.errors import InputError
 
 BLOCK = 16
-"""Tokens decoded on the device between two looks of the host."""
+"""Tokens decoded per host synchronisation."""
 STREAM_BLOCK = 4
-"""The same while somebody reads along."""
+"""The same while a text is streamed."""
 PREFILL_CHUNK = 512
-"""Prompt tokens of every row that go through the model at once."""
+"""Prompt tokens of every row that the model processes per call."""
 SCORE_TOKENS = 2048
-"""Tokens scored at once, all rows together; their logits are the memory it takes."""
+"""Tokens scored per call, all rows together. This limits the memory that the logits take."""
 
 
 def bucket(n: int, limit: int, smallest: int = 16) -> int:
-    """The next of 16, 24, 32, 48, 64, 96 ... up from n, at most `limit`: few different shapes, few compilations."""
+    """Rounds n up to 16, 24, 32, 48, 64, 96 ..., at most to `limit`: few different shapes, so few compilations."""
     power = max(smallest, 1 << (n - 1).bit_length())
     return min(power * 3 // 4 if n <= power * 3 // 4 and power > smallest else power, limit)
 
@@ -37,19 +37,19 @@ class Completion:
     """One continuation of a prompt."""
 
     text: str
-    """Up to the end of the document or the first stop, which is left out, as is a character cut in half at the end."""
+    """Up to the end of the document or the first stop, without the stop and without an incomplete last character."""
     tokens: list[int]
-    """Without the end-of-document or stop token; with those that make up a stop string."""
+    """Without the end-of-document or stop token, but with the tokens of a stop string."""
     logprobs: list[float]
-    """ln p of each token under the model itself, before penalty, temperature and filters."""
+    """Natural log-probability of each token under the model, before penalty, temperature and filters."""
     finish_reason: Literal["stop", "length"]
 
 
 class BaseGenerator(RequestReader, ABC):
     """Generates and scores text. The same request gives the same tokens in both frameworks.
 
-    A row's tokens depend on its prompt, the options and the seed alone, not on the rows beside it: equal prompts in one
-    call give equal texts (for different ones ask for `n` samples).
+    A row's tokens depend only on its prompt, the options and the seed, not on the other rows. So equal prompts in one
+    call give equal texts; for different texts of one prompt, ask for `n` samples.
     """
 
     @abstractmethod
@@ -58,17 +58,17 @@ class BaseGenerator(RequestReader, ABC):
 
     @abstractmethod
     def _take_rows(self, state: Any, rows_B: np.ndarray, capacity: int) -> Any:
-        """A new state of the given rows, in their order and as often as named; the given state stays as it is."""
+        """A new state with the given rows, in the given order; a row may be repeated. `state` does not change."""
 
     @abstractmethod
     def _prefill(self, state: Any, tokens_BT: np.ndarray, valid_B: np.ndarray) -> Any:
-        """Runs the first valid_B tokens (int32) of every row; rows with none keep their logits. Uses up the state."""
+        """Runs the first valid_B tokens (int32) of every row; rows with none keep their logits. Consumes `state`."""
 
     @abstractmethod
     def _decode(
         self, state: Any, seen_BV: np.ndarray, uniforms_BN: np.ndarray, n_tokens: int, sampling: SamplingConfig
     ) -> tuple[np.ndarray, np.ndarray, Any]:
-        """Samples n_tokens tokens (at most N) of every row. Uses up the state.
+        """Samples n_tokens tokens (at most N) for every row. Consumes `state`.
 
         Returns:
             tokens (B, n_tokens), their log-probabilities under the model (NaN if its logits are not finite), and the
@@ -77,7 +77,7 @@ class BaseGenerator(RequestReader, ABC):
 
     @abstractmethod
     def _losses(self, tokens_BT: np.ndarray) -> np.ndarray:
-        """Negative log-likelihood in nats (B, T - 1) of every token but the first."""
+        """Negative log-likelihood in nats (B, T - 1) of every token except the first."""
 
     @overload
     def generate(
@@ -90,26 +90,35 @@ class BaseGenerator(RequestReader, ABC):
     ) -> list[Completion]: ...
 
     def generate(
-        self, prompts: Sequence[Prompt], *, max_new_tokens: int, logprobs: bool = False, **options: Any
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        max_new_tokens: int,
+        n: int = 1,
+        stop: str | int | Sequence[str | int] = (),
+        truncate: bool = False,
+        prefix: Prefix | None = None,
+        logprobs: bool = False,
+        **sampling: Any,
     ) -> list[str] | list[Completion]:
         """The continuation of each prompt, without the prompt, up to the end-of-document token or a stop.
 
         Args:
             prompts: texts or token ids, of any lengths.
-            max_new_tokens: most tokens to add to each.
-            n: continuations of each prompt; they follow one another in the result.
+            max_new_tokens: maximum number of tokens per continuation.
+            n: continuations per prompt; they follow one another in the result.
             stop: strings and token ids that end a continuation; they are left out of its text.
-            truncate: drop the beginning of a prompt that does not fit the context with its continuation; otherwise
-                that is an error.
-            prefix: from `prefill`: what comes before every prompt, which may then be empty.
-            logprobs: return each Completion whole, with its tokens and their log-probabilities, not its text alone.
-            sampling: temperature, top_k, top_p, min_p, repetition_penalty, seed (see SamplingConfig).
+            truncate: drop the beginning of a prompt that does not fit into the context with its continuation;
+                otherwise such a prompt is an error.
+            prefix: the result of `prefill`, which comes before every prompt; the prompts may then be empty.
+            logprobs: return Completion objects (with tokens and log-probabilities) instead of texts.
+            **sampling: temperature, top_k, top_p, min_p, repetition_penalty, seed (see SamplingConfig).
 
         Raises:
             InputError: no prompt, an empty prompt, one that does not fit, ids outside the vocabulary, an option out of
-                range, before anything is computed; or a model whose logits are not finite.
+                range (all before anything is computed); or the model's logits are not finite.
         """
-        request = self._request(prompts, max_new_tokens, **options)
+        request = self._request(prompts, max_new_tokens, n, stop, truncate, prefix, **sampling)
         for _ in self._run(request, BLOCK):
             pass
         completions = [self._completion(row, request) for row in request.rows]
@@ -125,21 +134,23 @@ class BaseGenerator(RequestReader, ABC):
         prefix: Prefix | None = None,
         **sampling: Any,
     ) -> Iterator[str]:
-        """The continuation of one prompt in pieces of whole characters, as they are decoded; together they are what
-        `generate` returns. Arguments and errors as there; errors come at the call, not at the first piece."""
+        """The continuation of one prompt, in pieces of whole characters, as it is decoded. Together the pieces are the
+        text that `generate` returns. Arguments and errors are those of `generate`; bad arguments raise at the call, not
+        at the first piece."""
         request = self._request([prompt], max_new_tokens, stop=stop, truncate=truncate, prefix=prefix, **sampling)
         return self._pieces(request)
 
     def check(self, prompts: Sequence[Prompt], *, max_new_tokens: int, logprobs: bool = False, **options: Any) -> None:
-        """Raises the InputError that `generate` would raise, and computes nothing."""
+        """Raises the InputError that `generate` would raise for these arguments; computes nothing."""
         self._request(prompts, max_new_tokens, **options)
 
     def prefill(self, prompt: Prompt) -> Prefix:
-        """Runs a text through the model once, for `generate` and `stream` to continue with different prompts, as if it
-        stood before each of them (tokenised on its own). It can be used any number of times.
+        """Runs a text through the model once, so that `generate` and `stream` can put it before any number of prompts.
+
+        The text and the prompts are tokenised separately.
 
         Raises:
-            InputError: the text is empty or leaves no room in the context.
+            InputError: the text is empty or leaves no room for a new token in the context.
         """
         tokens = self._encode(prompt, bos=True, where="the prefix")
         self._check_fits(len(tokens), 1)
@@ -148,11 +159,11 @@ class BaseGenerator(RequestReader, ABC):
         return Prefix(tuple(tokens), state, self)
 
     def score(self, texts: Sequence[Prompt]) -> list[np.ndarray]:
-        """ln p of every token of each text, given all before it: float arrays, one number per token of
-        `tokenizer.encode(text)`. Of token ids the first is given, not scored.
+        """Natural log-probability of every token of each text, given all tokens before it: float arrays, one number per
+        token of `tokenizer.encode(text)`. For token ids, the first id is only context and is not scored.
 
         Raises:
-            InputError: no text, an empty one, one longer than the context, ids outside the vocabulary; or a model whose
+            InputError: no text, an empty text, one longer than the context, ids outside the vocabulary; or the model's
                 logits are not finite.
         """
         self._check_list(texts)
@@ -176,7 +187,7 @@ class BaseGenerator(RequestReader, ABC):
         return scores
 
     def _run(self, request: Request, block: int) -> Iterator[None]:
-        """Decodes `block` tokens of every unfinished row at a time. As rows finish, the batch is halved."""
+        """Decodes `block` tokens of every unfinished row at a time. Drops finished rows once they are half."""
         rows: list[Row | None] = [*request.rows]
         capacity = bucket(
             max(len(row.prompt) for row in request.rows) + request.max_new_tokens, self.config.context_length
@@ -207,7 +218,7 @@ class BaseGenerator(RequestReader, ABC):
                 rows = [rows[i] for i in active]
 
     def _begin(self, request: Request, capacity: int) -> Any:
-        """The state of all rows before their first new token; what samples and prompts share is computed once."""
+        """The state of all rows before their first new token. What samples and prompts share is computed once."""
         prompts = [row.prompt for row in request.rows[:: request.n]]
         n_rows, cached = _batch_size(len(prompts)), 0
         if request.prefix is None:
@@ -222,7 +233,7 @@ class BaseGenerator(RequestReader, ABC):
         return state
 
     def _prefill_rows(self, state: Any, tokens: list[list[int]], cached: int, capacity: int) -> Any:
-        """Runs further tokens of every row, at most PREFILL_CHUNK at once."""
+        """Runs more tokens of every row, at most PREFILL_CHUNK per call."""
         longest = max(map(len, tokens))
         for start in range(0, longest, PREFILL_CHUNK):
             width = bucket(min(longest - start, PREFILL_CHUNK), capacity - cached - start)
@@ -233,7 +244,7 @@ class BaseGenerator(RequestReader, ABC):
         return state
 
     def _extend(self, row: Row, tokens: list[int], logprobs: list[float], request: Request) -> None:
-        """Adds a block to a row, up to its end."""
+        """Adds a block of tokens to a row, up to the row's end."""
         n_before = len(row.tokens)
         for token, logprob in zip(tokens, logprobs, strict=True):
             _check_finite(logprob, f"new token {len(row.tokens) + 1}")
@@ -252,11 +263,11 @@ class BaseGenerator(RequestReader, ABC):
             row.finish_reason = "length"
 
     def _text(self, tokens: list[int]) -> str:
-        """The text of the tokens so far, without a character at its end of which bytes are missing."""
+        """The text of the tokens so far, without an incomplete last character."""
         return self.tokenizer.decode_after(tokens).rstrip("\ufffd")
 
     def _completion(self, row: Row, request: Request) -> Completion:
-        assert row.finish_reason is not None  # it has run to its end
+        assert row.finish_reason is not None  # the row is finished
         text = shown(self._text(row.tokens), request.stop_strings, ended=True)
         return Completion(text, row.tokens, row.logprobs, row.finish_reason)
 
@@ -270,7 +281,7 @@ class BaseGenerator(RequestReader, ABC):
 
 
 def shown(text: str, stop: Sequence[str], ended: bool) -> str:
-    """What can be shown of a text that may go on: no stop string, and no part of one that may yet be completed."""
+    """The part of a text that can be shown: no stop string and, before the end, no suffix that may become one."""
     if (end := _find(text, stop)) is not None:
         return text[:end]
     held = max((n for s in stop for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
@@ -278,23 +289,23 @@ def shown(text: str, stop: Sequence[str], ended: bool) -> str:
 
 
 def _find(text: str, stop: Sequence[str]) -> int | None:
-    """Where the first stop string begins."""
+    """Position of the first stop string, or None."""
     return min((at for s in stop if (at := text.find(s)) >= 0), default=None)
 
 
 def _check_finite(logprobs: Any, where: str) -> None:
     if not np.isfinite(logprobs).all():
-        hint = "check the checkpoint: NaN or infinite weights, or a precision too small for them"
+        hint = "check the checkpoint for NaN or infinite weights, or use a higher precision"
         raise InputError("the model's logits are not finite", where=where, hint=hint)
 
 
 def _batch_size(n_rows: int) -> int:
-    """Rows of a batch with room for n_rows: 1, 2, 3, 4, 6, 8, 12, 16 ..."""
+    """Rounds a number of rows up to 1, 2, 3, 4, 6, 8, 12, 16 ..."""
     return bucket(n_rows, 1 << 62, smallest=1) if n_rows > 2 else n_rows
 
 
 def _padded(rows: Sequence[Sequence[int]], n_rows: int, width: int) -> np.ndarray:
-    """The rows as int32 (n_rows, width), padded to the right and below with zeros."""
+    """The rows as int32 (n_rows, width), padded with zeros on the right and at the bottom."""
     out = np.zeros((n_rows, width), np.int32)
     for target, row in zip(out, rows, strict=False):
         target[: len(row)] = row

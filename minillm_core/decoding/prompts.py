@@ -1,4 +1,4 @@
-"""A file of prompts, continued in batches of similar length: stopped at any time, it goes on where it was."""
+"""Continues a file of prompts, in batches of similar length. A stopped job can be resumed."""
 
 import json
 import os
@@ -22,33 +22,35 @@ def continue_file(
 ) -> None:
     """Writes one line per prompt to `output`: index, prompt, completions (each with text and finish_reason).
 
-    What is done goes to OUTPUT.partial, whose first line says what is asked; in the end it takes the name OUTPUT, in
-    the order of the prompts.
+    Finished prompts go to OUTPUT.partial, whose first line describes the request. At the end they are written to OUTPUT
+    in the order of the prompts, and OUTPUT.partial is removed.
 
     Args:
-        batch_size: prompts at a time.
-        setup: what else the result depends on: the checkpoint, the framework, the dtype.
-        options: of BaseGenerator.generate; `n` and `logprobs` among them.
-        on_progress: called with the number of finished prompts, and of all, at the start and after every batch.
+        batch_size: prompts per batch.
+        setup: everything else that the result depends on: the checkpoint, the framework, the dtype.
+        options: arguments of BaseGenerator.generate; must include `n` and `logprobs`.
+        on_progress: called at the start and after every batch, with the number of finished prompts and of all prompts.
 
     Raises:
-        InputError: OUTPUT exists; OUTPUT.partial is of another request; a prompt or an option is bad. Nothing has been
-            generated then.
+        InputError: OUTPUT exists; OUTPUT.partial belongs to a different request; a prompt or an option is bad. This is
+            raised before anything is generated.
     """
     if batch_size < 1:
         raise InputError("batch_size is out of range", expected="1 or more", found=batch_size)
     texts = read_prompts(prompts)
     if not output.parent.is_dir():
-        raise InputError("no such folder", where=output.parent, hint="make it, or choose another place")
+        raise InputError("no such folder", where=output.parent, hint="create it, or choose a different path")
     generator.check(texts, **options)
     request = {"prompts": hash_file(prompts), "setup": dict(setup), "options": dict(options)}
-    request = json.loads(json.dumps(request))  # as it will be read: tuples are lists
+    request = json.loads(json.dumps(request))  # as it will be read back: tuples become lists
     partial = output.with_name(f"{output.name}.partial")
     lock_file = output.with_name(f".{output.name}.lock")
     with lock(lock_file):
         if output.exists():
             lock_file.unlink()
-            raise InputError("the output exists already", where=output, hint="choose another name, or remove it")
+            raise InputError(
+                "the output exists already", where=output, hint="choose a different name, or remove the file"
+            )
         done = _open_partial(partial, request)
         lengths = [len(generator.tokenizer.encode(text)) for text in texts]
         waiting = sorted((i for i in range(len(texts)) if i not in done), key=lambda i: -lengths[i])
@@ -68,7 +70,7 @@ def continue_file(
 
 
 def read_prompts(path: Path) -> list[str]:
-    """One prompt a line or, if the file's name ends in .jsonl, one object with a "prompt" a line.
+    """One prompt per line; if the file's name ends in .jsonl, one object with a "prompt" per line.
 
     Raises:
         InputError: the file is missing, is not UTF-8, or has an empty or malformed line.
@@ -96,7 +98,7 @@ def read_prompts(path: Path) -> list[str]:
 
 
 def _open_partial(partial: Path, request: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
-    """The lines that an earlier call finished, by prompt; a line that it was killed in is cut off."""
+    """The lines that an earlier call finished, by prompt index. An incomplete last line is removed."""
     lines = partial.read_bytes().splitlines(keepends=True) if partial.exists() else []
     whole = [line for line in lines if line.endswith(b"\n")]
     if not lines:
@@ -108,7 +110,7 @@ def _open_partial(partial: Path, request: Mapping[str, Any]) -> dict[int, dict[s
         done = {row["index"]: row for row in rows}
     except (ValueError, LookupError, TypeError) as error:
         expected = "the unfinished output of an earlier call"
-        raise InputError("cannot go on with this file", expected=expected, where=partial, hint="remove it") from error
+        raise InputError("cannot resume from this file", expected=expected, where=partial, hint="remove it") from error
     if found != request:
         differing = [
             f"{name}: {old.get(name)!r}, now {new.get(name)!r}"
@@ -118,10 +120,10 @@ def _open_partial(partial: Path, request: Mapping[str, Any]) -> dict[int, dict[s
             if old.get(name) != new.get(name)
         ]
         raise InputError(
-            "the unfinished output is of another request",
-            found="; ".join(differing) or "other prompts",
+            "the unfinished output belongs to a different request",
+            found="; ".join(differing) or "different prompts",
             where=partial,
-            hint="repeat the command that began it, or remove the file",
+            hint="repeat the command that created it, or remove the file",
         )
     if len(whole) < len(lines):
         os.truncate(partial, sum(map(len, whole)))
@@ -129,7 +131,7 @@ def _open_partial(partial: Path, request: Mapping[str, Any]) -> dict[int, dict[s
 
 
 def _continue(generator: BaseGenerator, texts: list[str], options: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Each text with its completions, as they are written."""
+    """Each text with its completions, in the form of the output file."""
     n = options["n"]
     completions = generator.generate(texts, **{**options, "logprobs": True})
     for i, text in enumerate(texts):

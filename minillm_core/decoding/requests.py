@@ -1,4 +1,4 @@
-"""What can be asked of a generator, checked before anything is computed."""
+"""Requests to a generator, checked before anything is computed."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -12,22 +12,22 @@ from minillm_core.errors import InputError
 from minillm_core.text.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]
-"""Text, or token ids taken as they are (a text's begin with the begin-of-document token)."""
+"""Text, or token ids. The begin-of-document token is put before a text, but not before token ids."""
 
 
 @dataclass(frozen=True, eq=False)
 class Prefix:
-    """A text that has been through the model, to be continued any number of times (see `prefill`)."""
+    """A text that the model has already processed; it can be continued any number of times (see `prefill`)."""
 
     tokens: tuple[int, ...]
     state: Any = field(repr=False)
-    """The decoding state of one row, with all tokens but the last in its cache."""
+    """The decoding state of one row, with all tokens except the last in its cache."""
     generator: "RequestReader" = field(repr=False)
 
 
 @dataclass
 class Row:
-    """A continuation on its way."""
+    """A continuation in progress."""
 
     prompt: list[int]
     key: int
@@ -38,10 +38,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Request:
-    """What is to be done, checked."""
+    """A checked request."""
 
     rows: list[Row]
-    """The n samples of a prompt one after the other."""
+    """One per continuation; the n samples of a prompt follow one another."""
     n: int
     max_new_tokens: int
     stop_strings: tuple[str, ...]
@@ -51,16 +51,16 @@ class Request:
 
 
 class RequestReader:
-    """Makes requests of what is asked, for a model and its tokenizer; raises InputError where it cannot be."""
+    """Turns arguments into checked requests for a model and its tokenizer; raises InputError for bad arguments."""
 
     def __init__(self, model: Any, tokenizer: Tokenizer):
-        """Raises InputError if the tokenizer has another vocabulary than the model."""
+        """Raises InputError if the tokenizer has more tokens than the model's vocabulary."""
         self.config: ModelConfig = model.config
         self.tokenizer = tokenizer
         if not tokenizer.fits(self.config.vocab_size):
             raise InputError(
-                "the tokenizer has another vocabulary than the model",
-                expected=f"{self.config.vocab_size} pieces",
+                "the tokenizer's vocabulary is larger than the model's",
+                expected=f"at most {self.config.vocab_size} pieces",
                 found=f"{tokenizer.vocab_size} pieces",
                 where=tokenizer.path,
                 hint="use the tokenizer.model of the run that trained the model",
@@ -83,13 +83,13 @@ class RequestReader:
             if value < 1:
                 raise InputError(f"{name} is out of range", expected="1 or more", found=value)
         if prefix is not None and getattr(prefix, "generator", None) is not self:
-            hint = "give what this generator's prefill returned"
+            hint = "use what this generator's `prefill` returned"
             raise InputError(
                 "not a prefix of this generator", expected="a Prefix", found=type(prefix).__name__, hint=hint
             )
         stops = tuple(stop) if isinstance(stop, (list, tuple)) else (stop,)
         if "" in stops:
-            raise InputError("a stop string is empty", expected="text that can occur", found=stops)
+            raise InputError("a stop string is empty", expected="at least one character", found=stops)
         stop_ids = [whole_number("stop", item) for item in stops if not isinstance(item, str)]
         self._check_ids(stop_ids, "stop")
         room = self.config.context_length - max_new_tokens
@@ -117,8 +117,8 @@ class RequestReader:
             ids = self.tokenizer.encode(prompt, bos=bos)
         else:
             ids = [whole_number("a token id", token) for token in prompt]
-        if not (len(prompt) and ids) and not may_be_empty:  # a text may have no tokens: spaces that are taken away
-            hint = f"to generate from nothing, give the begin-of-document token: [{self.tokenizer.bos_id}]"
+        if not (len(prompt) and ids) and not may_be_empty:  # a text of spaces may have no tokens
+            hint = f"to generate without a prompt, give the begin-of-document token: [{self.tokenizer.bos_id}]"
             raise InputError("empty prompt", expected="at least one token", found=repr(prompt), where=where, hint=hint)
         self._check_ids(ids, where)
         return ids
@@ -139,7 +139,7 @@ class RequestReader:
             raise InputError(
                 "the text and its continuation are longer than the context",
                 expected=f"at most {limit} tokens",
-                found=f"{n_tokens} + {max_new_tokens} new",
+                found=f"{n_tokens} tokens + {max_new_tokens} new ones",
                 where=where,
                 hint=f"shorten it, ask for at most {limit - n_tokens} new tokens, or let `generate` truncate it"
                 if n_tokens < limit and max_new_tokens

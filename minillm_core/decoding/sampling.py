@@ -1,4 +1,4 @@
-"""How the next token is chosen, and the noise it is chosen with: the same numbers for both frameworks."""
+"""Sampling options, and the random numbers for sampling, which are the same in both frameworks."""
 
 import hashlib
 import operator
@@ -12,7 +12,7 @@ from minillm_core.errors import InputError
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """How the next token is chosen. Applied in this order, which is that of `transformers`: repetition_penalty,
+    """How the next token is chosen. The options are applied in this order, as in `transformers`: repetition_penalty,
     temperature, top_k, top_p, min_p. Tokens of equal probability are kept or dropped together."""
 
     temperature: float = 0.8
@@ -20,12 +20,12 @@ class SamplingConfig:
     top_k: int = 0
     """Keep the k most likely tokens; 0 keeps all."""
     top_p: float = 0.95
-    """Keep the fewest most likely tokens that together have at least this probability."""
+    """Keep the smallest set of most likely tokens whose total probability is at least this."""
     min_p: float = 0.0
-    """Keep the tokens at least this many times as likely as the most likely one; 0 keeps all."""
+    """Keep the tokens whose probability is at least this fraction of the highest one; 0 keeps all."""
     repetition_penalty: float = 1.0
-    """Divide the positive logits of tokens that the prompt or the continuation already has, and multiply the negative
-    ones (Keskar et al. 2019, arXiv:1909.05858); 1 changes nothing."""
+    """For tokens that are already in the prompt or the continuation, divide positive logits by this, and multiply
+    negative logits by it (Keskar et al. 2019, arXiv:1909.05858); 1 changes nothing."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -55,10 +55,10 @@ def whole_number(name: str, value: object) -> int:
 
 
 def row_key(prompt: Sequence[int], sample: int) -> int:
-    """The key of a continuation's noise, 64 bits of its prompt and of which of the prompt's samples it is.
+    """The key of a continuation's random numbers: a 64-bit hash of its prompt and its sample number.
 
-    So a continuation depends neither on the prompts beside it nor on its place among them, and different prompts draw
-    independent numbers.
+    So a continuation does not depend on the other prompts of a batch or on its position in it, and different prompts
+    draw independent numbers.
     """
     digest = hashlib.blake2b(np.asarray([sample, *prompt], "<i8").tobytes(), digest_size=8).digest()
     return int.from_bytes(digest, "little")
@@ -67,7 +67,7 @@ def row_key(prompt: Sequence[int], sample: int) -> int:
 def uniforms(seed: int, key: int, start: int, count: int) -> np.ndarray:
     """Uniform numbers in [0, 1) for `count` positions from `start`: float32 (count,).
 
-    They have 24 bits, so that float32 holds them exactly and never rounds one up to 1.
+    They have 24 bits, so float32 holds them exactly and none is rounded up to 1.
     """
     bits = np.random.Philox(key=(key << 64) | seed).advance(start // 4)
     words = bits.random_raw(start % 4 + count)[start % 4 :]

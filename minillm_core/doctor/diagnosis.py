@@ -1,7 +1,7 @@
-"""Why two models differ: which known faults, planted in a right one, give their numbers, in float64.
+"""Diagnosis: finds the known faults that explain why two models differ, in float64.
 
-Each model is held against the reference of its own files: where it leaves that, the code that runs it is wrong. What
-differs between the files is looked for in the weights and in the configuration.
+Each model is first compared with the reference that is built from its own files: if they differ, the code that runs the
+model is wrong. Differences between the files of A and B are looked for in the weights and in the configuration.
 """
 
 import re
@@ -21,11 +21,12 @@ from minillm_core.model.stages import Trace
 from minillm_core.model.tolerance import TOLERANCES
 
 BOUND = 100 * TOLERANCES["float64"].logits
-"""Error of a stage, over its largest value, from which on it is wrong. Each stage is computed of the model's own values
-before it, so that rounding is not amplified on the way; a cast to float32 gives 1e-8 and more."""
+"""A stage is wrong if its largest error, relative to its largest value, is above this bound. Each stage is recomputed
+from the model's own values of the previous stages, so rounding errors do not accumulate. A cast to float32 gives 1e-8
+and more."""
 NEAR = 0.02
-"""Relative norm of the difference up to which two weights may be one but for rounding: bfloat16 gives 0.0017 of normal
-numbers, q8_0 0.005."""
+"""Largest relative norm of the difference at which two weights can be equal up to rounding. For normally distributed
+numbers bfloat16 gives 0.0017, and q8_0 gives 0.005."""
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 Stages = Mapping[str, np.ndarray]
@@ -36,9 +37,10 @@ class Finding:
     """A fault that explains a difference."""
 
     fault: str
-    """A name of FAULTS; or `rounding` of weights, `cast` of what is computed, `loss`, `gradient`, `unknown`."""
+    """A name in `FAULTS` (or two, if only a pair explains the numbers); or `head-order`, `row-order` or `rounding` of
+    weights; `cast` (a stage computed in a lower precision), `loss`, `gradient`, `unknown`."""
     subject: str
-    """Which model has it, A or B. Files tell only that they differ: then it is B, measured by A."""
+    """The faulty model, `A` or `B`. Files only show that they differ, so findings in files name B, compared with A."""
     place: str
     """`weights`, `configuration` or `code`."""
     says: str
@@ -48,19 +50,20 @@ class Finding:
 def diagnose(
     a: Subject, b: Subject, ours: Trace, theirs: Trace, tokens_BT: np.ndarray, findings: list[Finding]
 ) -> list[Finding]:
-    """What is wrong, as far as it is known; both traces in float64.
+    """All findings that explain the difference. Gradients are examined only if nothing else was found.
 
     Args:
-        findings: of `check_code`, for both.
+        ours, theirs: what A and B compute, in float64.
+        findings: the results of `check_code` for both models.
     """
     findings = [*findings, *_explain_weights(a, b), *_explain_head(a, b), *_explain_configuration(a, b, tokens_BT)]
     return findings or _explain_gradients(a, b, ours, theirs, tokens_BT)
 
 
 def check_code(name: str, subject: Subject, trace: Trace, tokens_BT: np.ndarray) -> list[Finding]:
-    """Whether a model computes, in float64, what its own files say; the faults that explain where it does not.
+    """Checks whether a model computes, in float64, what its own files say, and finds the faults that explain errors.
 
-    Every stage is computed again of the model's own values before it, so a fault shows where it is, and there alone.
+    Every stage is recomputed from the model's own values of the previous stages, so a fault shows only where it is.
     """
     model, stages = Reference(subject.config, subject.weights), trace.stages
     right = {stage: _stage(model, stage, stages, tokens_BT) for stage in stages}
@@ -81,11 +84,15 @@ def check_code(name: str, subject: Subject, trace: Trace, tokens_BT: np.ndarray)
             explained = [stage for stage in wrong if _kind(stage) == _kind(wrong[0])]
         else:
             worst = max(errors[stage] for stage in explained)
-            evidence = f"so planted, {_names(explained)} agrees; without it, it is {worst:.1e} off"
+            evidence = (
+                f"with this fault applied, the reference reproduces {name} ({_names(explained, 'stage')}); "
+                f"without it, the error is up to {worst:.1e}"
+            )
             findings.append(Finding(found[0], name, "code", found[1], evidence))
         wrong = [stage for stage in wrong if stage not in explained]
     if not (error := _error(trace.losses_BT, _losses(stages["logits"], tokens_BT))) <= BOUND:
-        findings.append(Finding("loss", name, "code", "the losses are not those of its logits", f"{error:.1e} off"))
+        evidence = f"the error is {error:.1e}"
+        findings.append(Finding("loss", name, "code", "the losses do not follow from the logits", evidence))
     return findings
 
 
@@ -95,7 +102,7 @@ Variants = list[tuple[str, str, Reference]]
 def _explaining(
     variants: Variants, stage: str, right: np.ndarray, stages: Stages, tokens_BT: np.ndarray, config: ModelConfig
 ) -> Iterator[tuple[str, str, Reference]]:
-    """The variants that give a wrong stage its numbers; if there is none, two of those that change it, together."""
+    """The variants that reproduce a wrong stage. If there are none: pairs of faults that reproduce it together."""
     changing: Variants = []
     n_found = 0
     for fault, says, variant in variants:
@@ -117,7 +124,7 @@ def _explaining(
 
 
 def _stage(model: Reference, stage: str, stages: Stages, tokens_BT: np.ndarray) -> np.ndarray:
-    with np.errstate(all="ignore"):  # of a wrong model anything may come
+    with np.errstate(all="ignore"):  # a faulty model may overflow or give NaN
         return model.stage(stage, stages, tokens_BT)
 
 
@@ -126,7 +133,7 @@ def _agrees(model: Reference, stage: str, stages: Stages, tokens_BT: np.ndarray)
 
 
 def _error(found: np.ndarray, expected: np.ndarray) -> float:
-    """Largest error over the largest value; broken numbers where they are expected are none."""
+    """Largest error over the largest expected value (absolute if that is 0). NaN where NaN is expected is no error."""
     with np.errstate(all="ignore"):
         apart = np.where(np.isnan(found) & np.isnan(expected), 0, np.abs(found - expected)).max()
         largest = np.nanmax(np.abs(expected), initial=0)
@@ -134,7 +141,7 @@ def _error(found: np.ndarray, expected: np.ndarray) -> float:
 
 
 def _losses(logits_BTV: np.ndarray, tokens_BT: np.ndarray) -> np.ndarray:
-    """Of every token but the first, in nats (B, T - 1)."""
+    """The loss of every token except the first, in nats (B, T - 1)."""
     logits_BTV = logits_BTV[:, :-1]
     chosen_BT = np.take_along_axis(logits_BTV, tokens_BT[:, 1:, None], axis=-1)[..., 0]
     return np.logaddexp.reduce(logits_BTV, axis=-1) - chosen_BT
@@ -145,8 +152,8 @@ def _kind(stage: str) -> str:
 
 
 def _cast(subject: str, stage: str, found: np.ndarray, right: np.ndarray) -> Finding:
-    """No known fault: perhaps a cast, which leaves numbers of few bits next to the right ones, or an error of the size
-    of its rounding."""
+    """The finding for a stage that no known fault explains. It is a cast if every value is a number of a smaller type
+    close to the correct value, or if the error has the size of that type's rounding; otherwise it is unknown."""
     error = _error(found, right)
     types = {
         "bfloat16": (ml_dtypes.bfloat16, 2.0**-9),
@@ -156,20 +163,24 @@ def _cast(subject: str, stage: str, found: np.ndarray, right: np.ndarray) -> Fin
     for name, (dtype, unit) in types.items():
         rounded = np.array_equal(found.astype(dtype).astype(np.float64), found)
         if rounded and np.all(np.abs(found - right) <= 4 * unit * np.abs(right)):
-            evidence = f"each of its numbers is one of {name}, next to the right one"
+            evidence = f"every value is a {name} number close to the correct value"
             return Finding("cast", subject, "code", f"{stage} is rounded to {name}", evidence)
     for name, (_, unit) in types.items():
         if unit / 4 <= error <= 16 * unit:
-            evidence = f"an error of the size of {name}'s rounding, {error:.1e}, and no other fault explains it"
-            return Finding("cast", subject, "code", f"{stage} passes through {name}, it seems", evidence)
-    return Finding("unknown", subject, "code", f"{stage} is wrong, and no known fault explains it", f"{error:.1e} off")
+            evidence = f"the error ({error:.1e}) has the size of {name} rounding, and no other known fault explains it"
+            return Finding("cast", subject, "code", f"{stage} is probably computed in {name}", evidence)
+    says = f"{stage} is wrong, and no known fault explains it"
+    return Finding("unknown", subject, "code", says, f"the error is {error:.1e}")
 
 
 def _explain_configuration(a: Subject, b: Subject, tokens_BT: np.ndarray) -> list[Finding]:
-    """Every field that differs and matters, and where B would differ from itself with A's value."""
+    """A finding for every configuration field that differs and changes the result. Its evidence is the first stage of B
+    that changes if B gets A's value."""
     x, y = a.config, b.config
     heads = {"n_heads": x.n_heads, "n_kv_heads": x.n_kv_heads, "head_dim": x.resolved_head_dim}
-    says = f"head_dim is {y.resolved_head_dim} ({y.n_heads} and {y.n_kv_heads} heads), not {x.resolved_head_dim}"
+    says = (
+        f"head_dim is {y.resolved_head_dim} ({y.n_heads} query and {y.n_kv_heads} KV heads), not {x.resolved_head_dim}"
+    )
     scaling = "missing" if y.rope_scaling is None else f"{y.rope_scaling}, not {x.rope_scaling}"
     fields: list[tuple[str, str, dict[str, Any]]] = [
         ("norm-eps", f"norm_eps is {y.norm_eps:g}, not {x.norm_eps:g}", {"norm_eps": x.norm_eps}),
@@ -186,13 +197,13 @@ def _explain_configuration(a: Subject, b: Subject, tokens_BT: np.ndarray) -> lis
             )
             changed = ((name, error) for (name, value), (_, other) in pairs if (error := _error(value, other)) > BOUND)
             if first := next(changed, None):
-                evidence = f"with A's value in its place {first[0]} is the first to change, by {first[1]:.1e}"
+                evidence = f"if B gets A's value, the first stage that changes is {first[0]}, by {first[1]:.1e}"
                 findings.append(Finding(fault, "B", "configuration", says, evidence))
     return findings
 
 
 def _explain_weights(a: Subject, b: Subject) -> list[Finding]:
-    """For every weight that differs the fault that makes A's into B's, up to rounding."""
+    """For every weight that differs, finds the fault that turns A's weight into B's, up to rounding."""
     model = Reference(a.config, a.weights)
     variants = [(fault.name, says, made) for fault in FAULTS for says, made in fault.variants(model, b.config)]
     explained: dict[tuple[str, str], list[str]] = {}
@@ -205,7 +216,7 @@ def _explain_weights(a: Subject, b: Subject) -> list[Finding]:
         theirs = b.weights[name].astype(np.float64)
         fault, says, ours = min(_forms(a, name, variants, theirs), key=lambda form: _distance(form[2], theirs))
         form = _rounding(ours, theirs, b.weights[name].dtype)
-        if not _distance(ours, theirs) <= NEAR or form is None:  # NaN is near to nothing
+        if not _distance(ours, theirs) <= NEAR or form is None:  # `not <=`: NaN counts as far
             unknown[name] = _distance(a.weights[name].astype(np.float64), theirs)
             continue
         if fault == "layer-order":
@@ -219,35 +230,36 @@ def _explain_weights(a: Subject, b: Subject) -> list[Finding]:
     findings = []
     for (fault, says), names in explained.items():
         words = _order(moved, a.config.n_layers) if fault == "layer-order" else says
-        findings.append(Finding(fault, "B", "weights", words, f"so planted in A, {_names(names)} is B's"))
+        evidence = f"applying this change to A reproduces B exactly ({_names(names)})"
+        findings.append(Finding(fault, "B", "weights", words, evidence))
     if last_bits:
-        evidence = f"{_names(list(last_bits))}; by at most {max(last_bits.values()):.1e} of its norm"
+        evidence = f"difference at most {max(last_bits.values()):.1e} of the norm ({_names(list(last_bits))})"
         findings.append(Finding("rounding", "B", "weights", "weights differ in the last bits of float32", evidence))
     if unknown:
         worst = max(unknown, key=lambda name: unknown[name])
-        evidence = f"{_names(list(unknown))}; most in {worst}, by {unknown[worst]:.1e} of its norm"
+        evidence = f"{_names(list(unknown))}; difference at most {unknown[worst]:.1e} of the norm, in {worst}"
         if a.weights[worst].shape == b.weights[worst].shape:
             rows = np.flatnonzero((a.weights[worst] != b.weights[worst]).reshape(len(a.weights[worst]), -1).any(axis=1))
-            evidence += f", in rows {rows.tolist()}" if len(rows) <= 8 else ""
-        says = "weights differ, and no known fault explains it"
+            evidence += f" (only in rows {rows.tolist()})" if len(rows) <= 8 else ""
+        says = "weights differ, and no known fault explains the difference"
         if 2 * len(unknown) > len(a.weights):
-            says += ": other weights, or other training steps"
+            says += "; the weights may come from different models or training steps"
         findings.append(Finding("unknown", "B", "weights", says, evidence))
     return findings
 
 
 def _order(moved: Mapping[int, int], n_layers: int) -> str:
-    """What became of the layers, given those that hold another's weights."""
+    """The order of the layers in words. `moved` maps a layer of B to the layer of A whose weights it has."""
     order = [moved.get(layer, layer) for layer in range(n_layers)]
     if how := next((how for how, known in layer_orders(n_layers).items() if known == order), None):
         return f"the layers are in the wrong order ({how})"
     if sorted(order) == list(range(n_layers)):
         return f"the layers are in the order {order}"
-    return "; ".join(f"layer {layer} holds layer {source} of A" for layer, source in moved.items())
+    return "; ".join(f"layer {layer} has the weights of A's layer {source}" for layer, source in moved.items())
 
 
 def _forms(a: Subject, name: str, variants: Variants, theirs: np.ndarray) -> Iterator[tuple[str, str, np.ndarray]]:
-    """A weight of A as it is, and as every known fault would change it."""
+    """A weight of A, unchanged and changed by every known fault: (name of the fault, description, value)."""
     right = a.weights[name]
     yield "", "", right.astype(np.float64)
     for fault, says, made in variants:
@@ -265,10 +277,10 @@ def _forms(a: Subject, name: str, variants: Variants, theirs: np.ndarray) -> Ite
 
 
 def _scaled_or_shifted(name: str, ours: np.ndarray, theirs: np.ndarray) -> Iterator[tuple[str, str, np.ndarray]]:
-    """A weight times the number that brings it nearest; rows of the vocabulary one further or one less far."""
+    """A weight scaled to be as close to B's as possible; rows of the vocabulary shifted by one, in either direction."""
     ratio = float(np.vdot(ours, theirs) / max(np.vdot(ours, ours), np.finfo(np.float64).tiny))
-    if not abs(ratio - 1) <= 5e-4:  # of rounding it is less
-        yield "scale", f"{name.split('.')[-2]} is {ratio:.5g} times as large", ratio * ours
+    if not abs(ratio - 1) <= 5e-4:  # rounding changes the ratio by less
+        yield "scale", f"{name.split('.')[-2]} is multiplied by {ratio:.5g}", ratio * ours
     if name in (EMBEDDING, HEAD):
         for step, edge in ((1, 0), (-1, -1)):
             moved = np.roll(ours, step, axis=0)
@@ -277,7 +289,8 @@ def _scaled_or_shifted(name: str, ours: np.ndarray, theirs: np.ndarray) -> Itera
 
 
 def _rounding(ours: np.ndarray, theirs: np.ndarray, dtype: np.dtype) -> str | None:
-    """How two weights that are near to each other are one: as they are (no words), or one of them rounded."""
+    """Whether two close weights are equal up to rounding: "" if up to the last bits of float32, a description if one of
+    them is rounded to a storage format, None if neither."""
     if ours.shape == theirs.shape and np.allclose(ours.astype(dtype), theirs, rtol=2.0**-22, atol=2.0**-24):
         return ""
     for whose, (one, other) in {"B's": (ours, theirs), "A's": (theirs, ours)}.items():
@@ -288,20 +301,20 @@ def _rounding(ours: np.ndarray, theirs: np.ndarray, dtype: np.dtype) -> str | No
 
 
 def _explain_head(a: Subject, b: Subject) -> list[Finding]:
-    """One model is tied and the other has another matrix for its head."""
+    """One model is tied, and the other has an output head that differs from its embedding."""
     if a.config.tie_embeddings == b.config.tie_embeddings:
         return []
     untied = b if a.config.tie_embeddings else a
     distance = _distance(untied.weights[EMBEDDING].astype(np.float64), untied.weights[HEAD].astype(np.float64))
     if not distance:
         return []
-    says = "the output head is a matrix of its own" if untied is b else "the output head is the embedding"
-    evidence = f"{HEAD} is in {'B' if untied is b else 'A'} alone, and differs from the embedding by {distance:.1e}"
+    says = "the output head is a separate matrix" if untied is b else "the output head is the embedding"
+    evidence = f"only {'B' if untied is b else 'A'} has {HEAD}, which differs from the embedding by {distance:.1e}"
     return [Finding("tied-head", "B", "configuration", says, f"{evidence} of its norm")]
 
 
 def _heads_moved(a: Subject, name: str, theirs: np.ndarray) -> list[tuple[str, str, np.ndarray]]:
-    """A's heads in the order in which B seems to have them, if that is another one."""
+    """A's heads in the order in which B seems to have them; nothing if the order is the same."""
     kind, ours = name.split(".")[-2], a.weights[name].astype(np.float64)
     if kind not in ("q_proj", "k_proj", "v_proj", "o_proj"):
         return []
@@ -315,7 +328,8 @@ def _heads_moved(a: Subject, name: str, theirs: np.ndarray) -> list[tuple[str, s
 
 
 def _explain_gradients(a: Subject, b: Subject, ours: Trace, theirs: Trace, tokens_BT: np.ndarray) -> list[Finding]:
-    """The forward passes are one; perhaps the gradients are not. Which of them are right, the loss itself tells."""
+    """Compares the gradients of two models whose forward passes agree. If they differ, the loss is measured along the
+    difference, to see which model has the wrong gradients."""
     pairs = {
         name: (ours.gradients[name], theirs.gradients[name]) for name in ours.gradients if name in theirs.gradients
     }
@@ -335,7 +349,7 @@ def _explain_gradients(a: Subject, b: Subject, ours: Trace, theirs: Trace, token
     blamed = "B" if abs(slopes[0] - slope) < abs(slopes[1] - slope) else "A"
     right, false = (ours, theirs) if blamed == "B" else (theirs, ours)
     measured = (
-        f"along the difference the loss changes by {slope:.6g}, the gradients say {slopes[0]:.6g} and {slopes[1]:.6g}"
+        f"measured slope of the loss {slope:.6g}; slope by the gradients: {slopes[0]:.6g} in A, {slopes[1]:.6g} in B"
     )
 
     def finding(says: str) -> list[Finding]:
@@ -348,23 +362,23 @@ def _explain_gradients(a: Subject, b: Subject, ours: Trace, theirs: Trace, token
         _distance(r * right.gradients[n], false.gradients[n]) <= BOUND for r, n in zip(ratios, wrong, strict=True)
     )
     if straight and max(ratios) - min(ratios) <= BOUND * max(map(abs, ratios)):
-        return finding(f"the gradients of {_names(wrong)} are {np.mean(ratios):.6g} times what they should be")
+        return finding(f"the gradients are {np.mean(ratios):.6g} times what they should be ({_names(wrong)})")
     subject = a if blamed == "B" else b
     if subject.config.tie_embeddings and wrong == [EMBEDDING]:
         untied, copy = replace(subject.config, tie_embeddings=False), {HEAD: subject.weights[EMBEDDING]}
         parts = subject.run(untied, subject.weights | copy, tokens_BT, "float64").gradients
-        for name, missing in ((EMBEDDING, "the output head's"), (HEAD, "the look-up's")):
+        for name, missing in ((EMBEDDING, "the output head's"), (HEAD, "the token lookup's")):
             if name in parts and _distance(parts[name], false.gradients[EMBEDDING]) <= BOUND:
                 return finding(f"{missing} part of the embedding's gradient is missing")
-    return finding(f"the forward passes agree, the gradients of {_names(wrong)} do not")
+    return finding(f"the forward passes agree, but the gradients do not ({_names(wrong)})")
 
 
 def _rounded(array: np.ndarray) -> dict[str, np.ndarray]:
-    """An array in the formats that weights are kept in."""
+    """An array rounded to every format in which weights are stored, by the name of the format."""
     types = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
         forms = {name: array.astype(dtype).astype(np.float64) for name, dtype in types.items()}
-        if array.shape[-1] % 32 == 0:  # blocks of 32 whole numbers with one scale, as in GGUF
+        if array.shape[-1] % 32 == 0:  # GGUF's q8_0: blocks of 32 integers with one scale
             blocks = array.astype(np.float32).reshape(-1, 32)
             scale = np.abs(blocks).max(axis=1, keepdims=True) / np.float32(127)
             whole = np.where(scale == 0, np.float32(0), blocks * (1 / scale))
@@ -375,11 +389,12 @@ def _rounded(array: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def _distance(ours: np.ndarray, theirs: np.ndarray) -> float:
-    """Norm of the difference over the norm; far for other shapes."""
+    """Norm of the difference over the norm of `ours`; infinite if the shapes differ."""
     if ours.shape != theirs.shape:
         return np.inf
     return float(np.linalg.norm(theirs - ours) / max(np.linalg.norm(ours), np.finfo(np.float64).tiny))
 
 
-def _names(names: list[str]) -> str:
-    return names[0] if len(names) == 1 else f"each of {len(names)} tensors ({names[0]} to {names[-1]})"
+def _names(names: list[str], noun: str = "tensor") -> str:
+    """`1 tensor: X` or `8 tensors: X to Y`."""
+    return f"1 {noun}: {names[0]}" if len(names) == 1 else f"{len(names)} {noun}s: {names[0]} to {names[-1]}"

@@ -1,4 +1,4 @@
-"""Where two models differ: both run over the same tokens, and their stages, losses and gradients are compared."""
+"""Finds where two models differ: runs both over the same tokens, and compares stages, losses, gradients and weights."""
 
 import logging
 from dataclasses import dataclass, field, replace
@@ -28,21 +28,21 @@ TOP_K = (1, 2, 3, 5, 10, 20)
 
 @dataclass(frozen=True)
 class Difference:
-    """How far B's array is from A's."""
+    """How much an array of B differs from the same array of A."""
 
     name: str
     max_error: float
     relative: float
-    """The largest error over the largest value, or absolute where that is below 1."""
+    """The largest error over the largest value of A, or the absolute error if that value is below 1."""
     norm: float
-    """Norm of the difference over the norm."""
+    """Norm of the difference over the norm of A."""
     cosine: float
     agrees: bool = False
 
 
 @dataclass(frozen=True)
 class Divergence:
-    """The first stage at which two models differ, and by how much relative to its largest value."""
+    """The first stage that differs, and its error as in `Difference.relative`."""
 
     index: int
     stage: str
@@ -54,7 +54,7 @@ class Divergence:
 
 @dataclass(frozen=True)
 class Report:
-    """What was found of B against A."""
+    """The result of comparing B with A."""
 
     a: str
     b: str
@@ -62,39 +62,39 @@ class Report:
     tokens: tuple[int, int]
     """Rows and columns."""
     rows_of_text: int
-    """How many of the rows are text; the others are random."""
+    """The number of rows that are text; the others are random."""
     equal: bool
     first_divergence: Divergence | None
     findings: list[Finding]
     stages: list[Difference]
     losses: Difference
-    """Of every token, in nats."""
+    """The loss of every token, in nats."""
     mean_loss: tuple[float, float]
     mean_kl: float
-    """Nat."""
+    """In nats."""
     top_k: dict[int, float]
-    """Share of positions at which both have the same k most likely tokens."""
+    """k -> share of positions at which both models have the same k most likely tokens."""
     gradients: list[Difference]
     weights: list[Difference]
-    """Those that differ at all."""
+    """The weights that differ at all."""
     configuration: dict[str, tuple[object, object]]
-    """The fields that differ."""
+    """The fields that differ: name -> values in A and B."""
     logits: tuple[np.ndarray, np.ndarray] = field(repr=False)
-    """A sample of both, for the plot."""
+    """A sample of the logits of A and B, for the plot."""
     tokenizers: str = "not compared"
-    """Whether text becomes the same ids, in words; models are equal or not without it."""
+    """Whether the tokenizers agree, in words. It does not influence `equal`."""
 
 
-@np.errstate(invalid="ignore")  # a wrong model may give anything; NaN agrees with nothing
+@np.errstate(invalid="ignore")  # a faulty model may give NaN, which agrees with nothing
 def examine(a: Subject, b: Subject, tokens_BT: np.ndarray, dtype: str, *, rows_of_text: int) -> Report:
-    """Runs both models, compares them, and looks for the faults if they differ.
+    """Runs both models and compares them. Looks for faults if they differ, and in float64 always checks their code.
 
     Args:
         tokens_BT: token ids, int32.
-        dtype: of the computation: float64, float32 or bfloat16; it decides the tolerances too.
+        dtype: precision of the computation: float64, float32 or bfloat16. It also decides the tolerances.
 
     Raises:
-        InputError: the two have other shapes, so that there is nothing to compare.
+        InputError: the two models have different shapes, so they cannot be compared.
     """
     _check_same_shapes(a, b)
     ours, theirs = _run_both(a, b, tokens_BT, dtype)
@@ -114,7 +114,7 @@ def examine(a: Subject, b: Subject, tokens_BT: np.ndarray, dtype: str, *, rows_o
     first = next((Divergence(i, d.name, d.relative) for i, d in enumerate(stages) if not d.agrees), None)
     findings = []
     if dtype == "float64" or not equal:
-        logger.info("holding both against the reference of their files, in float64")
+        logger.info("comparing each model with the reference built from its own files, in float64")
         exact = (ours, theirs) if dtype == "float64" else _run_both(a, b, tokens_BT, "float64")
         for name, subject, trace in (("A", a, exact[0]), ("B", b, exact[1])):
             findings += check_code(name, subject, trace, tokens_BT)
@@ -158,7 +158,7 @@ def _difference(name: str, ours: np.ndarray, theirs: np.ndarray) -> Difference:
 
 
 def _judged(d: Difference, dtype: str) -> Difference:
-    """In bfloat16, where single numbers round far, values agree by the norm. NaN agrees with nothing."""
+    """bfloat16 is judged by the norm, because single values have large rounding errors. NaN agrees with nothing."""
     agrees = d.norm <= BFLOAT16_STAGE if dtype == "bfloat16" else d.relative <= TOLERANCES[dtype].logits
     return replace(d, agrees=agrees)
 
@@ -170,13 +170,13 @@ def _judged_gradient(d: Difference, dtype: str) -> Difference:
 
 
 def _judged_weight(d: Difference, dtype: str) -> Difference:
-    """Tokens that do not occur leave rows of the embedding unseen by everything else."""
+    """Weights are compared too, because embedding rows of tokens that do not occur affect nothing else."""
     bound = BFLOAT16_MODULE if dtype == "bfloat16" else TOLERANCES[dtype].logits
     return replace(d, agrees=d.relative <= bound)
 
 
 def _tied(gradients: Tensors) -> Tensors:
-    """The gradients as if the head were the embedding."""
+    """The gradients as if the head and the embedding were tied: one gradient, the sum of both."""
     if HEAD not in gradients:
         return gradients
     tied = {name: gradient for name, gradient in gradients.items() if name != HEAD}
@@ -184,8 +184,8 @@ def _tied(gradients: Tensors) -> Tensors:
 
 
 def compare_distributions(ours_BTV: np.ndarray, theirs_BTV: np.ndarray) -> tuple[float, dict[int, float]]:
-    """Mean Kullback-Leibler divergence of B's next-token distributions from A's, in nat, and for each k the share of
-    positions at which both have the same k most likely tokens."""
+    """Mean KL divergence of B's next-token distributions from A's, in nats, and for each k the share of positions at
+    which both models have the same k most likely tokens."""
     kl, sizes = [], [k for k in TOP_K if k <= ours_BTV.shape[-1]]
     same = dict.fromkeys(sizes, 0)
     for ours_TV, theirs_TV in zip(ours_BTV, theirs_BTV, strict=True):
@@ -211,9 +211,9 @@ def _check_same_shapes(a: Subject, b: Subject) -> None:
     if ours != theirs:
         fields = _config_differences(a.config, b.config)
         raise InputError(
-            "the two models have other shapes",
+            "the two models have different shapes",
             expected=", ".join(f"{key} {x}" for key, (x, _) in fields.items()),
             found=", ".join(f"{key} {y}" for key, (_, y) in fields.items()),
             where=f"{a.label} and {b.label}",
-            hint="compare checkpoints of one model",
+            hint="compare two checkpoints of the same model",
         )

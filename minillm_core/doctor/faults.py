@@ -1,5 +1,5 @@
-"""The faults that ports are known for, each as a change of the reference model: planted in a right model, it gives what
-a wrong one computes."""
+"""The known faults of ports, each as a change of the reference model. Applied to a correct model, it reproduces the
+numbers that a faulty port computes."""
 
 import math
 import re
@@ -16,20 +16,21 @@ from minillm_core.model.rope import half_split, interleaved, inverse_frequencies
 from minillm_core.tensors import LazyTensors
 
 Variant = tuple[str, Reference]
-"""What would be wrong, in words, and the model of which it is true."""
+"""The fault in words, and a model that has it."""
 
 
 @dataclass(frozen=True)
 class Fault:
-    """A kind of fault and the forms that it comes in."""
+    """A kind of fault, and the forms in which it occurs."""
 
     name: str
     variants: Callable[[Reference, ModelConfig], Iterator[Variant]]
-    """Of a model, given the configuration of the one that may have the fault: its values are tried first."""
+    """(model, hints) -> the model with each form of the fault. `hints` is the configuration of the model that may have
+    the fault: its values are tried first."""
 
 
 def _change(model: Reference, suffixes: tuple[str, ...], change: Callable[[np.ndarray], np.ndarray]) -> Reference:
-    """The model with every weight changed whose name ends so."""
+    """The model with every weight changed whose name ends in one of the suffixes."""
     weights = model.weights
 
     def changed(name: str) -> np.ndarray:
@@ -39,7 +40,7 @@ def _change(model: Reference, suffixes: tuple[str, ...], change: Callable[[np.nd
 
 
 def _swap(model: Reference, one: str, other: str) -> Reference:
-    """The model with two weights of every layer exchanged."""
+    """The model with two weights swapped in every layer."""
     weights = model.weights
 
     def changed(name: str) -> np.ndarray:
@@ -64,12 +65,15 @@ def _interleaved_rope(model: Reference, hints: ModelConfig) -> Iterator[Variant]
         "q and k are stored for interleaved RoPE (channels 2i and 2i+1)",
         _change(model, qk, lambda w: interleaved(w, H)),
     )
-    yield "q and k were un-interleaved although they are half-split", _change(model, qk, lambda w: half_split(w, H))
-    yield "RoPE turns channels 2i and 2i+1 of half-split weights", replace(model, rotation=rotation)
+    yield (
+        "q and k were converted to half-split although they already were",
+        _change(model, qk, lambda w: half_split(w, H)),
+    )
+    yield "RoPE rotates channels 2i and 2i+1, but the weights are half-split", replace(model, rotation=rotation)
 
 
 def _rope_direction(model: Reference, hints: ModelConfig) -> Iterator[Variant]:
-    yield "RoPE turns the other way", replace(model, frequencies=lambda config: -model.frequencies(config))
+    yield "RoPE rotates in the wrong direction", replace(model, frequencies=lambda config: -model.frequencies(config))
     yield "RoPE is missing", replace(model, frequencies=lambda config: 0 * model.frequencies(config))
 
     def halves_swapped(weight_OI: np.ndarray) -> np.ndarray:
@@ -99,7 +103,10 @@ def _rope_scaling(model: Reference, hints: ModelConfig) -> Iterator[Variant]:
         def linear(config: ModelConfig) -> np.ndarray:
             return inverse_frequencies(replace(config, rope_scaling=None)) / factor
 
-        yield "rope_scaling is linear: every angle divided by its factor", replace(model, frequencies=linear)
+        yield (
+            "rope_scaling is applied as linear scaling: every angle is divided by its factor",
+            replace(model, frequencies=linear),
+        )
 
 
 def _norm_eps(model: Reference, hints: ModelConfig) -> Iterator[Variant]:
@@ -110,7 +117,7 @@ def _norm_eps(model: Reference, hints: ModelConfig) -> Iterator[Variant]:
 
 
 def _head_shape(model: Reference, hints: ModelConfig) -> Iterator[Variant]:
-    """Other numbers of heads that give weights of the same shapes."""
+    """Different numbers of heads that give weights of the same shapes."""
     config = model.config
     Q, KV = config.n_heads * config.resolved_head_dim, config.n_kv_heads * config.resolved_head_dim
     for H in dict.fromkeys((hints.resolved_head_dim, 64, 128, 32, 96, 80)):
@@ -124,17 +131,23 @@ def _head_shape(model: Reference, hints: ModelConfig) -> Iterator[Variant]:
 
 def _head_groups(model: Reference, hints: ModelConfig) -> Iterator[Variant]:
     if 1 < model.config.n_kv_heads < model.config.n_heads:
-        yield "query head n reads KV head n % K: KV heads are tiled, not repeated", replace(model, tiled_groups=True)
+        yield (
+            "the KV heads are tiled, not repeated: query head n reads KV head n % n_kv_heads",
+            replace(model, tiled_groups=True),
+        )
 
 
 def _head(model: Reference, hints: ModelConfig) -> Iterator[Variant]:
     weights, tied = model.weights, model.config.tie_embeddings
     if not tied:
         config = replace(model.config, tie_embeddings=True)
-        yield "the output head is the embedding: the model's own head is not used", replace(model, config=config)
+        yield (
+            "the output head is the embedding, and the model's own output matrix is not used",
+            replace(model, config=config),
+        )
     elif "lm_head.weight" in weights:
         config = replace(model.config, tie_embeddings=False)
-        yield "the output head is a matrix of its own, not the embedding", replace(model, config=config)
+        yield "the output head is a separate matrix, not the embedding", replace(model, config=config)
 
 
 def _transposed(model: Reference, hints: ModelConfig) -> Iterator[Variant]:
@@ -154,10 +167,10 @@ def _swapped(model: Reference, hints: ModelConfig) -> Iterator[Variant]:
 
 
 def layer_orders(n_layers: int) -> dict[str, list[int]]:
-    """Orders that layers are known to get into: which layer's weights each of them has."""
+    """Known wrong orders of the layers, by description: for each layer, the layer whose weights it has."""
     return {
-        "as text: 0, 1, 10, 11 ... 2": sorted(range(n_layers), key=str),
-        "backwards": list(range(n_layers))[::-1],
+        "sorted as text: 0, 1, 10, 11 ... 2": sorted(range(n_layers), key=str),
+        "reversed": list(range(n_layers))[::-1],
         "shifted by one": [*range(1, n_layers), 0],
     }
 
@@ -176,10 +189,13 @@ def _layer_order(model: Reference, hints: ModelConfig) -> Iterator[Variant]:
 
 def _norm_weights(model: Reference, hints: ModelConfig) -> Iterator[Variant]:
     yield (
-        "norm weights are stored as w - 1 (Gemma's way)",
+        "norm weights are stored as w - 1 (as in Gemma)",
         _change(model, ("norm",), lambda w: w.astype(np.float64) - 1),
     )
-    yield "norm weights are taken as 1 + w (Gemma's way)", _change(model, ("norm",), lambda w: w.astype(np.float64) + 1)
+    yield (
+        "norm weights are applied as 1 + w (as in Gemma)",
+        _change(model, ("norm",), lambda w: w.astype(np.float64) + 1),
+    )
     yield "norm weights are not applied", _change(model, ("norm",), np.ones_like)
     yield "the final norm is missing", replace(model, final_norm=False)
 
@@ -189,10 +205,10 @@ def _scale(model: Reference, hints: ModelConfig) -> Iterator[Variant]:
     for says, scale in (
         ("missing", 1.0),
         ("1 / sqrt(width)", config.width**-0.5),
-        ("1 / H", 1 / config.resolved_head_dim),
+        ("1 / head_dim", 1 / config.resolved_head_dim),
     ):
-        yield f"attention's scale is {says}, not 1 / sqrt(head_dim)", replace(model, attention_scale=scale)
-    says = "the embedding is multiplied by sqrt(width) (Gemma's way)"
+        yield f"the attention scale is {says}; it should be 1 / sqrt(head_dim)", replace(model, attention_scale=scale)
+    says = "the embedding is multiplied by sqrt(width) (as in Gemma)"
     yield says, replace(model, embedding_scale=math.sqrt(config.width))
 
 
@@ -202,12 +218,12 @@ def _activation(model: Reference, hints: ModelConfig) -> Iterator[Variant]:
 
     erf = np.vectorize(math.erf, otypes=[np.float64])
     yield "the MLP's activation is gelu, not silu", replace(model, activation=lambda x: 0.5 * x * (1 + erf(x / 2**0.5)))
-    yield "the MLP's activation is gelu (by tanh), not silu", replace(model, activation=tanh_gelu)
+    yield "the MLP's activation is gelu (tanh approximation), not silu", replace(model, activation=tanh_gelu)
     yield "the MLP's activation is relu, not silu", replace(model, activation=lambda x: np.maximum(x, 0))
 
 
 def _mask(model: Reference, hints: ModelConfig) -> Iterator[Variant]:
-    yield "attention sees later tokens: the causal mask is missing", replace(model, sees_future=True)
+    yield "the causal mask is missing: attention sees later tokens", replace(model, sees_future=True)
 
 
 FAULTS = (
@@ -227,4 +243,4 @@ FAULTS = (
     Fault("causal-mask", _mask),
     Fault("activation", _activation),
 )
-"""In the order in which they are tried: of two that explain the same numbers the first is named."""
+"""In the order in which they are tried: if two faults explain the same numbers, the first one is named."""

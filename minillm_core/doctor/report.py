@@ -1,4 +1,4 @@
-"""The doctor's report, for the terminal, for a browser and for programs."""
+"""The doctor's report as text for the terminal, as an HTML page and as JSON."""
 
 import html
 import io
@@ -17,11 +17,11 @@ from minillm_core.model.stages import BLOCK_STAGES
 from minillm_core.model.tolerance import TOLERANCES
 
 COLUMNS = ("norm 1", "q", "k", "v", "attention", "norm 2", "MLP", "block")
-"""What BLOCK_STAGES are called in a table."""
+"""The table's column names for BLOCK_STAGES."""
 
 
 def json_report(report: Report) -> str:
-    """Everything but the sample of logits; numbers that JSON lacks are null."""
+    """Everything except the sample of logits, as JSON. NaN and infinity become null."""
     data = {key: value for key, value in asdict(report).items() if key != "logits"}
     return json.dumps(_finite(data), indent=1)
 
@@ -35,7 +35,7 @@ def _finite(value: Any) -> Any:
 
 
 def text_report(report: Report, *, color: bool) -> str:
-    """A table of relative errors, a row per layer; the first divergence is marked."""
+    """The report for the terminal: a table of relative errors (one row per layer), the numbers and the findings."""
     first = report.first_divergence.stage if report.first_divergence else None
 
     def cell(stage: Difference) -> str:
@@ -70,17 +70,17 @@ def summary(report: Report) -> list[str]:
 
 
 def verdict(report: Report) -> str:
-    """Equal or not, and by which measure."""
+    """Whether the models are equal, and the tolerances used."""
     if report.dtype in TOLERANCES:
         bounds = TOLERANCES[report.dtype]
         measure = f"{report.dtype}: {bounds.logits:.0e} for every stage, {bounds.gradient:.0e} for every gradient"
     else:
-        measure = "bfloat16: the distributions of the next token and the directions of the gradients"
+        measure = "bfloat16: next-token distributions and gradient directions"
     return f"{'EQUAL' if report.equal else 'NOT EQUAL'} within the tolerance of {measure}"
 
 
 def _table(report: Report) -> list[tuple[str, list[Difference]]]:
-    """The stages, a row for each layer and each stage outside them."""
+    """The rows of the table: one for each layer, and one for each stage outside the layers."""
     rows: dict[str, list[Difference]] = {}
     for stage in report.stages:
         layer = re.match(r"model\.layers\.(\d+)", stage.name)
@@ -89,37 +89,39 @@ def _table(report: Report) -> list[tuple[str, list[Difference]]]:
 
 
 def _numbers(report: Report) -> list[str]:
-    """Everything that is one number."""
+    """The results that are single numbers."""
     losses, gradients = report.losses, report.gradients
     n_agree = sum(gradient.agrees for gradient in gradients)
     worst = max(gradients, key=lambda gradient: gradient.norm)
     lines = [
-        f"loss: {report.mean_loss[0]:.9g} and {report.mean_loss[1]:.9g} nats; per token <= {losses.max_error:.1e}",
-        f"mean KL: {report.mean_kl:.1e} nat; same top k: "
+        f"mean loss: {report.mean_loss[0]:.9g} and {report.mean_loss[1]:.9g} nats; "
+        f"largest difference of a token {losses.max_error:.1e}",
+        f"mean KL divergence: {report.mean_kl:.1e} nats; top-k agreement: "
         + ", ".join(f"{k}: {share:.2%}" for k, share in report.top_k.items()),
-        f"gradients: {n_agree} of {len(gradients)} agree; relative norm at most {worst.norm:.1e} ({worst.name}), "
+        f"gradients: {n_agree} of {len(gradients)} agree; "
+        f"difference at most {worst.norm:.1e} of the norm ({worst.name}), "
         f"cosine at least {min(gradient.cosine for gradient in gradients):.6f}",
     ]
     if report.weights:
         worst = max(report.weights, key=lambda weight: weight.norm)
-        lines.append(f"weights: {len(report.weights)} differ, by up to {worst.norm:.1e} of their norm ({worst.name})")
+        lines.append(f"weights: {len(report.weights)} differ, by at most {worst.norm:.1e} of the norm ({worst.name})")
     if report.configuration:
-        fields = (f"{key} {x} and {y}" for key, (x, y) in report.configuration.items())
+        fields = (f"{key} is {x} in A, {y} in B" for key, (x, y) in report.configuration.items())
         lines.append(f"configuration: {'; '.join(fields)}")
     return [*lines, f"tokenizers: {report.tokenizers}"]
 
 
 def _place(finding: Finding) -> str:
-    """Files tell that they differ, not which is right."""
+    """The place of a finding. Files only show that they differ, not which one is right, hence `B against A`."""
     return f"{finding.subject}'s code" if finding.place == "code" else f"{finding.place}, B against A"
 
 
 def _own_code(report: Report) -> list[str]:
-    """Whether what runs each model computes what its files say."""
+    """For each model, whether its code computes what its files say."""
     if report.equal and not report.findings:
         return []
     wrong = {finding.subject for finding in report.findings if finding.place == "code"}
-    return [f"{x}'s code computes {'something else than' if x in wrong else 'what'} its files say" for x in "AB"]
+    return [f"{x}'s code {'does not compute' if x in wrong else 'computes'} what its files say" for x in "AB"]
 
 
 STYLE = """
@@ -137,7 +139,7 @@ figure { margin: 1em 0 } figure svg { max-width: 100%; height: auto } code { bac
 
 
 def html_report(report: Report) -> str:
-    """One page without references to anything outside it."""
+    """The report as one HTML page that refers to no other file."""
     e = html.escape
     first = report.first_divergence.stage if report.first_divergence else None
     body = ["<h1>Parity of two checkpoints</h1>", *(f'<p class="path">{e(line)}</p>' for line in summary(report))]
@@ -152,7 +154,7 @@ def html_report(report: Report) -> str:
         )
         own_code = "; ".join(_own_code(report))
         body.append(f"<h2>Diagnosis</h2><p>{own_code}.</p><ol>{''.join(items)}</ol>")
-    body.append("<h2>In numbers</h2><ul>" + "".join(f"<li>{e(line)}</li>" for line in _numbers(report)) + "</ul>")
+    body.append("<h2>Numbers</h2><ul>" + "".join(f"<li>{e(line)}</li>" for line in _numbers(report)) + "</ul>")
     body.append("<h2>Error by stage and layer</h2>" + _figure(_draw_stages, report))
     body.append("<h2>Logits and next tokens</h2>" + _figure(_draw_logits, report))
     head = "".join(f"<th>{column}</th>" for column in ("largest error over largest value", *COLUMNS))
@@ -201,7 +203,7 @@ def _figure(draw: Any, report: Report) -> str:
 
 def _draw_stages(figure: Any, report: Report) -> None:
     axes = figure.subplots()
-    floor = 1e-18  # zero has no place on a logarithmic axis
+    floor = 1e-18  # a logarithmic axis cannot show zero
     for suffix, label in zip(BLOCK_STAGES, COLUMNS, strict=True):
         pattern = re.compile(rf"model\.layers\.(\d+){re.escape('.' + suffix if suffix else '')}$")
         points = [(int(m[1]), max(s.relative, floor)) for s in report.stages if (m := pattern.match(s.name))]

@@ -1,4 +1,4 @@
-"""Any checkpoint of any supported kind, opened so that it can be run and compared."""
+"""Opens a checkpoint of any supported kind, so that it can be run and compared."""
 
 import logging
 import tempfile
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 KINDS = (*FRAMEWORKS, *OPENERS)
 
 Run = Callable[[ModelConfig, Tensors, np.ndarray, str], Trace]
-"""(configuration, weights, tokens (B, T), dtype) -> what the model computes; Backend.trace."""
+"""(configuration, weights, tokens (B, T), dtype) -> what the model computes, as in `Backend.trace`."""
 
 
 @dataclass(frozen=True)
@@ -40,9 +40,9 @@ class Engine:
 
     name: str
     run: Callable[[Path], Run]
-    """Of a folder."""
+    """Checkpoint folder -> the function that runs it."""
     encoder: Callable[[Path], Callable[[str], list[int]]]
-    """Of a folder: its own tokenizer; text -> token ids. Raises InputError if that cannot be loaded."""
+    """Checkpoint folder -> the engine's own tokenizer (text -> token ids). Raises InputError if it cannot be loaded."""
 
 
 @dataclass(frozen=True)
@@ -51,25 +51,25 @@ class Subject:
 
     kind: str
     path: Path
-    """What holds the weights: a checkpoint, or another project's folder or file."""
+    """Where the weights are: a checkpoint, or a folder or file of another project."""
     config: ModelConfig
     weights: Tensors
     engine: str
-    """What runs it: jax, torch, transformers."""
+    """What runs it: jax, torch or transformers."""
     run: Run
     tokenizer: Tokenizer | None = None
-    """None if it has none that can be used."""
+    """None if it has no usable tokenizer."""
     own_encoder: Callable[[Path], Callable[[str], list[int]]] | None = None
-    """The tokenizer of the engine, if it has one."""
+    """Loads the engine's own tokenizer, if the engine has one."""
 
     def encoder(self) -> Callable[[str], list[int]]:
-        """Text -> token ids, by the engine's own tokenizer or else as the files are read here."""
+        """Text -> token ids, by the engine's own tokenizer if it can be loaded, otherwise by this project's."""
         assert self.tokenizer is not None
         if self.own_encoder is not None:
             try:
                 return self.own_encoder(self.path)
             except InputError as error:
-                logger.warning("comparing its tokenizer as it is read here: %s", error)
+                logger.warning("using this project's tokenizer, because the engine's own cannot be loaded: %s", error)
         return partial(self.tokenizer.encode, bos=True)
 
     @property
@@ -78,14 +78,14 @@ class Subject:
 
 
 def open_subject(place: str, engines: Mapping[str, Engine]) -> Subject:
-    """Reads the checkpoint of a path, or of `KIND:PATH` where a path could mean several.
+    """Opens the checkpoint at a path, or at `KIND:PATH` if the path could mean several kinds.
 
     Args:
-        engines: by kind, an independent implementation to run it with; other imported kinds run in torch, or in JAX
-            where torch is not installed.
+        engines: kind of checkpoint -> independent implementation that runs it. Imported kinds without an engine run in
+            torch, or in JAX if torch is not installed.
 
     Raises:
-        InputError: there is none, it could be several, or it is damaged.
+        InputError: there is no checkpoint, the path is ambiguous, or the checkpoint is damaged.
     """
     kind, path = _kind_of(place)
     if kind in FRAMEWORKS:
@@ -102,7 +102,7 @@ def open_subject(place: str, engines: Mapping[str, Engine]) -> Subject:
         try:
             opened.write_tokenizer(Path(folder))
         except InputError as error:
-            logger.warning(f"without its tokenizer, {' '.join(str(error).split())}")
+            logger.warning(f"the tokenizer cannot be used: {' '.join(str(error).split())}")
             tokenizer = None
         else:
             tokenizer = _tokenizer(Path(folder), opened.config)
@@ -117,38 +117,41 @@ def open_subject(place: str, engines: Mapping[str, Engine]) -> Subject:
 
 
 def compare_tokenizers(a: Subject, b: Subject, texts: Sequence[str]) -> str:
-    """Whether two models read text alike, in words: the ids of every text, its beginning, and what ends one; each by
-    what runs it, or else as they are read here."""
+    """Says in words whether two tokenizers agree on the ids of every text (including the token at its beginning) and on
+    the tokens that end a text. An engine's own tokenizer is used if it can be loaded."""
     if a.tokenizer is None or b.tokenizer is None:
         missing = " and ".join(name for name, subject in (("A", a), ("B", b)) if subject.tokenizer is None)
-        return f"not compared: none that can be used in {missing}"
+        return f"not compared: no usable tokenizer in {missing}"
     encoders = [subject.encoder() for subject in (a, b)]
     for text in texts:
         ours, theirs = (encode(text) for encode in encoders)
         if ours != theirs:
             shorter = min(len(ours), len(theirs))
             at = next((i for i in range(shorter) if ours[i] != theirs[i]), shorter)
-            return f"differ: {text[:60]!r} has {len(ours)} and {len(theirs)} ids, {ours[at:][:5]} and {theirs[at:][:5]}"
+            return (
+                f"differ: {text[:60]!r} has {len(ours)} ids in A and {len(theirs)} in B; "
+                f"the first different ones are {ours[at:][:5]} and {theirs[at:][:5]}"
+            )
     ends = [sorted(tokenizer.end_ids) for tokenizer in (a.tokenizer, b.tokenizer)]
-    return "the same" if ends[0] == ends[1] else f"differ: texts end with {ends[0]} and {ends[1]}"
+    return "the same" if ends[0] == ends[1] else f"differ: texts end with {ends[0]} in A and {ends[1]} in B"
 
 
 def _tokenizer(folder: Path, config: ModelConfig) -> Tokenizer | None:
     try:
         return load_tokenizer(folder, config.vocab_size)
     except InputError as error:
-        logger.warning(f"without its tokenizer, {' '.join(str(error).split())}")
+        logger.warning(f"the tokenizer cannot be used: {' '.join(str(error).split())}")
         return None
 
 
 def _kind_of(place: str) -> tuple[str, Path]:
-    """The kind and path that a place means; raises InputError if it means none or several."""
+    """The kind and the path of a checkpoint. Raises InputError if there is none, or if several are possible."""
     kind, colon, rest = place.partition(":")
     if colon and kind in KINDS:
         return kind, Path(rest)
     path = Path(place)
     expected = (
-        f"a run, a checkpoint, a Hugging Face folder, a file of another project; or KIND:PATH ({', '.join(KINDS)})"
+        f"a run, a checkpoint, a Hugging Face folder or a file of another project; or KIND:PATH ({', '.join(KINDS)})"
     )
     if not path.exists():
         raise InputError("no such checkpoint", expected=expected, where=path, hint="check the path")
@@ -157,7 +160,7 @@ def _kind_of(place: str) -> tuple[str, Path]:
     if trained := [name for name in FRAMEWORKS if checkpoint_steps(path / name / "checkpoints")]:
         if len(trained) > 1:
             expected = " or ".join(str(path / name) for name in trained)
-            problem, hint = "the run has checkpoints of both frameworks", "name one of them"
+            problem, hint = "the run has checkpoints of both frameworks", "name one of the two folders"
             raise InputError(problem, expected=expected, where=path, hint=hint)
         return trained[0], path
     if steps := checkpoint_steps(path / "checkpoints"):

@@ -1,4 +1,4 @@
-"""Conversions between the frameworks and the formats of other projects: Hugging Face, GGUF, the original Mini-LLM."""
+"""Conversions between the two frameworks, and from and to other formats: Hugging Face, GGUF, the original Mini-LLM."""
 
 from minillm_core.interop.conversion import Conversion, convert
 

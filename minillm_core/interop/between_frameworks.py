@@ -1,4 +1,4 @@
-"""A checkpoint of one framework copied into the other, bit for bit: weights, Adam moments, step, configuration."""
+"""Copies a checkpoint of one framework to the other, bit for bit: weights, Adam moments, step, configuration."""
 
 import logging
 from collections.abc import Callable
@@ -19,20 +19,20 @@ from minillm_core.training.checkpoints import (
     verify_checkpoint,
 )
 from minillm_core.training.metrics import read_metrics, write_metrics
-from minillm_core.training.run_directory import open_run
+from minillm_core.training.run_directory import RunDirectory
 
 logger = logging.getLogger(__name__)
 
 
 def copy_checkpoint(checkpoint: Path, run_dir: Path | None, reader: Backend, writer: Backend) -> Path:
-    """Copies a checkpoint of `reader`'s framework into a run, as one of `writer`'s.
+    """Copies a checkpoint of `reader`'s framework into a run, as a checkpoint of `writer`'s framework.
 
     Args:
-        run_dir: by default the checkpoint's own run or, if that was itself trained in the target framework, a run
-            beside it, `NAME-from-FRAMEWORK`.
+        run_dir: the destination run. None: the checkpoint's own run or, if that run was also trained in the target
+            framework, a run next to it named `NAME-from-FRAMEWORK`.
 
     Returns:
-        the new checkpoint; if the run holds the same tensors already, that one.
+        the new checkpoint, or the existing one if the destination already holds the same tensors.
 
     Raises:
         InputError: the checkpoint is damaged, or the destination holds a different run or checkpoint.
@@ -41,23 +41,26 @@ def copy_checkpoint(checkpoint: Path, run_dir: Path | None, reader: Backend, wri
     info = read_info(checkpoint)
     state = reader.read_payload(checkpoint, info.config)
     run_dir = _default_destination(checkpoint, reader.FRAMEWORK, writer.FRAMEWORK) if run_dir is None else run_dir
-    with open_run(run_dir, info.config, checkpoint, info.data_hashes):
+    with RunDirectory(run_dir, info.config).opened(checkpoint, info.data_hashes):
         return _write(writer, run_dir / writer.FRAMEWORK, checkpoint, info, state)
 
 
 def _write(writer: Backend, folder: Path, checkpoint: Path, info: CheckpointInfo, state: TrainingState) -> Path:
-    """Commits the copy into its framework's folder, with the metrics up to its step."""
+    """Writes the copy into the target framework's folder of the run, with the metrics up to its step."""
     result = folder / "checkpoints" / str(info.step)
     if result.exists():
         verify_checkpoint(result)
         if not _same_tensors(writer, result, state):
-            problem, hint = "the destination holds a different checkpoint of this step", "give another destination run"
+            problem, hint = (
+                "the destination holds a different checkpoint of this step",
+                "use a different destination run",
+            )
             raise InputError(problem, where=result, hint=hint)
         logger.info("already converted: %s holds the same tensors", result)
         return result
     if not _holds_copies(folder):
-        hint = "give another destination run"
-        raise InputError("the destination has been trained in this framework itself", where=folder, hint=hint)
+        hint = "use a different destination run"
+        raise InputError("the destination run was also trained in this framework", where=folder, hint=hint)
     metrics = checkpoint.parent.parent / "metrics.jsonl"
     is_newest = all(step < info.step for step in checkpoint_steps(folder / "checkpoints"))
     if metrics.exists() and is_newest:
@@ -81,19 +84,19 @@ def _write(writer: Backend, folder: Path, checkpoint: Path, info: CheckpointInfo
 
 
 def _default_destination(checkpoint: Path, source: str, target: str) -> Path:
-    """The checkpoint's own run, or a new one beside it if that run was itself trained in the target framework."""
+    """The checkpoint's own run, or a new run next to it if that run was also trained in the target framework."""
     if checkpoint.parent.name != "checkpoints" or checkpoint.parent.parent.name != source:
-        raise InputError("the checkpoint is not inside a run", where=checkpoint, hint="name a destination run")
+        raise InputError("the checkpoint is not inside a run", where=checkpoint, hint="give a destination run")
     run_dir = checkpoint.parent.parent.parent
     if _holds_copies(run_dir / target):
         return run_dir
     beside = run_dir.with_name(f"{run_dir.name}-from-{source}")
-    logger.info("%s has been trained itself, so the copy goes to %s", run_dir / target, beside)
+    logger.info("%s holds checkpoints of its own training, so the copy is written to %s", run_dir / target, beside)
     return beside
 
 
 def _holds_copies(folder: Path) -> bool:
-    """Whether a framework's folder of a run has nothing but converted checkpoints."""
+    """Whether a framework's folder of a run has only converted checkpoints (or none)."""
     checkpoints = folder / "checkpoints"
     return all(read_info(checkpoints / str(step)).converted_from for step in checkpoint_steps(checkpoints))
 

@@ -1,4 +1,4 @@
-"""One function for every conversion: between the frameworks, from and to the formats of other projects."""
+"""One function for all conversions: between the two frameworks, and from and to the formats of other projects."""
 
 import re
 from dataclasses import dataclass
@@ -17,12 +17,12 @@ EXPORT_DTYPES = {
     "hf": ("float32", "bfloat16", "float16", "float64"),
     "gguf": ("float32", "bfloat16", "float16", "q8_0"),
 }
-"""By format that weights are exported to, the dtypes it can have."""
+"""Export format -> the dtypes that it can store."""
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """What was converted, and what can be done with the result."""
+    """What was converted, and how the result can be used."""
 
     source_format: str
     target_format: str
@@ -31,13 +31,13 @@ class Conversion:
     result: Path
     """The checkpoint, folder or file that was written."""
     generates: bool
-    """The result is a checkpoint of this project whose tokenizer works, so it continues text."""
+    """The result is a checkpoint of this project with a usable tokenizer, so it can continue text."""
     unfinished: bool
-    """The result is a checkpoint of a training run that has steps left."""
+    """The result is a checkpoint of a training run that is not finished."""
 
     @property
     def run_dir(self) -> Path:
-        """The run that the resulting checkpoint is in."""
+        """The run that contains the resulting checkpoint."""
         return self.result.parent.parent.parent
 
 
@@ -46,33 +46,35 @@ def convert(
 ) -> Conversion:
     """Converts a checkpoint.
 
-    Between the frameworks (`torch->jax`, `jax->torch`) the whole training state is copied bit for bit. Imports
-    (`hf->jax`, `minillm->torch`, `gguf->jax`, ...) make a run with one checkpoint, of step 0, without optimizer state.
-    Exports (`jax->hf`, `torch->gguf`, ...) write weights and tokenizer.
+    Between the frameworks (`torch->jax`, `jax->torch`), the whole training state is copied bit for bit. Imports
+    (`hf->jax`, `minillm->torch`, `gguf->jax`, ...) create a run with one checkpoint: step 0, no optimizer state.
+    Exports (`jax->hf`, `torch->gguf`, ...) write the weights and the tokenizer.
 
     Args:
-        direction: `SOURCE->TARGET` or `SOURCE-to-TARGET`, of jax, torch, hf, minillm, gguf.
+        direction: `SOURCE->TARGET` or `SOURCE-to-TARGET`, each one of jax, torch, hf, minillm, gguf.
         source: a run, its framework folder or one checkpoint; for an import, the folder or file.
-        destination: the run directory, folder or file to write. An import needs one. By default a copy goes into the
-            same run, and an export into a folder or file inside the run.
-        dtype: of exported weights: float32, bfloat16, float16; float64 for `hf`, q8_0 for `gguf`.
+        destination: the run directory, folder or file to write. Required for an import. By default, a copy is written
+            into the same run, and an export into a folder or file inside the run.
+        dtype: precision of exported weights: float32, bfloat16 or float16; also float64 for `hf`, and q8_0 for `gguf`.
 
     Raises:
-        InputError: the direction or dtype is unknown, the source is missing or damaged, or has what the target cannot
-            express, or the destination holds something else. Nothing is written then.
+        InputError: the direction or dtype is unknown; the source is missing or damaged, or has features that the target
+            cannot express; or the destination holds something different. Nothing is written in these cases.
     """
     source_format, target_format = parse_direction(direction)
     if target_format in EXPORT_DTYPES and dtype not in EXPORT_DTYPES[target_format]:
         expected = ", ".join(EXPORT_DTYPES[target_format])
-        raise InputError(f"{target_format} has no {dtype}", expected=expected, found=dtype, hint="choose another dtype")
+        raise InputError(
+            f"{target_format} has no {dtype}", expected=expected, found=dtype, hint="choose a different dtype"
+        )
     if target_format in FRAMEWORKS and dtype != "float32":
         problem = f"a conversion to {target_format} does not round"
-        raise InputError(problem, found=f"dtype {dtype}", hint="leave dtype out: it applies to exports alone")
+        raise InputError(problem, found=f"dtype {dtype}", hint="leave out the dtype: it applies to exports only")
     destination = None if destination is None else Path(destination)
     if source_format in OPENERS:
         if destination is None:
             expected = f"a source and a run directory for {source_format}->{target_format}"
-            raise InputError("a path is missing", expected=expected, found="no run directory", hint="name both")
+            raise InputError("a path is missing", expected=expected, found="no run directory", hint="give both paths")
         result = import_checkpoint(source_format, Path(source), destination, load_backend(target_format))
         return Conversion(source_format, target_format, Path(source), result, _generates(result), False)
     checkpoint, reader = find_checkpoint(source, source_format), load_backend(source_format)
@@ -88,14 +90,14 @@ def convert(
             copy_checkpoint(checkpoint, destination, reader, load_backend(target_format)),
             read_info(checkpoint),
         )
-        # an imported model has no data to be trained on
+        # an imported model has no training data
         unfinished = info.step < info.config.train.steps and "train" in info.data_hashes
         return Conversion(source_format, target_format, checkpoint, result, _generates(result), unfinished)
     return Conversion(source_format, target_format, checkpoint, destination, False, False)
 
 
 def _generates(checkpoint: Path) -> bool:
-    """Whether its tokenizer can be used, so that it continues text."""
+    """Whether the checkpoint has a usable tokenizer, so that it can continue text."""
     vocab_size = read_info(checkpoint).config.model.vocab_size
     try:
         return load_tokenizer(checkpoint, vocab_size).fits(vocab_size)
@@ -104,18 +106,18 @@ def _generates(checkpoint: Path) -> bool:
 
 
 def parse_direction(direction: str) -> tuple[str, str]:
-    """Source and target format of `torch->jax` or `torch-to-jax`.
+    """The source and target format of a direction such as `torch->jax` or `torch-to-jax`.
 
     Raises:
-        InputError: there is no such conversion.
+        InputError: the conversion does not exist.
     """
     match = re.fullmatch(r"(\w+)(?:->|-to-)(\w+)", direction)
     known = {(source, target) for source in FORMATS for target in FRAMEWORKS}
     known |= {(source, target) for source in FRAMEWORKS for target in EXPORT_DTYPES}
     if not match or match[1] == match[2] or match.groups() not in known:
-        expected = "'torch->jax', 'hf->jax', 'minillm->jax', 'gguf->jax', 'jax->hf', 'jax->gguf' or the like"
-        hint = f"write 'SOURCE->TARGET', quoted, of {', '.join(FORMATS)}"
+        expected = "'torch->jax', 'hf->jax', 'minillm->jax', 'gguf->jax', 'jax->hf', 'jax->gguf' or similar"
+        hint = f"write 'SOURCE->TARGET', in quotes; the formats are {', '.join(FORMATS)}"
         if match and {*match.groups()} <= {*FORMATS} and match[1] != match[2]:
-            hint = f"in two steps: '{match[1]}->jax', then 'jax->{match[2]}'"
+            hint = f"convert in two steps: '{match[1]}->jax', then 'jax->{match[2]}'"
         raise InputError("unknown conversion", expected=expected, found=repr(direction), hint=hint)
     return match[1], match[2]

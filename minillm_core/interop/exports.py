@@ -1,4 +1,4 @@
-"""Checkpoints of runs written in the formats of other projects: Hugging Face folders, GGUF files."""
+"""Exports: writes a checkpoint of a run as a Hugging Face folder or a GGUF file."""
 
 import json
 import logging
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 
 def _open_export(checkpoint: Path, destination: Path, backend: Backend) -> tuple[CheckpointInfo, LazyTensors]:
-    """A checkpoint that is whole, for a destination that does not exist yet."""
+    """Opens a checkpoint for export. Raises InputError if it is damaged, or if the destination already exists."""
     refuse_existing(destination)
     verify_checkpoint(checkpoint)
     info = read_info(checkpoint)
@@ -42,7 +42,7 @@ def export_hf(checkpoint: Path, folder: Path, backend: Backend, dtype: str) -> P
     """Writes a checkpoint as a Hugging Face folder: config.json, weights, tokenizer, model card, loss curve.
 
     Args:
-        dtype: of the weights: float32, bfloat16, float16 or float64.
+        dtype: precision of the weights: float32, bfloat16, float16 or float64.
 
     Raises:
         InputError: the folder exists, or the checkpoint is damaged.
@@ -57,7 +57,7 @@ def export_hf(checkpoint: Path, folder: Path, backend: Backend, dtype: str) -> P
         try:
             ids = _write_tokenizer(beside, load_tokenizer(checkpoint, model.vocab_size), model)
         except InputError as error:
-            logger.warning(f"its tokenizer does not work here; its files go along as they are: {error}")
+            logger.warning(f"this project cannot use the tokenizer; its files are copied unchanged: {error}")
         known = read_generation_config(beside)
         ids |= {key: known[key] for key in ids if key in known}
         _write_json(beside / GENERATION_CONFIG, known or ids)
@@ -71,10 +71,10 @@ def export_hf(checkpoint: Path, folder: Path, backend: Backend, dtype: str) -> P
 
 
 def export_gguf(checkpoint: Path, file: Path, backend: Backend, dtype: str) -> Path:
-    """Writes a checkpoint as a file for llama.cpp, its tokenizer in it.
+    """Writes a checkpoint as a GGUF file for llama.cpp, including its tokenizer.
 
     Args:
-        dtype: of the matrices: float32, bfloat16, float16 or q8_0; norms are float32.
+        dtype: precision of the matrices: float32, bfloat16, float16 or q8_0. Norms are float32.
 
     Raises:
         InputError: the file exists, or the checkpoint is damaged.
@@ -90,31 +90,28 @@ def export_gguf(checkpoint: Path, file: Path, backend: Backend, dtype: str) -> P
         kept = write_gguf(beside, model, weights, dtype, fields)
     if kept:
         logger.warning(
-            f"rows that are no multiple of 32 do not fit q8_0: float16 in {len(kept)} matrices, as {kept[0]}"
+            f"q8_0 needs rows of a multiple of 32 values: {len(kept)} matrices are float16, for example {kept[0]}"
         )
     logger.info("exported %s: %d weights in %s", checkpoint, len(weights), dtype)
     return file
 
 
 def _write_tokenizer(folder: Path, tokenizer: Tokenizer, model: ModelConfig) -> dict[str, int | None]:
-    """Adds a SentencePiece model as tokenizer.json; other files stay as they came. Returns the special ids."""
+    """Adds tokenizer.json, and settings for it, if there is only a SentencePiece model. Returns the special ids."""
     found = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
     ids = {key: i if i >= 0 else None for key, i in found.items()} | {"pad_token_id": None}
     if (folder / "tokenizer.json").is_file():
         return ids
     data = sentencepiece_to_json(tokenizer.content, tokenizer.adds_bos)
     if data is None:
-        logger.warning(
-            "its tokenizer is of a kind that tokenizer.json cannot express: tokenizer.model goes along alone"
-        )
+        logger.warning("tokenizer.json cannot express this kind of tokenizer: only tokenizer.model is exported")
         return ids
     settings: dict[str, object] = dict(special_tokens(tokenizer.content))
     settings |= {"model_max_length": model.context_length, "clean_up_tokenization_spaces": False}
-    settings["split_special_tokens"] = True  # "</s>" in a text is text, as it was in training
+    settings["split_special_tokens"] = True  # "</s>" in a text is ordinary text, as in training
     _write_json(folder / "tokenizer.json", data)
-    settings |= read_tokenizer_config(folder) | {
-        "tokenizer_class": "PreTrainedTokenizerFast"
-    }  # which takes it as it is
+    # PreTrainedTokenizerFast uses tokenizer.json unchanged
+    settings |= read_tokenizer_config(folder) | {"tokenizer_class": "PreTrainedTokenizerFast"}
     _write_json(folder / TOKENIZER_CONFIG, settings)
     return ids | {"pad_token_id": data["model"]["vocab"].get(settings.get("pad_token"))}
 

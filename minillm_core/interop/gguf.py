@@ -1,7 +1,7 @@
-"""GGUF, the format of llama.cpp: Llama models written, and read with their weights dequantised.
+"""GGUF, the format of llama.cpp: writes Llama models, and reads them with dequantised weights.
 
-What the architecture here cannot express is refused by name: no `llama.` key is passed over unless it is known to
-change no logits (llama.cpp reads no others for the model).
+Features that this architecture cannot express are refused by name: a `llama.` key is ignored only if it is known to
+change no logits. (llama.cpp reads no other keys for the model.)
 """
 
 import math
@@ -36,13 +36,13 @@ NAMES = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
-"""Part of a canonical name -> of llama.cpp's."""
+"""Part of a canonical name -> the same part in llama.cpp."""
 
 FACTORS = "rope_freqs.weight"
-"""What Llama 3's scaling divides each frequency by."""
+"""The tensor of the factors by which Llama 3's RoPE scaling divides each frequency."""
 
 SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_context_length")
-"""Our own keys, `minillm.rope_scaling.`: the factors alone do not tell them."""
+"""The fields of this project's `minillm.rope_scaling.` keys. They cannot be recovered from the factors."""
 
 SIZES = ("context_length", "embedding_length", "block_count", "feed_forward_length", "attention.head_count")
 READ = {
@@ -56,7 +56,7 @@ READ = {
     "vocab_size",
     "tensor_data_layout",
 }
-"""`llama.` keys that are read here, or change nothing."""
+"""`llama.` keys that are read here, or that change no logits."""
 
 OFF: dict[str, tuple[Any, ...]] = {
     "attention.causal": (True,),
@@ -68,10 +68,10 @@ OFF: dict[str, tuple[Any, ...]] = {
     "rope.scaling.type": ("none",),
     "use_parallel_residual": (False,),
 }
-"""`llama.` keys that change nothing if they have one of these values."""
+"""`llama.` keys that change no logits if they have one of these values."""
 
 FILE_TYPES = {"float32": 0, "float16": 1, "q8_0": 7, "bfloat16": 32}
-"""By what the weights are stored in, llama.cpp's number of it."""
+"""dtype of the weights -> its number in llama.cpp (`general.file_type`)."""
 
 
 def gguf_name(name: str) -> str:
@@ -83,7 +83,7 @@ def gguf_name(name: str) -> str:
 
 @dataclass(frozen=True)
 class GGUFCheckpoint:
-    """A file that has been looked at, but whose weights have not been read."""
+    """A file whose header has been checked, and whose weights have not been read yet."""
 
     file: GGUFFile
     config: ModelConfig
@@ -96,7 +96,7 @@ class GGUFCheckpoint:
         """Every parameter by canonical name, one at a time, as float32.
 
         Raises:
-            InputError: a tensor has numbers that are not finite.
+            InputError: a tensor has values that are not finite.
         """
         for name in param_table(self.config):
             array = checked_weight(self.file.read(gguf_name(name)), gguf_name(name), self.file.path)
@@ -105,27 +105,33 @@ class GGUFCheckpoint:
             yield name, array
 
     def write_tokenizer(self, folder: Path) -> None:
-        """Makes the tokenizer's files of what the file says.
+        """Writes the tokenizer's files, made from the keys of the GGUF file.
 
         Raises:
-            InputError: it has none, or one of another kind.
+            InputError: the file has no tokenizer, or one of an unsupported kind.
         """
         for name, content in tokenizer_files(self.file.fields, self.file.path).items():
             (folder / name).write_bytes(content)
 
 
 def open_gguf(path: Path) -> GGUFCheckpoint:
-    """Reads the header of a file, and compares every name and shape.
+    """Reads the header of a file, and checks the name and shape of every tensor.
 
     Raises:
-        InputError: it is no GGUF file, or damaged, or has what this architecture cannot express.
+        InputError: the file is not a GGUF file, is damaged, or has features that this architecture cannot express.
     """
     if path.is_dir():
         found = ", ".join(sorted(file.name for file in path.glob("*.gguf"))[:8]) or None
-        raise InputError("a folder", expected="one .gguf file", found=found, where=path, hint="name the file")
+        raise InputError(
+            "the path is a folder",
+            expected="one .gguf file",
+            found=found,
+            where=path,
+            hint="give the path of a .gguf file",
+        )
     file = read_gguf(path)
     config = _read_config(file)
-    if config.n_layers > len(file.tensors):  # before tables of that size are made
+    if config.n_layers > len(file.tensors):  # before a table of that size is built
         hint = "get the file again"
         raise InputError("more layers than tensors", expected=f"{config.n_layers} layers", where=path, hint=hint)
     back = {gguf_name(name): name for name in param_table(config)}
@@ -139,19 +145,21 @@ def _read_config(file: GGUFFile) -> ModelConfig:
     architecture, kind = (str(fields.get(f"general.{key}", "model"))[:60] for key in ("architecture", "type"))
     if (architecture, kind) != ("llama", "model"):
         found = f"general.architecture {architecture!r}, general.type {kind!r}"
-        problem, hint = "not a model of the Llama architecture", "only models of that architecture can be read"
+        problem, hint = "not a model of the Llama architecture", "use a model of the Llama architecture"
         raise InputError(problem, expected="'llama'", found=found, where=file.path, hint=hint)
     parts = fields.get("split.count", 1)
     if type(parts) is not int or parts > 1:
         found = f"{str(parts)[:20]} parts"
-        hint = "join the parts first: llama-gguf-split --merge FIRST-PART.gguf WHOLE.gguf"
-        raise InputError("a part of a split file", expected="one file", found=found, where=file.path, hint=hint)
+        hint = "merge the parts first: llama-gguf-split --merge FIRST-PART.gguf WHOLE.gguf"
+        raise InputError(
+            "the file is one part of a split model", expected="one file", found=found, where=file.path, hint=hint
+        )
     problems: list[str] = []
     given = {key.removeprefix("llama."): value for key, value in fields.items() if key.startswith("llama.")}
     for key in sorted(given.keys() - READ):
         value = given[key]
         if not any(type(value) is type(off) and value == off for off in OFF.get(key, ())):
-            problems.append(f"llama.{key[:60]}: {str(value)[:60]} is not in this architecture")
+            problems.append(f"llama.{key[:60]}: {str(value)[:60]} is not supported by this architecture")
 
     def size(key: str, default: int = 0) -> int:
         value = given.get(key, default)
@@ -181,8 +189,8 @@ def _read_config(file: GGUFFile) -> ModelConfig:
     n_kv_heads = size("attention.head_count_kv", n_heads)
     vocab_size = size("vocab_size", embedding.shape[0] if embedding else 0)
     if problems:
-        hint = "only models of the Llama architecture can be read"
-        raise InputError(listed("cannot be read as a Llama model", problems), where=file.path, hint=hint)
+        hint = "use a model of the Llama architecture"
+        raise InputError(listed("the file cannot be read as a Llama model", problems), where=file.path, hint=hint)
     init_std = fields.get("minillm.init_std")
     extra: dict[str, Any] = {"init_std": init_std} if type(init_std) is float and 0 < init_std < math.inf else {}
     try:
@@ -206,19 +214,22 @@ def _read_config(file: GGUFFile) -> ModelConfig:
 
 
 def rope_factors(config: ModelConfig) -> np.ndarray:
-    """What Llama 3's scaling divides each frequency by, float64 (H/2,)."""
+    """The factors by which Llama 3's RoPE scaling divides each frequency, float64 (H/2,)."""
     unscaled = ModelConfig(**vars(config) | {"rope_scaling": None})
     return inverse_frequencies(unscaled) / inverse_frequencies(config)
 
 
 def _with_scaling(config: ModelConfig, file: GGUFFile) -> ModelConfig:
-    """The scaling that gives the file's factors: the one named in a file of ours, else Llama 3.1's to 3.3's, of which
-    the factors tell the largest."""
+    """The configuration with the RoPE scaling that gives the file's factors.
+
+    Candidates are the scaling that this project writes into its own files, and the scaling of Llama 3.1 to 3.3, whose
+    `factor` is the largest of the factors.
+    """
     shape = file.tensors[FACTORS].shape
     if shape != (config.resolved_head_dim // 2,):
         expected = (config.resolved_head_dim // 2,)
         hint = "get the file again"
-        raise InputError(f"the shape of {FACTORS}", expected=expected, found=shape, where=file.path, hint=hint)
+        raise InputError(f"wrong shape of {FACTORS}", expected=expected, found=shape, where=file.path, hint=hint)
     factors = file.read(FACTORS)
     own: list[Any] = [file.fields.get(f"minillm.rope_scaling.{name}") for name in SCALING]
     candidates = [RopeScaling(*own)] if [type(value) for value in own] == [float, float, float, int] else []
@@ -232,16 +243,16 @@ def _with_scaling(config: ModelConfig, file: GGUFFile) -> ModelConfig:
             if np.allclose(rope_factors(scaled), factors, rtol=1e-4, atol=0):
                 return scaled
     raise InputError(
-        f"{FACTORS} is not Llama 3's scaling as known here",
+        f"{FACTORS} is not Llama 3's scaling",
         expected="factors of low_freq_factor 1, high_freq_factor 4, original context 8192",
         found=f"{factors.min():.6g} to {factors.max():.6g}",
         where=file.path,
-        hint="import the Hugging Face checkpoint that the file was made of",
+        hint="import the Hugging Face checkpoint from which the file was made",
     )
 
 
 def config_fields(config: ModelConfig) -> dict[str, Any]:
-    """llama.cpp's keys of a model; and our own of what they do not hold."""
+    """llama.cpp's keys of a model, and this project's own keys for values that those do not hold exactly, or at all."""
     fields = {
         "llama.context_length": config.context_length,
         "llama.embedding_length": config.width,
@@ -255,7 +266,7 @@ def config_fields(config: ModelConfig) -> dict[str, Any]:
         "llama.rope.dimension_count": config.resolved_head_dim,
         "llama.rope.freq_base": config.rope_theta,
         "llama.vocab_size": config.vocab_size,
-        # llama.cpp's are float32; ours are as they are
+        # llama.cpp's keys are float32; ours keep the exact values
         "minillm.rope_theta": config.rope_theta,
         "minillm.norm_eps": config.norm_eps,
         "minillm.init_std": config.init_std,
@@ -273,12 +284,12 @@ def write_gguf(
     """Writes a file, a part of a tensor at a time.
 
     Args:
-        dtype: of the matrices: float32, float16, bfloat16, or q8_0: blocks of 32 numbers in a row, with float16 for
-            matrices whose rows are no multiple of that. Norms are float32.
-        other_fields: the model's name, the tokenizer.
+        dtype: precision of the matrices: float32, float16, bfloat16 or q8_0. q8_0 has blocks of 32 values of a row;
+            matrices whose rows are not a multiple of 32 are stored as float16. Norms are float32.
+        other_fields: further keys: the name of the model, the tokenizer.
 
     Returns:
-        the matrices that are float16 where q8_0 was asked for.
+        the matrices that are float16 although q8_0 was requested.
     """
     gguf = gguf_package()
     kinds = {"float32": gguf.GGMLQuantizationType.F32, "float16": gguf.GGMLQuantizationType.F16}
@@ -310,7 +321,7 @@ def write_gguf(
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     writer.close()
-    with path.open("ab") as file:  # the package's way of writing arrays does not tell a full disk
+    with path.open("ab") as file:  # the package's own writer of arrays does not report a full disk
 
         def write(arrays: Iterable[np.ndarray]) -> None:
             file.write(bytes(-file.tell() % 32))
@@ -329,7 +340,7 @@ def write_gguf(
 
 
 def _stored(gguf: Any, name: str, array: np.ndarray, dtype: str) -> np.ndarray:
-    """Numbers as a file has them."""
+    """The values in the dtype of the file."""
     if dtype != "q8_0":
         return rounded(name, array, dtype)
     if np.abs(array).max() > 127 * float(np.finfo(np.float16).max):  # a block's scale is a float16

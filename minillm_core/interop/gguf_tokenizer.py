@@ -1,4 +1,4 @@
-"""Tokenizers in GGUF files: SentencePiece BPE (llama.cpp calls it `llama`) and byte-level BPE (`gpt2`), both ways."""
+"""Reads and writes tokenizers in GGUF files: SentencePiece BPE (`llama` in llama.cpp) and byte-level BPE (`gpt2`)."""
 
 import json
 import logging
@@ -22,7 +22,7 @@ from minillm_core.text.tokenizer_json import SPACE, JsonTokenizer, bos_template
 logger = logging.getLogger(__name__)
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
-"""Types of tokens, which GGUF has from SentencePiece."""
+"""Types of tokens. GGUF uses the numbers of SentencePiece."""
 
 # fmt: off
 ENDS = frozenset((
@@ -30,7 +30,7 @@ ENDS = frozenset((
     "[EOS]", "<|end_of_text|>", "<end_of_utterance>", "<\uff5cend\u2581of\u2581sentence\uff5c>", "<eos>",
 ))
 # fmt: on
-"""Tokens at which llama.cpp ends a text whatever the file's ids say, by name (src/llama-vocab.cpp)."""
+"""Names of tokens at which llama.cpp always ends a text, independent of the ids in the file (src/llama-vocab.cpp)."""
 
 AGAIN = "get the file again"
 
@@ -56,31 +56,33 @@ PRE_TOKENIZERS: dict[str, tuple[list[dict[str, Any]], bool]] = {
     "smollm": ([{"type": "Digits", "individual_digits": True}, _byte_level(use_regex=True)], False),
     "gpt-2": ([_byte_level(use_regex=True)], False),
 }
-"""llama.cpp's name -> what it does in the words of tokenizer.json: pre-tokenizers, and whether a word that is a token
-stays whole whatever the merges say."""
+"""Name in llama.cpp -> its settings in tokenizer.json: the pre-tokenizers, and `ignore_merges` (a word that is itself a
+token is not split, independent of the merges)."""
 
 ALIASES = {"llama3": "llama-bpe", "llama-v3": "llama-bpe", "gpt2": "gpt-2"}
 
 
 def tokenizer_fields(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
-    """llama.cpp's keys of a tokenizer; rows of the embedding without a token get unused ones.
+    """llama.cpp's keys of a tokenizer. Embedding rows without a token get unused tokens.
 
     Raises:
-        InputError: llama.cpp would give other ids, or a file beside the tokenizer is damaged.
+        InputError: llama.cpp would give different ids, or a file next to the tokenizer is damaged.
     """
     if not tokenizer.fits(vocab_size):
         hint = "put the model's own tokenizer files into its checkpoint"
-        raise InputError("the tokenizer is another model's", expected=vocab_size, found=tokenizer.vocab_size, hint=hint)
+        raise InputError(
+            "the tokenizer belongs to a different model", expected=vocab_size, found=tokenizer.vocab_size, hint=hint
+        )
     make = _of_json if isinstance(tokenizer, JsonTokenizer) else _of_sentencepiece
     fields = {f"tokenizer.ggml.{key}": value for key, value in make(tokenizer, vocab_size).items()}
     more_ends = sorted(tokenizer.end_ids - {tokenizer.eos_id})
     fields |= {f"tokenizer.ggml.{key}_token_id": i for key, i in zip(("eot", "eom"), more_ends, strict=False)}
     tokens = fields["tokenizer.ggml.tokens"]
     if lost := [i for i in more_ends[2:] if tokens[i] not in ENDS]:
-        logger.warning(f"a GGUF file has room for three tokens that end a text: {lost} are left out")
+        logger.warning(f"a GGUF file can name only three tokens that end a text: {lost} are not exported")
     if more := [token for i, token in enumerate(tokens) if token in ENDS and i not in tokenizer.end_ids]:
         logger.warning(
-            f"llama.cpp will end a text at {', '.join(more)} too, as it does wherever there is a token of that name"
+            f"llama.cpp will also end a text at {', '.join(more)}: it treats every token of such a name as an end"
         )
     if (template := _chat_template(tokenizer.path.parent)) is not None:
         fields["tokenizer.chat_template"] = template
@@ -88,7 +90,7 @@ def tokenizer_fields(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
 
 
 def _chat_template(folder: Path) -> str | None:
-    """The template beside a tokenizer: a file of its own, or in tokenizer_config.json, alone or as the default."""
+    """The chat template of a tokenizer: its own file, or the only or default one in tokenizer_config.json."""
     file = folder / CHAT_TEMPLATE
     try:
         if file.is_file():
@@ -107,17 +109,17 @@ def _of_sentencepiece(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
     trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
     symbols = [piece.piece for piece in proto.pieces if piece.type == USER_DEFINED]
     problems = {
-        "another kind than BPE": trainer.model_type != trainer.BPE,
-        "no bytes to fall back on": not trainer.byte_fallback,
+        "not a BPE model": trainer.model_type != trainer.BPE,
+        "no byte fallback": not trainer.byte_fallback,
         "text is normalised": bool(normalizer.precompiled_charsmap or normalizer.remove_extra_whitespaces),
-        "spaces of another form": trainer.treat_whitespace_as_suffix or not normalizer.escape_whitespaces,
-        "tokens that are not used": any(piece.type == UNUSED for piece in proto.pieces),
-        "symbols of the user with spaces": any({" ", SPACE} & {*symbol} for symbol in symbols),
-        "symbols of the user that overlap": overlap(symbols),
-        # llama.cpp puts the space after each of them
-        "a space before a text, and symbols of the user": normalizer.add_dummy_prefix and bool(symbols),
+        "unusual handling of spaces": trainer.treat_whitespace_as_suffix or not normalizer.escape_whitespaces,
+        "unused tokens": any(piece.type == UNUSED for piece in proto.pieces),
+        "user-defined symbols with spaces": any({" ", SPACE} & {*symbol} for symbol in symbols),
+        "user-defined symbols that overlap": overlap(symbols),
+        # llama.cpp also inserts a space after each user-defined symbol
+        "a space before a text together with user-defined symbols": normalizer.add_dummy_prefix and bool(symbols),
     }
-    _refuse(problems, "a BPE model that takes text as it is", tokenizer.path)
+    _refuse(problems, "a BPE model that does not change the text", tokenizer.path)
     padding = range(len(proto.pieces), vocab_size)
     ids = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "unknown": trainer.unk_id, "padding": trainer.pad_id}
     return {
@@ -151,13 +153,13 @@ def _of_json(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
         "its normalizer": data.get("normalizer") is not None,
         "its model": model.get("type") != "BPE" or any(model.get(key) for key in ("dropout", "byte_fallback")),
         "its prefixes and suffixes": any(model.get(key) for key in ("continuing_subword_prefix", "end_of_word_suffix")),
-        "what it puts before a document": begin not in ([], [tokenizer.bos_id]),
+        "the tokens that it puts before a document": begin not in ([], [tokenizer.bos_id]),
         "its added tokens": any(
             not token["special"] and any(token[key] for key in ("lstrip", "rstrip", "single_word")) for token in added
         )
         or overlap(symbols),
     }
-    _refuse(problems, f"a byte-level BPE as one of {', '.join(PRE_TOKENIZERS)}", tokenizer.path)
+    _refuse(problems, f"a byte-level BPE like one of {', '.join(PRE_TOKENIZERS)}", tokenizer.path)
     tokens, types = [f"[PAD{i}]" for i in range(vocab_size)], [UNUSED] * vocab_size
     for text, i in model["vocab"].items():
         tokens[i], types[i] = text, NORMAL
@@ -177,7 +179,7 @@ def _of_json(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
 
 
 def overlap(symbols: list[str]) -> bool:
-    """Whether one can begin within another: llama.cpp then takes the longest first, other tokenizers the leftmost."""
+    """Whether one symbol can begin inside another. Then llama.cpp takes the longest first, but others the leftmost."""
     owners: dict[str, set[str]] = {}
     for symbol in symbols:
         for end in range(1, len(symbol)):
@@ -188,17 +190,17 @@ def overlap(symbols: list[str]) -> bool:
 def _refuse(problems: dict[str, bool], expected: str, where: Path) -> None:
     if found := ", ".join(problem for problem, is_there in problems.items() if is_there):
         problem, hint = (
-            "llama.cpp would not give this tokenizer's ids",
-            "tokenise elsewhere, and give llama.cpp token ids",
+            "llama.cpp would not give the same ids as this tokenizer",
+            "tokenise outside llama.cpp, and give it token ids",
         )
         raise InputError(problem, expected=expected, found=found, where=where, hint=hint)
 
 
 def tokenizer_files(fields: dict[str, Any], where: Path) -> dict[str, bytes]:
-    """The files that `load_tokenizer` reads, by name, made of a GGUF file's keys.
+    """The files that `load_tokenizer` reads (name -> content), made from the keys of a GGUF file.
 
     Raises:
-        InputError: there is no tokenizer, or one of another kind, or its keys contradict each other.
+        InputError: there is no tokenizer, its kind is not supported, or its keys contradict each other.
     """
 
     def get(key: str, kind: type, default: Any) -> Any:
@@ -211,16 +213,16 @@ def tokenizer_files(fields: dict[str, Any], where: Path) -> dict[str, bytes]:
     model, tokens = get("model", str, "no_vocab"), get("tokens", list, [])
     if get("add_eos_token", bool, False):
         logger.warning(
-            "the file wants its end-of-document token after every text: what is to be continued gets none here"
+            "the file asks for an end-of-document token after every text; this project does not add it to a prompt"
         )
     types = get("token_type", np.ndarray, np.full(len(tokens), NORMAL)).tolist()
     special = {name: get(f"{name}_token_id", int, -1) for name in ("bos", "eos", "unknown", "padding", "eot", "eom")}
     if model not in ("llama", "gpt2"):
         expected = "llama (SentencePiece BPE) or gpt2 (byte-level BPE)"
-        problem, hint = "no tokenizer of a kind known here", "import the Hugging Face checkpoint that it was made of"
+        problem, hint = "no supported tokenizer", "import the Hugging Face checkpoint from which the file was made"
         raise InputError(problem, expected=expected, found=model[:60], where=where, hint=hint)
     if len(types) != len(tokens) or len(set(tokens)) != len(tokens) or max(special.values()) >= len(tokens):
-        expected = "as many types as tokens, no token twice, and special ids below their number"
+        expected = "as many types as tokens, no duplicate tokens, and special ids below the number of tokens"
         raise InputError("damaged tokenizer", expected=expected, where=where, hint=AGAIN)
     if special["eos"] < 0:
         expected = "tokenizer.ggml.eos_token_id"
@@ -240,7 +242,9 @@ def tokenizer_files(fields: dict[str, Any], where: Path) -> dict[str, bytes]:
         tokens = [t.replace(" ", SPACE) if kind == USER_DEFINED else t for t, kind in zip(tokens, types, strict=True)]
         if prefix and USER_DEFINED in types:
             example = tokens[types.index(USER_DEFINED)]
-            logger.warning(f"after tokens such as {example[:60]!r} in a text llama.cpp puts a space: here none is put")
+            logger.warning(
+                f"llama.cpp inserts a space after tokens such as {example[:60]!r} inside a text; this project does not"
+            )
         if not get("add_bos_token", bool, True):
             files[TOKENIZER_CONFIG] = json.dumps({"add_bos_token": False}).encode()
         return files | {"tokenizer.model": _sentencepiece(tokens, scores, types, special, prefix)}
@@ -248,8 +252,8 @@ def tokenizer_files(fields: dict[str, Any], where: Path) -> dict[str, bytes]:
     if ALIASES.get(pre, pre) not in PRE_TOKENIZERS:
         expected = ", ".join(PRE_TOKENIZERS)
         problem, hint = (
-            "a pre-tokenizer that is not known here",
-            "import the Hugging Face checkpoint that it was made of",
+            "the pre-tokenizer is not supported",
+            "import the Hugging Face checkpoint from which the file was made",
         )
         raise InputError(problem, expected=expected, found=pre[:60], where=where, hint=hint)
     merges = [merge.split(" ", 2) for merge in get("merges", list, []) if merge]
@@ -273,7 +277,7 @@ def _sentencepiece(
     trainer.model_type, trainer.vocab_size = trainer.BPE, len(tokens)
     trainer.byte_fallback = BYTE in types
     normalizer.name = "identity"
-    # llama.cpp takes no spaces away, whatever its key of that says
+    # llama.cpp never removes spaces: it ignores the key remove_extra_whitespaces
     normalizer.add_dummy_prefix, normalizer.remove_extra_whitespaces = add_space_prefix, False
     try:
         for token, score, kind in zip(tokens, scores, types, strict=True):
@@ -301,7 +305,7 @@ def _sentencepiece(
 def _tokenizer_json(
     tokens: list[str], types: list[int], merges: list[list[str]], pre: str, special: dict[str, int], add_bos: bool
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """tokenizer.json and tokenizer_config.json."""
+    """The content of tokenizer.json and of tokenizer_config.json."""
     steps, ignore_merges = PRE_TOKENIZERS[pre]
     post = bos_template(tokens[special["bos"]], special["bos"]) if add_bos else _byte_level(use_regex=True)
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)

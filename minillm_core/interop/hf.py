@@ -1,4 +1,4 @@
-"""A Hugging Face checkpoint of the Llama architecture: config.json, safetensors in shards or not, tokenizer files.
+"""Reads and writes Hugging Face checkpoints of the Llama architecture: safetensors (one file or shards), tokenizers.
 
 hf_config.py reads and writes config.json.
 """
@@ -33,29 +33,29 @@ from minillm_core.text.tokenizer import (
 )
 
 SHARD_BYTES = 5_000_000_000
-"""Largest file of an export, as in transformers; a single tensor may be larger."""
+"""The largest file of an export, as in transformers. A single larger tensor gets its own file."""
 
 
 @dataclass(frozen=True)
 class HFCheckpoint:
-    """A folder that has been looked at, but whose weights have not been read."""
+    """A folder that has been checked, and whose weights have not been read yet."""
 
     folder: Path
     config: ModelConfig
     files: dict[str, Path]
-    """Where each parameter is, in the order of the table."""
+    """Parameter -> the file that holds it, in the order of the table of parameters."""
 
     def tensors(self) -> Iterator[tuple[str, np.ndarray]]:
-        """Every parameter, one at a time: float64 as it is, smaller types as float32, which holds them exactly.
+        """Every parameter, one at a time. float64 is kept; smaller types become float32, which is exact.
 
         Raises:
-            InputError: a tensor has numbers that are not finite, or a file is damaged.
+            InputError: a tensor has values that are not finite, or a file is damaged.
         """
         for name, path in self.files.items():
             yield name, checked_weight(read_tensor(path, name), name, path)
 
     def write_tokenizer(self, folder: Path) -> None:
-        """Copies the tokenizer's files; special ids that only config.json has become a generation_config.json."""
+        """Copies the tokenizer's files. Special ids in config.json become a generation_config.json if there is none."""
         copy_tokenizer(self.folder, folder)
         config = _read_json(self.folder / "config.json")
         ids = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in config}
@@ -64,10 +64,10 @@ class HFCheckpoint:
 
 
 def open_hf(folder: Path) -> HFCheckpoint:
-    """Reads the configuration and the headers of a checkpoint's files, and compares every name, shape and dtype.
+    """Reads the configuration and the headers of a checkpoint's files, and checks every name, shape and dtype.
 
     Raises:
-        InputError: it is no such folder, or damaged, or has what this architecture cannot express.
+        InputError: the folder is not a checkpoint, is damaged, or has features that this architecture cannot express.
     """
     if not folder.exists():
         raise InputError("no such folder", expected="a Hugging Face checkpoint", where=folder, hint="check the path")
@@ -83,18 +83,20 @@ def open_hf(folder: Path) -> HFCheckpoint:
     for path, expected in _shards(folder).items():
         found = safetensors_layout(path)
         if lost := (expected or set()) - found.keys():
-            problem, hint = "a shard lacks tensors that the index says are in it", "get the shard and the index again"
+            problem, hint = "a shard lacks tensors that the index lists for it", "get the shard and the index again"
             raise InputError(problem, found=sorted(lost)[:5], where=path, hint=hint)
         if expected is not None and (more := found.keys() - expected):
-            problem, hint = "a shard has tensors that the index does not name", "get the shard and the index again"
+            problem, hint = "a shard has tensors that the index does not list", "get the shard and the index again"
             raise InputError(problem, found=sorted(more)[:5], where=path, hint=hint)
         for name in sorted(found):
             layout[name], files[name] = found[name], path
     if wrong := [f"{name}: {dtype}" for name, (_, dtype) in layout.items() if dtype not in DTYPES]:
-        problem = "quantised or integer weights are not in this architecture:\n  " + "\n  ".join(wrong[:8])
-        raise InputError(problem, expected=", ".join(DTYPES), where=folder, hint="use the checkpoint's 16-bit original")
-    if config.n_layers > len(layout):  # before tables of that size are made
-        hint = "get config.json and the weights again, of one model"
+        problem = "quantised or integer weights are not supported:\n  " + "\n  ".join(wrong[:8])
+        raise InputError(
+            problem, expected=", ".join(DTYPES), where=folder, hint="use the original checkpoint, before quantisation"
+        )
+    if config.n_layers > len(layout):  # before a table of that size is built
+        hint = "get config.json and the weights of the same model again"
         raise InputError("more layers than tensors", expected=f"{config.n_layers} layers", where=folder, hint=hint)
     _drop_redundant(config, layout, files, folder)
     check_shapes(config, {name: shape for name, (shape, _) in layout.items()}, folder)
@@ -102,16 +104,16 @@ def open_hf(folder: Path) -> HFCheckpoint:
 
 
 def _shards(folder: Path) -> dict[Path, set[str] | None]:
-    """The files of a checkpoint, and what the index expects in each (None: there is no index)."""
+    """File of the checkpoint -> the tensors that the index lists for it (None: there is no index)."""
     index = folder / "model.safetensors.index.json"
     if index.is_file() and (folder / "model.safetensors").is_file():
         hint = "remove the one that is out of date"
-        raise InputError("both an index of shards and a model.safetensors", where=folder, hint=hint)
+        raise InputError("the folder has both an index of shards and a model.safetensors", where=folder, hint=hint)
     if not index.is_file():
         if (folder / "model.safetensors").is_file():
             return {folder / "model.safetensors": None}
         found = ", ".join(sorted(path.name for path in folder.iterdir())[:8])
-        hint = "pickled weights (*.bin, *.pt) may run code: save them as safetensors"
+        hint = "save the weights as safetensors; pickled weights (*.bin, *.pt) can run code and are not read"
         raise InputError("no weights", expected="*.safetensors", found=found, where=folder, hint=hint)
     data = _read_json(index)
     weight_map = data.get("weight_map") if isinstance(data, dict) else None
@@ -120,26 +122,28 @@ def _shards(folder: Path) -> dict[Path, set[str] | None]:
     by_file: dict[Path, set[str]] = {}
     for name, file in weight_map.items():
         if Path(file).name != file or not file.endswith(".safetensors"):
-            expected = "names of *.safetensors files in this folder"
+            expected = "names of *.safetensors files in the same folder"
             hint = "do not trust this checkpoint; get it again from its source"
-            raise InputError("the index leads elsewhere", expected=expected, found=file[:200], where=index, hint=hint)
+            raise InputError(
+                "the index points outside the folder", expected=expected, found=file[:200], where=index, hint=hint
+            )
         by_file.setdefault(folder / file, set()).add(name)
     if missing := [path.name for path in by_file if not path.is_file()]:
-        raise InputError("missing shards", found=", ".join(missing), where=folder, hint="download the rest")
+        raise InputError("shards are missing", found=", ".join(missing), where=folder, hint="get the missing files")
     return {**by_file}
 
 
 def _drop_redundant(config: ModelConfig, layout: dict[str, Any], files: dict[str, Path], where: Path) -> None:
-    """Leaves out a tied model's copy of its head, and buffers of the rotary frequencies, if they are what they must be.
+    """Removes redundant tensors: the copy of a tied model's head, and buffers of rotary frequencies.
 
     Raises:
-        InputError: they are not.
+        InputError: the copy differs from the embedding, or the frequencies contradict the configuration.
     """
     head, embedding = "lm_head.weight", "model.embed_tokens.weight"
     if config.tie_embeddings and head in layout and layout[head] == layout.get(embedding):
         if not np.array_equal(read_tensor(files[head], head), read_tensor(files[embedding], embedding)):
-            hint = 'set "tie_word_embeddings": false in config.json if the head is its own'
-            raise InputError("a tied model whose head differs from its embedding", where=where, hint=hint)
+            hint = 'set "tie_word_embeddings": false in config.json if the model has its own head'
+            raise InputError("the model is tied, but its head differs from its embedding", where=where, hint=hint)
         del layout[head]
     for name in [name for name in layout if name.endswith("rotary_emb.inv_freq")]:
         own = read_tensor(files[name], name).astype(np.float64)
@@ -147,7 +151,7 @@ def _drop_redundant(config: ModelConfig, layout: dict[str, Any], files: dict[str
         if own.shape != expected.shape or not np.allclose(own, expected, rtol=1e-2):
             hint = "correct rope_theta or rope_scaling in config.json"
             raise InputError(
-                "the file's rotary frequencies are not those of its config", found=name, where=where, hint=hint
+                "the rotary frequencies of the file contradict config.json", found=name, where=where, hint=hint
             )
         del layout[name]
 
@@ -167,7 +171,7 @@ def write_hf_weights(
     dtype: str,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Writes the weights, rounded to `dtype`, in files of at most shard_bytes."""
+    """Writes the weights, rounded to `dtype`, in files of at most `shard_bytes` (unless one tensor is larger)."""
     shards: list[dict[str, tuple[tuple[int, ...], str]]] = []
     room, itemsize = 0, numpy_dtype(dtype).itemsize
     for name, spec in param_table(config).items():

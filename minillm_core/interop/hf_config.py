@@ -1,7 +1,7 @@
-"""A Hugging Face config.json of the Llama architecture as a ModelConfig, and back.
+"""Converts a Hugging Face config.json of the Llama architecture to a ModelConfig, and back.
 
-What the architecture here cannot express is refused by name: nothing in a config.json is ignored unless it is known to
-change no logits.
+Features that this architecture cannot express are refused by name: a key of config.json is ignored only if it is known
+to change no logits.
 """
 
 import json
@@ -57,7 +57,7 @@ HARMLESS = frozenset(
         "vocab_size",
     }
 )
-"""Keys of config.json that are read here, or change no logits. Others are refused unless they are null or OFF."""
+"""Keys of config.json that are read here, or that change no logits. Others are refused unless they are null or OFF."""
 
 
 OFF = frozenset(
@@ -70,21 +70,22 @@ OFF = frozenset(
         "use_sliding_window",
     }
 )
-"""Keys that change nothing if they are false; others may: `is_causal`."""
+"""Keys that change nothing if they are false. This does not hold for every key, for example `is_causal`."""
 
 
 LARGEST = 1 << 24
-"""Of any size or count; the rotary table alone would take gigabytes."""
+"""Upper bound of every size and count. With a larger one, the rotary table alone would take gigabytes."""
 
 
 REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
 
 def from_hf_config(data: Any, where: object) -> ModelConfig:
-    """The ModelConfig of a `config.json`; what it leaves out has the default of transformers' LlamaConfig.
+    """The ModelConfig of a `config.json`. Missing keys get the defaults of transformers' LlamaConfig.
 
     Raises:
-        InputError: naming everything that is missing, mistyped, or not in this architecture.
+        InputError: keys are missing, have a wrong type, or are not supported by this architecture. One message lists
+            them all.
     """
     if not isinstance(data, dict):
         found, hint = type(data).__name__, "get the file again"
@@ -98,14 +99,14 @@ def from_hf_config(data: Any, where: object) -> ModelConfig:
         value = data[key]
         all_full = key == "layer_types" and isinstance(value, list) and all(x == "full_attention" for x in value)
         if not (value is None or all_full or (value is False and key in OFF) or (value is True and key == "is_causal")):
-            problems.append(f"{key[:60]}: {str(data[key])[:60]} is not in this architecture")
+            problems.append(f"{key[:60]}: {str(data[key])[:60]} is not supported by this architecture")
     theta, scaling = _rope(data, problems)
 
     def number(key: str, default: Any, kind: type) -> Any:
         value = default if data.get(key) is None else data[key]
         fits: bool = isinstance(value, (int, float) if kind is float else kind)
         if isinstance(value, bool) is not (kind is bool) or not fits:
-            if key in data:  # otherwise it is missing, which has been said
+            if key in data:  # otherwise it is already reported as missing
                 problems.append(f"{key}: expected {kind.__name__}, found {repr(value)[:60]}")
             return kind(1)
         if kind is int and value > LARGEST:
@@ -129,8 +130,8 @@ def from_hf_config(data: Any, where: object) -> ModelConfig:
         "init_std": number("initializer_range", 0.02, float),
     }
     if problems:
-        hint = "only models of the Llama architecture can be read; correct config.json if it says otherwise of one"
-        raise InputError(listed("cannot be read as a Llama model", problems), where=where, hint=hint)
+        hint = "use a model of the Llama architecture; if this is one, correct its config.json"
+        raise InputError(listed("the configuration cannot be read as a Llama model", problems), where=where, hint=hint)
     try:
         return ModelConfig(**fields, rope_theta=theta, rope_scaling=scaling)
     except InputError as error:
@@ -138,7 +139,10 @@ def from_hf_config(data: Any, where: object) -> ModelConfig:
 
 
 def _rope(data: dict[str, Any], problems: list[str]) -> tuple[float, RopeScaling | None]:
-    """rope_theta and rope_scaling as transformers 4 writes them, or rope_parameters as 5 does; both if they agree."""
+    """rope_theta and rope_scaling, from the keys of transformers 4 or from rope_parameters (transformers 5).
+
+    If both forms are present, they must agree. Adds to `problems` instead of raising.
+    """
     found: list[tuple[float, RopeScaling | None]] = []
     old, new = data.get("rope_scaling"), data.get("rope_parameters")
     for key, rope in (("rope_scaling", old), ("rope_parameters", new)):
@@ -156,7 +160,7 @@ def _rope(data: dict[str, Any], problems: list[str]) -> tuple[float, RopeScaling
         names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
         values = [theta, *(rope.get(name) for name in names if kind == "llama3")]
         if kind not in ("default", "llama3"):
-            problems.append(f"{key}: rope_type {kind!r} is not in this architecture (default or llama3)")
+            problems.append(f"{key}: rope_type {kind!r} is not supported by this architecture (default or llama3)")
         elif any(isinstance(x, bool) or not isinstance(x, (int, float)) for x in values):
             problems.append(f"{key}: expected numbers for rope_theta{' and ' + ', '.join(names) * (kind == 'llama3')}")
         elif not all(0 < x <= sys.float_info.max for x in values) or (kind == "llama3" and not values[2] < values[3]):
@@ -169,14 +173,14 @@ def _rope(data: dict[str, Any], problems: list[str]) -> tuple[float, RopeScaling
             found.append((float(theta), scaling))
         for name in sorted(rope.keys() - {"rope_type", "type", "rope_theta", *(names if kind == "llama3" else ())}):
             if rope[name] is not None and not (name == "partial_rotary_factor" and rope[name] == 1):
-                problems.append(f"{key}.{name}: {rope[name]!r} is not in this architecture")
+                problems.append(f"{key}.{name}: {rope[name]!r} is not supported by this architecture")
     if len(set(found)) > 1:
         problems.append(f"rope_scaling and rope_parameters differ: {found[0]} and {found[1]}")
     return found[0] if found else (1.0, None)
 
 
 def to_hf_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
-    """The `config.json` with which `transformers` builds the same model (LlamaForCausalLM)."""
+    """The `config.json` from which `transformers` builds the same model (LlamaForCausalLM)."""
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
     if config.rope_scaling is not None:
         rope |= {

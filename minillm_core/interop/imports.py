@@ -1,4 +1,4 @@
-"""Checkpoints of other projects made into runs."""
+"""Imports: makes a run from a checkpoint of another project."""
 
 import logging
 import tempfile
@@ -25,7 +25,7 @@ from minillm_core.training.checkpoints import (
     foreign_kind,
     payload_bytes,
 )
-from minillm_core.training.run_directory import open_run
+from minillm_core.training.run_directory import RunDirectory
 
 logger = logging.getLogger(__name__)
 
@@ -34,28 +34,29 @@ OPENERS: dict[str, Callable[[Path], HFCheckpoint | OriginalCheckpoint | GGUFChec
     "minillm": open_original,
     "gguf": open_gguf,
 }
-"""By format: what looks at a checkpoint without reading its weights."""
+"""Format -> the function that checks a checkpoint of this format without reading its weights."""
 
 
 def import_checkpoint(format: str, source: Path, run_dir: Path, backend: Backend) -> Path:
-    """Makes a run with one checkpoint, of step 0, from another project's checkpoint.
+    """Makes a run with one checkpoint, of step 0, from a checkpoint of another project.
 
-    Weights are kept as float32 (float64 ones as they are). The tokenizer files beside them go along as they are.
+    Weights become float32, except float64 weights, which are kept. The tokenizer files are copied unchanged.
 
     Args:
-        format: `hf`: a Hugging Face folder; `minillm`: the original Mini-LLM's ckpt.pt or folder; `gguf`: a file.
+        format: `hf` (a Hugging Face folder), `minillm` (the original Mini-LLM's ckpt.pt or folder) or `gguf` (a file).
 
     Returns:
         the new checkpoint.
 
     Raises:
-        InputError: the source is damaged or has what the architecture cannot express, or the run directory holds
-            something else. Nothing is written then.
+        InputError: the source is damaged, or has features that the architecture cannot express, or the run directory
+            holds something different. Nothing is written in these cases.
     """
     kind = foreign_kind(source)
-    if kind not in (None, format) and (format, kind) != ("minillm", "hf"):  # the original's config.json may be bare
+    # a folder of the original Mini-LLM may look like a Hugging Face folder
+    if kind not in (None, format) and (format, kind) != ("minillm", "hf"):
         raise InputError(
-            "a checkpoint of a different kind",
+            "the checkpoint is of a different kind",
             expected=format,
             found=kind,
             where=source,
@@ -65,7 +66,9 @@ def import_checkpoint(format: str, source: Path, run_dir: Path, backend: Backend
     opened = OPENERS[format](source)
     result = run_dir / backend.FRAMEWORK / "checkpoints" / "0"
     if checkpoint_steps(result.parent):
-        raise InputError("the run has checkpoints of its own", where=result.parent, hint="give another run directory")
+        raise InputError(
+            "the run directory already has checkpoints", where=result.parent, hint="use a different run directory"
+        )
     weights = dict(opened.tensors())
     with tempfile.TemporaryDirectory() as beside:
         folder = Path(beside)
@@ -74,7 +77,7 @@ def import_checkpoint(format: str, source: Path, run_dir: Path, backend: Backend
         hashes = {path.relative_to(folder).as_posix(): hash_file(path) for path in files}
         hashes["weights"] = hash_arrays(weights)
         config = _run_config(opened.config, run_dir)
-        with open_run(run_dir, config, folder, hashes), CheckpointWriter(result.parent) as writer:
+        with RunDirectory(run_dir, config).opened(folder, hashes), CheckpointWriter(result.parent) as writer:
 
             def start_payload(partial_folder: Path) -> Callable[[], None]:
                 return partial(backend.write_payload, partial_folder, config, TrainingState(weights, {}, {}))
@@ -87,7 +90,7 @@ def import_checkpoint(format: str, source: Path, run_dir: Path, backend: Backend
 
 
 def _copy_tokenizer(opened: HFCheckpoint | OriginalCheckpoint | GGUFCheckpoint, folder: Path) -> None:
-    """Writes the tokenizer's files into an empty folder; warns if they cannot be used here."""
+    """Writes the tokenizer's files into an empty folder. Warns if this project cannot use them."""
     try:
         opened.write_tokenizer(folder)
         if contradicting(folder):
@@ -98,11 +101,11 @@ def _copy_tokenizer(opened: HFCheckpoint | OriginalCheckpoint | GGUFCheckpoint, 
         load_tokenizer(folder, opened.config.vocab_size)
     except InputError as error:
         problem = str(error).replace(str(folder), str(opened.folder))
-        logger.warning("its tokenizer cannot be used, so the model continues token ids, not text: %s", problem)
+        logger.warning("the tokenizer cannot be used, so the model can continue token ids but not text: %s", problem)
 
 
 def _run_config(model: ModelConfig, run_dir: Path) -> RunConfig:
-    """The model under the training settings of the smallest preset, which nothing but further training would use."""
+    """A run configuration for the model. All other settings come from the smallest preset; only training uses them."""
     preset = load_config("quickstart")
     train = replace(
         preset.train,

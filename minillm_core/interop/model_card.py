@@ -1,4 +1,4 @@
-"""The README.md of an exported Hugging Face folder."""
+"""The model card: the README.md of an exported Hugging Face folder."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from minillm_core.version import __version__
 
 
 def model_card(checkpoint: Path, info: CheckpointInfo, dtype: str, has_curve: bool) -> str:
-    """The card in Markdown: size, origin, held-out loss, how to load it, configuration, hashes of the data."""
+    """The model card in Markdown: size, origin, losses, how to load the model, configuration, hashes of the data."""
     model, metrics = info.config.model, checkpoint.parent.parent / "metrics.jsonl"
     rows = read_metrics(metrics, info.step) if metrics.is_file() else []
     lines = [

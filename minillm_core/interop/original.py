@@ -1,8 +1,9 @@
-"""A checkpoint of the original Mini-LLM (github.com/Ashx098/Mini-LLM): its ckpt.pt, or its safetensors.
+"""Reads a checkpoint of the original Mini-LLM (github.com/Ashx098/Mini-LLM): its ckpt.pt, or its safetensors.
 
-Its rotary embedding turns neighbouring channels, ours channel i with i + H/2: rows of q and k are reordered. Its table
-of rotations is checked and left out. The model here is that of its uncached logits: its cached decoding masks the one
-query top-left, so that it sees the first key alone.
+The original's RoPE rotates neighbouring channels, while this project rotates channel i with channel i + H/2: rows of q
+and k are reordered. The original's table of rotations is checked and not imported. The imported model reproduces the
+original's logits without a cache. (With a cache, the original aligns the causal mask of its single query to the top
+left, so the query sees only the first key.)
 """
 
 import json
@@ -35,25 +36,25 @@ NAMES = {
     "model.norm": "norm",
     "model.layers": "layers",
 }
-"""Part of a canonical name -> of the original's."""
+"""Part of a canonical name -> the same part in the original."""
 
 HEAD, ROTATIONS = "output.weight", "rope.freqs_cis"
 
 
 @dataclass(frozen=True)
 class OriginalCheckpoint:
-    """A checkpoint that has been looked at, but whose weights have not been read."""
+    """A checkpoint that has been checked, and whose weights have not been read yet."""
 
     folder: Path
     config: ModelConfig
     read: Callable[[str], np.ndarray]
-    """The original's tensor of a name."""
+    """Name in the original -> tensor."""
 
     def tensors(self) -> Iterator[tuple[str, np.ndarray]]:
-        """Every parameter by canonical name, one at a time: float64 as it is, smaller types as float32.
+        """Every parameter by canonical name, one at a time. float64 is kept; smaller types become float32.
 
         Raises:
-            InputError: numbers that are not finite, or what the original's tied head and constant buffer cannot be.
+            InputError: a tensor has values that are not finite, or the file is damaged.
         """
         for name in param_table(self.config):
             array = checked_weight(self.read(original_name(name)), original_name(name), self.folder)
@@ -62,8 +63,8 @@ class OriginalCheckpoint:
             yield name, array
 
     def write_tokenizer(self, folder: Path) -> None:
-        """Copies the tokenizer's files. Of a tokenizer.model and a tokenizer.json, which in the original give other
-        ids, the second, with which it was trained."""
+        """Copies the tokenizer's files, but no tokenizer.model if there is a tokenizer.json: in the original the two
+        give different ids, and the model was trained with tokenizer.json."""
         copy_tokenizer(self.folder, folder)
         if (folder / TOKENIZER_JSON).is_file():
             (folder / TOKENIZER_MODEL).unlink(missing_ok=True)
@@ -78,10 +79,10 @@ def original_name(name: str) -> str:
 
 def open_original(path: Path) -> OriginalCheckpoint:
     """Reads the configuration of a ckpt.pt, or of a folder with the original's model.safetensors and config.json, and
-    compares every name and shape. Nothing that is in the pickle is executed.
+    checks the name and shape of every tensor. No code in the pickle is executed.
 
     Raises:
-        InputError: it is neither, or damaged, or another model.
+        InputError: the path is neither, or is damaged, or holds a different kind of model.
     """
     if path.is_dir() and (path / "model.safetensors").is_file():
         file = path / "model.safetensors"
@@ -97,8 +98,8 @@ def open_original(path: Path) -> OriginalCheckpoint:
         pickled = read_pickled(file)
         tensors, arguments = pickled.get("model"), pickled.get("model_args")
         if not isinstance(tensors, Mapping) or not all(isinstance(x, PickledTensor) for x in tensors.values()):
-            expected, hint = "a dict with 'model' and 'model_args'", "only the original's own checkpoints can be read"
-            raise InputError("not the original's checkpoint", expected=expected, where=file, hint=hint)
+            expected, hint = "a dict with 'model' and 'model_args'", "use a checkpoint saved by the original Mini-LLM"
+            raise InputError("not a checkpoint of the original Mini-LLM", expected=expected, where=file, hint=hint)
         shapes = {name: tensor.shape for name, tensor in tensors.items()}
         arguments = vars(arguments) if isinstance(arguments, ModelArgs) else arguments
 
@@ -106,9 +107,9 @@ def open_original(path: Path) -> OriginalCheckpoint:
             array: np.ndarray = tensors[prefix + name].read()
             return array
 
-    prefix = "_orig_mod." if f"_orig_mod.{HEAD}" in shapes else ""  # of a compiled model
+    prefix = "_orig_mod." if f"_orig_mod.{HEAD}" in shapes else ""  # prefix of a compiled model
     config = _config(arguments, file)
-    if config.n_layers > len(shapes):  # before tables of that size are made
+    if config.n_layers > len(shapes):  # before a table of that size is built
         hint = "get the file again"
         raise InputError("more layers than tensors", expected=f"{config.n_layers} layers", where=file, hint=hint)
     shapes = {name.removeprefix(prefix): shape for name, shape in shapes.items()}
@@ -116,14 +117,16 @@ def open_original(path: Path) -> OriginalCheckpoint:
     constant = {name for name in (HEAD, ROTATIONS) if name in shapes}
     check_shapes(config, {back.get(n, n): shape for n, shape in shapes.items() if n not in constant}, file)
     if HEAD in constant and not np.array_equal(read(HEAD), read(original_name("model.embed_tokens.weight"))):
-        hint = "only the original's own checkpoints can be read"
-        raise InputError("the head differs from the embedding, which the original ties", where=file, hint=hint)
+        hint = "use a checkpoint saved by the original Mini-LLM"
+        raise InputError("the head differs from the embedding, but the original ties them", where=file, hint=hint)
     if ROTATIONS in constant:
         angles = np.arange(config.context_length)[:, None] * inverse_frequencies(config)
         found = read(ROTATIONS)
         if found.shape != angles.shape or not np.allclose(found, np.exp(1j * angles), atol=2e-3):
-            hint = "only the original's own checkpoints can be read"
-            raise InputError("the rotations are not the original's", found=ROTATIONS, where=file, hint=hint)
+            hint = "use a checkpoint saved by the original Mini-LLM"
+            raise InputError(
+                "the RoPE rotations differ from those of the original", found=ROTATIONS, where=file, hint=hint
+            )
     return OriginalCheckpoint(file.parent, config, read)
 
 
@@ -131,21 +134,27 @@ def _read_arguments(path: Path) -> Any:
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError, RecursionError) as error:
-        hint = "put the original's config.json beside its model.safetensors"
+        hint = "put the original's config.json next to its model.safetensors"
         raise InputError("missing or damaged configuration", found=str(error)[:200], where=path, hint=hint) from error
 
 
 def _config(arguments: Any, where: Path) -> ModelConfig:
-    """The original's ModelArgs as a ModelConfig; theta and eps are constants of its code."""
+    """Converts the original's ModelArgs to a ModelConfig. Its rope_theta and norm_eps are constants in its code."""
     fields = ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of", "max_seq_len")
     values: list[Any] = [arguments.get(field) for field in fields] if isinstance(arguments, dict) else [None]
     if not all(type(value) is int and 0 < value < 1 << 24 for value in values):
         expected, hint = (
             f"whole numbers {fields}",
-            "only the original's own checkpoints can be read ('hf->jax' reads others)",
+            "use a checkpoint saved by the original Mini-LLM ('hf->jax' reads Hugging Face folders)",
         )
-        kinds = [type(value).__name__ for value in values]  # what is in them may have no end
-        raise InputError("not the original's model_args", expected=expected, found=kinds, where=where, hint=hint)
+        kinds = [type(value).__name__ for value in values]  # the values may be deeply nested
+        raise InputError(
+            "these are not the model_args of the original Mini-LLM",
+            expected=expected,
+            found=kinds,
+            where=where,
+            hint=hint,
+        )
     dim, n_layers, n_heads, n_kv_heads, vocab_size, multiple_of, max_seq_len = values
     return ModelConfig(
         vocab_size=vocab_size,

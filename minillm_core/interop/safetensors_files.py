@@ -1,4 +1,4 @@
-"""safetensors files, the neutral format between frameworks: written and read one tensor at a time."""
+"""Reads and writes safetensors files, the framework-independent format for tensors, one tensor at a time."""
 
 import json
 import math
@@ -14,19 +14,19 @@ from minillm_core.errors import InputError
 from minillm_core.files import first_bytes
 
 PART_BYTES = 1 << 24
-"""Of a tensor that is read, rounded or written at a time."""
+"""The size of the parts in which a tensor is read, rounded and written."""
 
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-"""What the format calls the dtypes of weights."""
+"""Name of a dtype in the format -> name of the dtype in numpy."""
 
 
 def numpy_dtype(name: str) -> np.dtype:
-    """The dtype of a name, bfloat16 too."""
+    """The numpy dtype of a name, including bfloat16."""
     return np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
-    """Writes tensors bit for bit; unlike the library's `save_file` without a second copy of them all."""
+    """Writes tensors bit for bit. Unlike the library's `save_file`, it does not make a second copy of all tensors."""
     for dtype in {array.dtype for array in tensors.values()}:
         assert dtype.name in DTYPES.values(), dtype
     layout = {name: (array.shape, array.dtype.name) for name, array in tensors.items()}
@@ -36,13 +36,13 @@ def write_safetensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
 def stream_safetensors(
     path: Path, layout: Mapping[str, tuple[tuple[int, ...], str]], tensors: Iterable[tuple[str, np.ndarray]]
 ) -> None:
-    """Writes tensors that come one at a time, in the order of `layout`: name -> shape, and dtype to round it to.
+    """Writes tensors that come one at a time, in the order of `layout`: name -> (shape, dtype to which it is rounded).
 
     Raises:
-        InputError: a dtype cannot hold a tensor's numbers.
+        InputError: a dtype cannot hold the values of a tensor.
     """
     names = {dtype: name for name, dtype in DTYPES.items()}
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}  # transformers asks for it
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}  # required by transformers
     end = 0
     for name, (shape, dtype) in layout.items():
         start, end = end, end + math.prod(shape) * numpy_dtype(dtype).itemsize
@@ -58,12 +58,12 @@ def stream_safetensors(
 
 
 def parts(array: np.ndarray) -> list[np.ndarray]:
-    """An array's rows, some at a time."""
+    """Splits an array along its first dimension into parts of about PART_BYTES."""
     return np.array_split(np.atleast_1d(array), max(1, -(-array.nbytes // PART_BYTES)))
 
 
 def read_safetensors(path: Path) -> Iterator[tuple[str, np.ndarray]]:
-    """Tensors of a file, one at a time.
+    """The tensors of a file, one at a time.
 
     Raises:
         InputError: the file is missing or damaged.
@@ -73,7 +73,7 @@ def read_safetensors(path: Path) -> Iterator[tuple[str, np.ndarray]]:
 
 
 def read_tensor(path: Path, name: str) -> np.ndarray:
-    """One tensor of a file, mapped into memory a part at a time: what is mapped counts as taken.
+    """One tensor of a file. The file is mapped into memory one part at a time, because mapped memory counts as used.
 
     Raises:
         InputError: the file is missing or damaged.
@@ -94,23 +94,23 @@ def read_tensor(path: Path, name: str) -> np.ndarray:
 
 
 def checked_weight(array: np.ndarray, name: str, where: Path) -> np.ndarray:
-    """An imported weight: float64 as it is, smaller types as float32, which holds them exactly.
+    """An imported weight. float64 is kept; smaller types become float32, which is exact.
 
     Raises:
-        InputError: numbers that are not finite.
+        InputError: the weight has values that are not finite.
     """
     array = array if array.dtype == np.float64 else array.astype(np.float32)
     if n_bad := int(array.size - np.isfinite(array).sum()):
-        found = f"{n_bad} of {array.size} numbers of {name}"
+        found = f"{n_bad} of {array.size} values of {name}"
         raise InputError("a weight is not finite", found=found, where=where, hint="get the file again")
     return array
 
 
 def rounded(name: str, array: np.ndarray, dtype: str) -> np.ndarray:
-    """A weight in a dtype.
+    """A weight rounded to a dtype.
 
     Raises:
-        InputError: numbers that were finite would be so no longer.
+        InputError: finite values would overflow.
     """
     if array.dtype == numpy_dtype(dtype):
         return array
@@ -122,7 +122,7 @@ def rounded(name: str, array: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def safetensors_layout(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Name -> shape and dtype (in the format's words) of every tensor of a file; only its header is read.
+    """Name -> (shape, dtype as named in the format) of every tensor of a file. Only the header is read.
 
     Raises:
         InputError: the file is missing or damaged.
@@ -140,5 +140,5 @@ def _damaged(error: Exception, path: Path) -> InputError:
     if path.is_file() and not os.access(path, os.R_OK):
         found, hint = "no permission to read it", "change its permissions"
     elif first_bytes(path, 20) == b"version https://git-":
-        found, hint = "a pointer to the file, of Git LFS", "git lfs pull"
+        found, hint = "a Git LFS pointer instead of the file", "run `git lfs pull`"
     return InputError("missing or damaged safetensors file", found=found, where=path, hint=hint)

@@ -1,1 +1,1 @@
-"""What the model is, without a framework: parameters, rotary angles, a numpy reference, tolerances."""
+"""The model independent of a framework: parameters, rotary embeddings, a numpy reference, stages, tolerances."""

@@ -1,4 +1,4 @@
-"""The one table of parameters: canonical name -> shape, logical axes, initial distribution; and the initial weights.
+"""The table of parameters (canonical name -> shape, logical axes, initial distribution), and the initial weights.
 
 Canonical names and (out, in) shapes are those of a Hugging Face Llama checkpoint.
 """
@@ -16,13 +16,13 @@ from minillm_core.errors import InputError, listed
 
 @dataclass(frozen=True)
 class ParamSpec:
-    """One parameter: canonical name, shape, the meaning of its axes, and the std of its initial normal draw."""
+    """One parameter: canonical name, shape, the meaning of its axes, and its initial distribution."""
 
     name: str
     shape: tuple[int, ...]
     axes: tuple[str, ...]
     std: float | None
-    """None: starts at 1 (norm scales)."""
+    """Standard deviation of the initial normal distribution. None: all ones (norm scales)."""
 
     @property
     def decays(self) -> bool:
@@ -63,13 +63,13 @@ def count_params(config: ModelConfig) -> int:
 
 
 def forward_flops(config: ModelConfig, batch: int, seq_len: int) -> int:
-    """Floating-point operations of the matrix products in one forward pass without a cache (a multiply-add is 2).
+    """Floating-point operations of the matrix products in one forward pass without a cache (a multiply-add counts 2).
 
-    Attention is counted over all seq_len x seq_len pairs, the masked half included. A training step costs 3 x this.
+    Attention counts all seq_len x seq_len pairs, including the masked half. A training step costs 3 times as much.
     """
     matrices = sum(math.prod(spec.shape) for spec in param_table(config).values() if spec.decays)
     if not config.tie_embeddings:
-        matrices -= config.vocab_size * config.width  # the embedding is then a look-up alone
+        matrices -= config.vocab_size * config.width  # the embedding is then only a table lookup
     attention = 2 * config.n_layers * config.n_heads * config.resolved_head_dim * seq_len
     return 2 * batch * seq_len * (matrices + attention)
 
@@ -77,8 +77,8 @@ def forward_flops(config: ModelConfig, batch: int, seq_len: int) -> int:
 def init_param(spec: ParamSpec, seed: int, start: int = 0, stop: int | None = None) -> np.ndarray:
     """Initial values of rows start:stop of one parameter, float32.
 
-    Any slice of rows equals the same slice of the whole, so a shard can draw its part alone: normal numbers come in
-    blocks of four (Box-Muller) from a Philox counter keyed by (seed, name).
+    Any slice of rows equals the same slice of the whole tensor, so each shard can draw its own part: normal numbers
+    come in blocks of four (Box-Muller) from a Philox counter whose key is derived from (seed, name).
     """
     stop = spec.shape[0] if stop is None else stop
     shape = (stop - start, *spec.shape[1:])
@@ -90,7 +90,7 @@ def init_param(spec: ParamSpec, seed: int, start: int = 0, stop: int | None = No
     key = hashlib.sha256(f"{seed}/{spec.name}".encode()).digest()[:16]
     bits = np.random.Philox(key=int.from_bytes(key, "little")).advance(first_block)
     words = bits.random_raw(4 * (last_block - first_block)).reshape(-1, 2, 2)
-    uniform = ((words >> np.uint64(11)) + 0.5) * 2.0**-53  # in (0, 1), both ends excluded
+    uniform = ((words >> np.uint64(11)) + 0.5) * 2.0**-53  # in (0, 1), excluding both ends
     radius = np.sqrt(-2 * np.log(uniform[:, 0]))
     angle = 2 * np.pi * uniform[:, 1]
     normal = np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1).reshape(-1)
@@ -99,15 +99,15 @@ def init_param(spec: ParamSpec, seed: int, start: int = 0, stop: int | None = No
 
 
 def init_params(config: ModelConfig, seed: int) -> dict[str, np.ndarray]:
-    """The initial weights of a model, float32, by canonical name. Both frameworks start from these bits."""
+    """The initial weights of a model, float32, by canonical name. Both frameworks start from exactly these values."""
     return {name: init_param(spec, seed) for name, spec in param_table(config).items()}
 
 
 def check_shapes(config: ModelConfig, shapes: Mapping[str, Iterable[int]], where: object) -> None:
-    """Compares tensors with the table.
+    """Compares the names and shapes of tensors with the table of parameters.
 
     Raises:
-        InputError: listing every missing, unexpected and misshapen tensor in one message.
+        InputError: tensors are missing, unexpected or have the wrong shape. One message lists them all.
     """
     table = param_table(config)
     problems = [f"missing: {name} {spec.shape}" for name, spec in table.items() if name not in shapes]
@@ -117,11 +117,11 @@ def check_shapes(config: ModelConfig, shapes: Mapping[str, Iterable[int]], where
         elif tuple(shape) != table[name].shape:
             problems.append(f"shape: {name}: expected {table[name].shape}, found {tuple(shape)}")
     if problems:
-        hint = "use the configuration this checkpoint was written with"
+        hint = "use the configuration that this checkpoint was written with"
         first = next(iter(table))
         prefix = next((name.removesuffix(first) for name in shapes if name.endswith(first)), "")
         if prefix and all(name.startswith(prefix) for name in shapes):
-            hint = f"every name begins with {prefix!r}, as a wrapper of the model adds it: save the model inside it"
+            hint = f"every name begins with {prefix!r}, the prefix of a wrapper: save the model inside the wrapper"
         elif not any(problem.startswith("shape") for problem in problems):
-            hint = "give a checkpoint that has all tensors of the model, and no others"
+            hint = "use a checkpoint that has exactly the tensors of the model"
         raise InputError(listed(f"{len(problems)} tensor(s) do not fit the model", problems), where=where, hint=hint)

@@ -1,7 +1,7 @@
-"""The model once more, in plain numpy and float64: what a configuration and weights mean, by neither framework.
+"""The reference: a third implementation of the model, in numpy and float64, that uses neither framework.
 
-It computes stage by stage, no further than it is asked, and its parts can be replaced by wrong ones (faults.py): so it
-tells which of two models that differ is wrong, and how.
+It computes stage by stage, and only as far as requested. Its parts can be replaced by faulty ones (doctor/faults.py),
+which shows which of two different models is wrong, and how.
 
 Shapes: B batch, T query time, S key time, D width, N query heads, K key/value heads, G = N / K, H head dim.
 """
@@ -21,14 +21,14 @@ def silu(x: np.ndarray) -> np.ndarray:
 
 
 def half_split_rotation(x_BTNH: np.ndarray, cos_T1H: np.ndarray, sin_T1H: np.ndarray) -> np.ndarray:
-    """Channel i turns together with channel i + H/2."""
+    """Rotates channel i together with channel i + H/2."""
     first, second = np.split(x_BTNH, 2, axis=-1)
     return np.concatenate([first * cos_T1H - second * sin_T1H, second * cos_T1H + first * sin_T1H], axis=-1)
 
 
 @dataclass(frozen=True)
 class Reference:
-    """A model: its configuration, its weights and, at their right values, the choices that an implementation makes."""
+    """A model: its configuration, its weights, and the choices of an implementation (the defaults are correct)."""
 
     config: ModelConfig
     weights: Mapping[str, np.ndarray]
@@ -37,22 +37,25 @@ class Reference:
     rotation: Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray] = half_split_rotation
     activation: Callable[[np.ndarray], np.ndarray] = silu
     attention_scale: float | None = None
-    """By default 1 / sqrt(H)."""
+    """None: 1 / sqrt(H)."""
     tiled_groups: bool = False
-    """Query head n reads KV head n % K, and not n // G."""
+    """Query head n reads KV head n % K instead of n // G."""
     sees_future: bool = False
     embedding_scale: float = 1.0
     final_norm: bool = True
 
     def stages(self, tokens_BT: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
-        """Name and value of every stage in `stage_names`, as in a Trace, each computed when it is asked for."""
+        """Name and value of every stage, in the order of `stage_names`. Each stage is computed when it is requested."""
         computed: dict[str, np.ndarray] = {}
         for name in stage_names(self.config):
             computed[name] = self.stage(name, computed, tokens_BT)
             yield name, computed[name]
 
     def stage(self, name: str, before: Mapping[str, np.ndarray], tokens_BT: np.ndarray) -> np.ndarray:
-        """One stage, float64 (B, T, its width), computed of those before it, which may be another model's."""
+        """One stage, float64 (B, T, width of the stage), computed from the previous stages.
+
+        `before` holds these previous stages; they may come from a different model.
+        """
         if name == "model.embed_tokens":
             return self._weight(name)[tokens_BT] * self.embedding_scale
         last = f"model.layers.{self.config.n_layers - 1}"
@@ -89,7 +92,7 @@ class Reference:
         return x_BTD @ self._weight(name).T
 
     def _projected(self, x_BTD: np.ndarray, name: str) -> np.ndarray:
-        """Queries, keys or values; the first two turned by their positions."""
+        """Queries, keys or values. Queries and keys are rotated by their positions."""
         B, T, _ = x_BTD.shape
         heads_BTxH = self._linear(x_BTD, f"{name}_proj").reshape(B, T, -1, self.config.resolved_head_dim)
         if not name.endswith(".v"):
@@ -98,7 +101,7 @@ class Reference:
         return heads_BTxH.reshape(B, T, -1)
 
     def _attended(self, q_BTx: np.ndarray, k_BTx: np.ndarray, v_BTx: np.ndarray) -> np.ndarray:
-        """What the heads read, one after the other (B, T, N x H)."""
+        """The outputs of all heads, concatenated (B, T, N x H)."""
         B, T, _ = q_BTx.shape
         K, H = self.config.n_kv_heads, self.config.resolved_head_dim
         if self.tiled_groups:

@@ -1,7 +1,7 @@
-"""Rotary position embeddings: the table of cosines and sines that both frameworks read.
+"""Rotary position embeddings (RoPE): the table of cosines and sines that both frameworks use.
 
-Su et al. 2021 (arXiv:2104.09864), in the half-split convention of Hugging Face: channel i turns together with channel
-i + H/2. Computed once, in float64, so that both frameworks turn by the same bits.
+Su et al. 2021 (arXiv:2104.09864), in the half-split convention of Hugging Face: channel i is rotated together with
+channel i + H/2. The table is computed once, in float64, so both frameworks use identical values.
 """
 
 import math
@@ -18,7 +18,7 @@ def inverse_frequencies(config: ModelConfig) -> np.ndarray:
     scaling = config.rope_scaling
     if scaling is None:
         return frequencies
-    # Llama 3.1: long waves are slowed by `factor`, short ones kept, those between interpolated.
+    # Llama 3.1: low frequencies are divided by `factor`, high ones are kept, and those between are interpolated.
     wavelengths = 2 * math.pi / frequencies
     kept = (scaling.original_context_length / wavelengths - scaling.low_freq_factor) / (
         scaling.high_freq_factor - scaling.low_freq_factor
@@ -34,8 +34,8 @@ def rope_table(config: ModelConfig) -> tuple[np.ndarray, np.ndarray]:
 
 
 def half_split(weight_OI: np.ndarray, head_dim: int) -> np.ndarray:
-    """Reorders the rows of a q or k projection from the interleaved convention, in which channels 2i and 2i + 1 turn
-    together (Meta, GGUF), to the half-split one, i and i + H/2 (Hugging Face, here)."""
+    """Reorders the rows of a q or k projection from the interleaved convention (Meta, GGUF: channels 2i and 2i + 1 are
+    rotated together) to the half-split convention (Hugging Face and this project: channels i and i + H/2)."""
     rows, width = weight_OI.shape
     heads = weight_OI.reshape(rows // head_dim, head_dim // 2, 2, width)
     return heads.swapaxes(1, 2).reshape(rows, width)

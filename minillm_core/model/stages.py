@@ -1,4 +1,4 @@
-"""The stages of a model, by name: what is recorded and compared on the way from token ids to losses."""
+"""The stages of a model, by name: the intermediate results that are recorded and compared."""
 
 from dataclasses import dataclass
 
@@ -17,23 +17,23 @@ BLOCK_STAGES = (
     "mlp",
     "",
 )
-"""What is compared of a block, in the order in which it is computed: q and k after their rotation, self_attn and mlp
-before they are added to the residual stream, and the block's output."""
+"""The stages of a block, in the order in which they are computed: q and k after RoPE, self_attn and mlp before they are
+added to the residual stream, and "" for the output of the block."""
 
 
 def stage_names(config: ModelConfig) -> list[str]:
-    """Every stage of a model, in the order in which it is computed."""
+    """The names of all stages of a model, in the order in which they are computed."""
     blocks = [f"model.layers.{i}.{stage}".rstrip(".") for i in range(config.n_layers) for stage in BLOCK_STAGES]
     return ["model.embed_tokens", *blocks, "model.norm", "logits"]
 
 
 @dataclass(frozen=True)
 class Trace:
-    """What a model computes on its way through tokens (B, T)."""
+    """What a model computes for tokens (B, T)."""
 
     stages: Tensors
-    """float64 (B, T, width of the stage), by the names of `stage_names`; heads one after the other."""
+    """float64 (B, T, width of the stage), by the names in `stage_names`. Heads are concatenated."""
     losses_BT: np.ndarray
-    """Of every token but the first, in nats, float64 (B, T - 1)."""
+    """The loss of every token except the first, in nats, float64 (B, T - 1)."""
     gradients: Tensors
-    """Of the mean loss, by canonical name."""
+    """The gradients of the mean loss, by canonical name."""

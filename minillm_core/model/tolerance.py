@@ -1,6 +1,6 @@
-"""How far the two frameworks may differ, by precision: the one table that the tests and the benchmark hold them to.
+"""How much the two frameworks may differ, by precision. The tests, the benchmark and the doctor use these bounds.
 
-Errors are relative to the largest value compared, or absolute where that is below 1.
+Errors are relative to the largest value compared, or absolute if that value is below 1.
 """
 
 from dataclasses import dataclass
@@ -8,14 +8,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Tolerance:
-    """Bounds at one precision at which rounding alone separates the frameworks."""
+    """Bounds at a precision at which the frameworks differ only by rounding."""
 
     module: float
     logits: float
     gradient: float
-    """Relative norm of the difference, per parameter."""
+    """Relative norm of the difference, for each parameter."""
     run_loss: float
-    """Over 100 steps."""
+    """The loss over 100 training steps."""
 
 
 TOLERANCES = {
@@ -23,12 +23,14 @@ TOLERANCES = {
     "float32": Tolerance(module=1e-5, logits=5e-5, gradient=1e-4, run_loss=1e-4),
 }
 
-# bfloat16 is compared as the production path: modules by value, whole models by their distributions and directions.
+# bfloat16 is compared as it is used in production: modules by their values, whole models by the distributions of the
+# next token and the directions of the gradients.
 BFLOAT16_MODULE = 1e-2
-"""Relative norm of the difference; one rounding is 2^-9 = 2e-3 of a value."""
+"""Relative norm of the difference. One rounding changes a value by about 2^-9 = 2e-3."""
 BFLOAT16_STAGE = 0.1
-"""The same for whatever a model computes on its way (measured on random models of 2 layers: at most 0.03)."""
+"""Relative norm of the difference of a stage, the losses or a gradient (measured on random models of 2 layers: at most
+0.03)."""
 BFLOAT16_MEAN_KL = 1e-3
-"""Nat, at T = 512."""
+"""In nats, at T = 512."""
 BFLOAT16_TOP1_AGREEMENT = 0.97
 BFLOAT16_GRADIENT_COSINE = 0.999

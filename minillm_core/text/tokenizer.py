@@ -12,7 +12,7 @@ from sentencepiece import sentencepiece_model_pb2
 
 from minillm_core.errors import InputError
 
-ModelProto: Any = sentencepiece_model_pb2.ModelProto  # type: ignore[attr-defined]  # made when imported
+ModelProto: Any = sentencepiece_model_pb2.ModelProto  # type: ignore[attr-defined]  # created at import
 
 UNK_ID, BOS_ID, EOS_ID, PAD_ID = 0, 1, 2, 3
 
@@ -28,11 +28,11 @@ TOKENIZER_FILES = (
     GENERATION_CONFIG,
     CHAT_TEMPLATE,
 )
-"""What goes along with a model: the first for our own, any of them for imported ones."""
+"""Tokenizer files stored with a model: only the first one for models trained here, any of them for imported models."""
 
 
 def copy_tokenizer(source: Path, folder: Path) -> None:
-    """Copies the tokenizer's files that are in a folder."""
+    """Copies the tokenizer files that exist in `source`, including additional chat templates."""
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
@@ -42,7 +42,7 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
 
 
 def read_tokenizer_config(folder: Path, name: str = TOKENIZER_CONFIG) -> dict[str, Any]:
-    """tokenizer_config.json, or another JSON object beside a tokenizer; empty if there is none.
+    """The JSON object in tokenizer_config.json, or in a different file of that folder; empty if there is no such file.
 
     Raises:
         InputError: the file is damaged.
@@ -52,7 +52,7 @@ def read_tokenizer_config(folder: Path, name: str = TOKENIZER_CONFIG) -> dict[st
         data: Any = json.loads(path.read_text()) if path.is_file() else {}
         if not isinstance(data, dict):
             raise ValueError(type(data).__name__)
-        json.dumps(data, ensure_ascii=False).encode()  # half a surrogate pair is no text
+        json.dumps(data, ensure_ascii=False).encode()  # fails for a lone surrogate, which is not text
     except (ValueError, RecursionError) as error:
         hint = "get the file again, or remove it"
         raise InputError("damaged file", expected="a JSON object", found=error, where=path, hint=hint) from error
@@ -60,7 +60,7 @@ def read_tokenizer_config(folder: Path, name: str = TOKENIZER_CONFIG) -> dict[st
 
 
 def read_generation_config(folder: Path) -> dict[str, Any]:
-    """generation_config.json; empty if there is none.
+    """The content of generation_config.json; empty if there is no such file.
 
     Raises:
         InputError: the file is damaged.
@@ -71,16 +71,16 @@ def read_generation_config(folder: Path) -> dict[str, Any]:
 
 
 def check_special_ids(data: dict[str, Any], where: Path) -> None:
-    """Raises InputError unless the special ids of a configuration are what they may be."""
+    """Raises InputError if a special id of a configuration is not an int, a list of ints, or null."""
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         ids = data.get(name)
         if not all(i is None or type(i) is int for i in (ids if isinstance(ids, list) else [ids])):
-            expected, hint = "an id, several, or null", "correct it, or get the file again"
+            expected, hint = "an id, a list of ids, or null", "correct it, or get the file again"
             raise InputError(f"not token ids: {name}", expected=expected, found=repr(ids)[:60], where=where, hint=hint)
 
 
 def read_end_ids(folder: Path, eos_id: int) -> frozenset[int]:
-    """The tokens that end a text: as in transformers those of generation_config.json, or else `eos_id`."""
+    """The tokens that end a text: as in transformers, those in generation_config.json, or `eos_id` if it has none."""
     ids = read_generation_config(folder).get("eos_token_id")
     return frozenset(ids if isinstance(ids, list) and ids else [eos_id if ids in (None, []) else ids])
 
@@ -88,8 +88,8 @@ def read_end_ids(folder: Path, eos_id: int) -> frozenset[int]:
 def train_tokenizer(lines: Iterable[str], vocab_size: int, path: Path) -> None:
     """Trains a BPE model of exactly vocab_size pieces and writes it to `path`.
 
-    Text is kept as it is: no normalisation, no merging of spaces, a newline is a piece of its own, and a character
-    without a piece falls back to its UTF-8 bytes. So bits per byte are those of the text itself.
+    The text is not changed: no normalisation, no merging of spaces. A newline is a separate piece, and a character
+    without a piece falls back to its UTF-8 bytes. So bits per byte refer to the original text.
 
     Args:
         lines: text, without newlines.
@@ -130,17 +130,19 @@ def train_tokenizer(lines: Iterable[str], vocab_size: int, path: Path) -> None:
 
 
 class Tokenizer:
-    """A trained SentencePiece model; `add_bos_token` and `add_prefix_space` in a tokenizer_config.json beside it are
-    heeded if they are false."""
+    """A trained SentencePiece model. If tokenizer_config.json in the same folder sets `add_bos_token` or
+    `add_prefix_space` to false, this is respected."""
 
     content: bytes
-    """The model's file, as those settings have it."""
+    """The serialised model, with `add_prefix_space` applied."""
 
     def __init__(self, path: str | Path):
         """Raises InputError if `path` is missing or is not a SentencePiece model."""
         self.path = Path(path)
         if not self.path.is_file():
-            hint = "prepare the data first; of an imported model: import it with its tokenizer files beside its weights"
+            hint = (
+                "prepare the data first; for an imported model: import it with the tokenizer files next to the weights"
+            )
             raise InputError("tokenizer not found", where=self.path, hint=hint)
         try:
             settings = read_tokenizer_config(self.path.parent)
@@ -160,7 +162,7 @@ class Tokenizer:
         self.end_ids = read_end_ids(self.path.parent, self.eos_id)
 
     def fits(self, vocab_size: int) -> bool:
-        """Whether a model can use it; imported ones pad their embedding with rows that no token uses."""
+        """Whether a model of this vocabulary size can use it. Imported models may have unused embedding rows."""
         return self.vocab_size <= vocab_size
 
     def encode(self, text: str, *, bos: bool = False) -> list[int]:
@@ -171,11 +173,11 @@ class Tokenizer:
         return self._pieces.encode(list(texts), num_threads=-1)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of token ids; control tokens (begin, end, padding) are left out, and rows that no token uses."""
+        """Text of token ids, without control tokens (begin, end, padding) and ids outside the tokenizer."""
         return self._pieces.decode([int(i) for i in ids if i < self.vocab_size])
 
     def decode_after(self, ids: Sequence[int]) -> str:
-        """Text of token ids that go on after other text: tokenizers that put a space before a text leave it out of what
-        they decode, but here it stays."""
+        """Text of token ids that follow earlier text. A tokenizer that adds a space before every text removes the first
+        space when it decodes; here it is kept."""
         anchor = self.encode("a")
         return self.decode([*anchor, *ids])[len(self.decode(anchor)) :]

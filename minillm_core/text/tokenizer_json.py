@@ -1,6 +1,6 @@
-"""tokenizer.json, the format of the `tokenizers` package: imported ones are used, our own are exported.
+"""tokenizer.json, the format of the `tokenizers` package: uses imported files, and exports our own tokenizers.
 
-A SentencePiece BPE model and the `tokenizer.json` made of it give the same ids for every text.
+A SentencePiece BPE model and the `tokenizer.json` made from it give the same ids for every text.
 """
 
 import contextlib
@@ -27,10 +27,11 @@ _Piece = ModelProto.SentencePiece
 
 
 class JsonTokenizer(Tokenizer):
-    """An imported tokenizer.json; tokenizer_config.json beside it names the begin and end of a document."""
+    """An imported tokenizer.json. In the same folder, tokenizer_config.json or special_tokens_map.json names the begin-
+    and end-of-document tokens."""
 
     def __init__(self, path: str | Path):
-        """Raises InputError if `path` is missing or damaged, or names no end-of-document token."""
+        """Raises InputError if `path` is missing or damaged, or no end-of-document token is named."""
         self.path = Path(path)
         try:
             import tokenizers
@@ -44,11 +45,11 @@ class JsonTokenizer(Tokenizer):
         bos, eos = (self._named(settings.get(key)) for key in ("bos_token", "eos_token"))
         if eos is None:
             expected, found = "an eos_token that is in tokenizer.json", settings.get("eos_token")
-            where, hint = self.path.parent / TOKENIZER_CONFIG, "name the token that ends a document there"
+            where, hint = self.path.parent / TOKENIZER_CONFIG, "set eos_token to the token that ends a document"
             raise InputError("no end-of-document token", expected=expected, found=found, where=where, hint=hint)
         self._json.no_truncation()
         self._json.no_padding()
-        self._json.encode_special_tokens = True  # text is text; a special token is given as an id
+        self._json.encode_special_tokens = True  # text never yields special tokens; those are given as ids
         self.vocab_size = max(self.vocabulary().values()) + 1
         self.bos_id, self.eos_id = eos if bos is None else bos, eos
         self.end_ids = read_end_ids(self.path.parent, eos)
@@ -60,7 +61,7 @@ class JsonTokenizer(Tokenizer):
 
     @contextlib.contextmanager
     def _damage(self) -> Iterator[None]:
-        """Whatever the package raises is an InputError: bare Exceptions, and panics, which are BaseExceptions alone."""
+        """Turns every error of the package into an InputError, also Rust panics, which are only BaseExceptions."""
         try:
             yield
         except (KeyboardInterrupt, SystemExit, GeneratorExit):
@@ -72,7 +73,7 @@ class JsonTokenizer(Tokenizer):
             ) from error
 
     def vocabulary(self) -> dict[str, int]:
-        """Every token, added ones too, and its id."""
+        """The id of every token, including added tokens."""
         vocabulary: dict[str, int] = self._json.get_vocab()
         return vocabulary
 
@@ -81,8 +82,8 @@ class JsonTokenizer(Tokenizer):
         return self._json.token_to_id(content) if isinstance(content, str) else None
 
     def encode(self, text: str, *, bos: bool = False) -> list[int]:
-        """Token ids of a text; `bos` adds what this tokenizer puts before a document (perhaps nothing), but not what it
-        puts after one."""
+        """Token ids of a text; `bos` adds the tokens that this tokenizer puts before a document (perhaps none), but not
+        those that it puts after one."""
         with self._damage():
             return self._before * bos + self._json.encode(text, add_special_tokens=False).ids
 
@@ -91,26 +92,29 @@ class JsonTokenizer(Tokenizer):
             return [encoding.ids for encoding in self._json.encode_batch(list(texts), add_special_tokens=False)]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of token ids; special tokens and padding rows are left out."""
+        """Text of token ids, without special tokens and ids outside the tokenizer."""
         with self._damage():
             text: str = self._json.decode([int(i) for i in ids if i < self.vocab_size], skip_special_tokens=True)
         return text
 
 
 def _check_merges(model: dict[str, Any]) -> None:
-    """The package cuts the prefix off the second half of a merge unseen: in a character that ends the process."""
+    """Raises ValueError if the second token of a merge lacks `continuing_subword_prefix`.
+
+    The package removes the prefix without this check. If that cuts a character in two, the process ends.
+    """
     if prefix := model.get("continuing_subword_prefix"):
         for merge in model["merges"]:
             if not (merge.split(" ", 1) if isinstance(merge, str) else merge)[1].startswith(prefix):
-                raise ValueError(f"{merge!r} goes on with a token that does not begin with {prefix!r}")
+                raise ValueError(f"the second token of the merge {merge!r} does not begin with {prefix!r}")
 
 
 PROBES = ("", " x", "  two  spaces ", "\t\n\n", "e\u0301\u00e9 \u65e5\U0001f469\u200d\U0001f467", "</s><s>", "1234567")
-"""Texts at which tokenizers part, if they do."""
+"""Texts that show a difference between two tokenizers, if there is one."""
 
 
 def contradicting(folder: Path) -> bool:
-    """Whether there are a SentencePiece model and a tokenizer.json that can both be read, and give other ids."""
+    """Whether a folder has a SentencePiece model and a tokenizer.json, both readable, that give different ids."""
     try:
         one, other = Tokenizer(folder / TOKENIZER_MODEL), JsonTokenizer(folder / TOKENIZER_JSON)
     except InputError:
@@ -123,8 +127,10 @@ def contradicting(folder: Path) -> bool:
 
 
 def load_tokenizer(folder: str | Path, vocab_size: int) -> Tokenizer:
-    """The tokenizer of a run or a checkpoint: its SentencePiece model, or tokenizer.json if the other lacks tokens of a
-    vocabulary.
+    """The tokenizer of a run or a checkpoint.
+
+    If both files exist, the SentencePiece model is used only if it can be read and has `vocab_size` tokens; otherwise
+    tokenizer.json is used.
 
     Raises:
         InputError: there is none, or it is damaged.
@@ -133,7 +139,7 @@ def load_tokenizer(folder: str | Path, vocab_size: int) -> Tokenizer:
     if not (folder / TOKENIZER_JSON).is_file():
         return Tokenizer(folder / TOKENIZER_MODEL)
     if (folder / TOKENIZER_MODEL).is_file():
-        with contextlib.suppress(InputError):  # Llama 3's is of another kind
+        with contextlib.suppress(InputError):  # Llama 3's tokenizer.model has a different format
             tokenizer = Tokenizer(folder / TOKENIZER_MODEL)
             if tokenizer.vocab_size == vocab_size:
                 return tokenizer
@@ -153,18 +159,19 @@ def bos_template(token: str, id: int) -> dict[str, Any]:
 
 
 def special_tokens(content: bytes) -> dict[str, str]:
-    """The special tokens of a SentencePiece model by the names that tokenizer_config.json has for them."""
+    """The special tokens of a SentencePiece model, by their names in tokenizer_config.json."""
     proto = ModelProto.FromString(content)
     ids = {name: getattr(proto.trainer_spec, f"{name}_id") for name in ("bos", "eos", "unk", "pad")}
     return {f"{name}_token": proto.pieces[i].piece for name, i in ids.items() if 0 <= i < len(proto.pieces)}
 
 
 def sentencepiece_to_json(content: bytes, adds_bos: bool) -> dict[str, Any] | None:
-    """The tokenizer.json of a SentencePiece model as `train_tokenizer` makes them, or as Llama 2's, which puts a space
-    before every text; None for other kinds.
+    """The tokenizer.json of a SentencePiece model; None if the model is of an unsupported kind.
 
-    Of the two ways to a piece SentencePiece takes the one of the better score, so the merges are every split of every
-    piece in the order of scores; pieces made by no merge are symbols of the user, which are matched first.
+    Models from `train_tokenizer` are supported, and models like Llama 2's, which put a space before every text.
+
+    SentencePiece always makes the merge whose piece has the best score. So the merges here are all splits of every
+    normal piece into two normal pieces, best score first. User-defined pieces are matched before any merge.
     """
     proto = ModelProto.FromString(content)
     normalizer, trainer = proto.normalizer_spec, proto.trainer_spec
@@ -175,7 +182,7 @@ def sentencepiece_to_json(content: bytes, adds_bos: bool) -> dict[str, Any] | No
         or normalizer.precompiled_charsmap
         or any(piece.type == _Piece.UNUSED for piece in proto.pieces)
         or any(piece.type == _Piece.USER_DEFINED and {" ", SPACE} & {*piece.piece} for piece in proto.pieces)
-        # the space would come after each of them
+        # `tokenizers` would put the space after each of these pieces too
         or (normalizer.add_dummy_prefix and any(piece.type == _Piece.USER_DEFINED for piece in proto.pieces))
     ):
         return None

@@ -1,1 +1,1 @@
-"""The train loop and what it keeps: checkpoints, run directory, metrics, plots."""
+"""The training loop and the files it writes: checkpoints, run directory, metrics, plots."""

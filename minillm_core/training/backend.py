@@ -1,4 +1,4 @@
-"""What the train loop asks of a framework: the common public names of minillm_jax and minillm_torch."""
+"""The interface to a framework: the public names that minillm_jax and minillm_torch have in common."""
 
 import importlib
 from collections.abc import Callable, Mapping
@@ -14,26 +14,26 @@ from minillm_core.tensors import LazyTensors, Tensors
 from minillm_core.training.checkpoints import FRAMEWORKS, TrainingState
 
 State = Any
-"""Parameters and Adam moments, as the framework keeps them."""
+"""Parameters and Adam moments, in the framework's own types."""
 
 StepMetrics = Mapping[str, SupportsFloat]
-"""Of one step: `loss` (nats per token), `grad_norm` (before clipping) and `updates` (Adam's count). `float` waits for
-that step, and for nothing that was dispatched after it."""
+"""Metrics of one step: `loss` (nats per token), `grad_norm` (before clipping) and `updates` (Adam's count). `float`
+waits for that step, but not for steps dispatched after it."""
 
 TrainStep = Callable[[State, np.ndarray, float], tuple[State, StepMetrics]]
-"""(state, tokens (batch_size, seq_len + 1), learning rate) -> new state, metrics. If the loss or the norm is not
-finite, the parameters, the moments and the count stay as they were. The old state must not be used again."""
+"""(state, tokens (batch_size, seq_len + 1), learning rate) -> new state, metrics. If the loss or the gradient norm
+is not finite, the parameters, the moments and Adam's count do not change. The old state must not be used again."""
 
 Model = Any
 """A framework's MiniLLM."""
 
 EvalStep = Callable[[np.ndarray], Any]
-"""tokens (B, S + 1) -> the loss of every token but the first in nats (B, S), at least float32, as an array that numpy
-reads."""
+"""tokens (B, S + 1) -> the loss in nats of every token except the first (B, S), at least float32, as an array that
+numpy can read."""
 
 
 class Backend(Protocol):
-    """A framework package, as core sees it."""
+    """The names of a framework package that minillm_core uses."""
 
     FRAMEWORK: str
     Generator: Any
@@ -57,7 +57,7 @@ class Backend(Protocol):
 
 
 def load_backend(framework: str) -> Backend:
-    """The package of a framework (`jax` or `torch`), imported when it is asked for by name.
+    """Imports the package of a framework (`jax` or `torch`) and returns it.
 
     Raises:
         InputError: there is no such framework, or it is not installed.

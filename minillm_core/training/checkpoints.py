@@ -1,13 +1,14 @@
-"""The outer form of a checkpoint, the same for both frameworks: committed whole, listed, hashed, found.
+"""The checkpoint format that both frameworks share: how checkpoints are written, verified, listed and found.
 
     <run>/<framework>/checkpoints/<step>/
         checkpoint.json     framework, step, the whole run configuration, hashes of the data
-        tokenizer.model     of an imported model perhaps tokenizer.json and tokenizer_config.json
+        tokenizer.model     for an imported model: its tokenizer files, such as tokenizer.json
         manifest.json       size and SHA-256 of every other file
         ...                 the payload: Orbax (jax) or safetensors (torch)
 
-A checkpoint is written aside, hashed, flushed to disk and then renamed: a folder with a number for its name is whole.
-Names that start with a dot are being written or removed; `<step>.damaged` is a checkpoint that its run has replaced.
+A checkpoint is written under a hidden name, hashed, flushed to disk and then renamed. So a folder whose name is a
+number is complete. A folder whose name starts with a dot is being written or removed. `<step>.damaged` is a damaged
+checkpoint that the run has replaced.
 """
 
 import contextlib
@@ -35,13 +36,13 @@ FRAMEWORKS = ("jax", "torch")
 
 @dataclass(frozen=True)
 class CheckpointInfo:
-    """What checkpoint.json says."""
+    """The content of checkpoint.json."""
 
     framework: str
     step: int
-    """Batches seen: the place in the data and in the schedule."""
+    """Batches seen: the position in the data and in the learning-rate schedule."""
     updates: int
-    """Adam's count: less than `step` where updates were skipped (`train.nonfinite`) or the moments began anew."""
+    """Adam's count: less than `step` if updates were skipped (`train.nonfinite`) or the moments were reset."""
     config: RunConfig
     data_hashes: dict[str, str]
     converted_from: str | None = None
@@ -49,7 +50,7 @@ class CheckpointInfo:
 
 @dataclass(frozen=True)
 class TrainingState:
-    """The framework-free content of a checkpoint; an Adam moment group is empty if the checkpoint has weights alone."""
+    """The content of a checkpoint, without framework types. `exp_avg` and `exp_avg_sq` may be empty (weights only)."""
 
     weights: Tensors
     exp_avg: Tensors
@@ -62,7 +63,7 @@ def checkpoint_steps(folder: Path) -> list[int]:
 
 
 def find_checkpoint(path: str | Path, framework: str) -> Path:
-    """The checkpoint meant by a path: itself, or the newest of a run (`runs/x`) or of its framework (`runs/x/jax`).
+    """The checkpoint at a path, or the newest one of a run (`runs/x`) or of a run's framework folder (`runs/x/jax`).
 
     Raises:
         InputError: there is none, or it belongs to the other framework.
@@ -89,15 +90,15 @@ def find_checkpoint(path: str | Path, framework: str) -> Path:
 
 
 def _none_found(path: Path, framework: str) -> InputError:
-    """There is no checkpoint of a framework at a path: what is there instead, and what to do."""
+    """The error for a path without a checkpoint of `framework`; it says what is there instead, and what to do."""
     other = next(name for name in FRAMEWORKS if name != framework)
-    found, hint = "no committed checkpoint", "check the path, or train first"
+    found, hint = "no complete checkpoint", "check the path, or train first"
     command: tuple[str, ...] = ("train", "--backend", framework)
     if checkpoint_steps(path / other / "checkpoints"):
         found, hint = f"only {other} checkpoints", f"convert it with {other}->{framework}"
         command = ("convert", f"{other}->{framework}", str(path))
     elif (kind := foreign_kind(path)) is not None:
-        found, hint = f"a checkpoint of the kind {kind}", f"make it a run first, with {kind}->{framework}"
+        found, hint = f"a checkpoint in {kind} format", f"convert it to a run first, with {kind}->{framework}"
         command = ("convert", f"{kind}->{framework}", str(path), "RUN")
     expected = "a run, a run's framework folder, or one checkpoint folder"
     return InputError(
@@ -109,7 +110,7 @@ def read_info(checkpoint: Path) -> CheckpointInfo:
     """Reads checkpoint.json.
 
     Raises:
-        InputError: missing, damaged, or written by a newer version.
+        InputError: the file is missing, damaged, or was written by a different version.
     """
     path = checkpoint / "checkpoint.json"
     if not path.is_file():
@@ -118,10 +119,10 @@ def read_info(checkpoint: Path) -> CheckpointInfo:
         data = json.loads(path.read_text())
         version = data["format_version"]
     except (ValueError, KeyError, TypeError) as error:
-        raise InputError("damaged checkpoint", found=repr(error), where=path, hint="use another checkpoint") from error
+        raise InputError("damaged checkpoint", found=repr(error), where=path, hint="choose a different one") from error
     if version != FORMAT_VERSION:
         raise InputError(
-            "checkpoint of another format version",
+            "checkpoint with a different format version",
             expected=FORMAT_VERSION,
             found=f"{version}, written by version {data.get('version')}",
             where=path,
@@ -139,11 +140,11 @@ def read_info(checkpoint: Path) -> CheckpointInfo:
     except InputError:
         raise
     except (ValueError, KeyError, TypeError) as error:
-        raise InputError("damaged checkpoint", found=repr(error), where=path, hint="use another checkpoint") from error
+        raise InputError("damaged checkpoint", found=repr(error), where=path, hint="choose a different one") from error
 
 
 def foreign_kind(path: Path) -> str | None:
-    """Which other project's checkpoint seems to be at a path: `gguf`, `minillm`, `hf`, or none."""
+    """Guesses the format of a foreign checkpoint: `gguf`, `minillm` (the original Mini-LLM), `hf`, or None."""
     if path.suffix == ".gguf" or first_bytes(path, 4) == b"GGUF":
         return "gguf"
     if path.suffix == ".pt" or (path / "ckpt.pt").is_file():
@@ -153,12 +154,12 @@ def foreign_kind(path: Path) -> str | None:
     try:
         model_type = json.loads((path / "config.json").read_text())["model_type"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        model_type = None  # whoever reads it says what is wrong
+        model_type = None  # the function that reads the file reports the problem
     return "minillm" if model_type == "mini-llm" else "hf"
 
 
 def payload_bytes(*groups: Tensors) -> int:
-    """How much tensors will take on the disk, at most."""
+    """Upper bound for the disk space that the tensors take."""
     return sum(array.nbytes for group in groups for array in group.values()) + (1 << 20)
 
 
@@ -166,7 +167,7 @@ def verify_checkpoint(checkpoint: Path) -> None:
     """Compares every file with the manifest.
 
     Raises:
-        InputError: naming every file that is missing, truncated or changed. (Further files do no harm.)
+        InputError: files are missing, truncated or changed; every such file is named. (Additional files are ignored.)
     """
     path = checkpoint / "manifest.json"
     try:
@@ -184,29 +185,29 @@ def verify_checkpoint(checkpoint: Path) -> None:
         problems = [f"manifest.json: {error!r}"]
         manifest = {}
     if not problems and "checkpoint.json" not in manifest:
-        problems.append("manifest.json: checkpoint.json is not in it")
+        problems.append("manifest.json: no entry for checkpoint.json")
     if problems:
         raise InputError(
             "damaged checkpoint:\n  " + "\n  ".join(problems),
             where=checkpoint,
-            hint="use another checkpoint of the run, by its folder",
+            hint="use a different checkpoint of the run: give the path of its folder",
         )
 
 
 class CheckpointWriter:
     """Commits checkpoints into one folder, in the background, one at a time, and removes old ones.
 
-    One process may hold one; leaving its context waits for the save under way.
+    Only one process at a time may write to a folder. Leaving the context waits for the save in progress.
     """
 
     def __init__(self, folder: Path, keep_last: int = 0):
         """
         Args:
-            keep_last: good checkpoints that a commit leaves, besides the best; 0: all.
+            keep_last: number of good checkpoints to keep after each commit, besides the best one; 0 keeps all.
         """
         self.folder, self.keep_last = folder, keep_last
         self.damaged: dict[int, InputError] = {}
-        """Steps passed over by `newest_good`, and why. They stay where they are until their step is saved again."""
+        """Steps that `newest_good` skipped, and why. Their folders stay in place until the same step is saved again."""
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future[None] | None = None
 
@@ -226,7 +227,7 @@ class CheckpointWriter:
         return [step for step in checkpoint_steps(self.folder) if step not in self.damaged]
 
     def newest_good(self) -> Path | None:
-        """The newest checkpoint whose files are whole; None if there is no checkpoint at all.
+        """The newest checkpoint whose files are intact; None if there is no checkpoint at all.
 
         Raises:
             InputError: all are damaged.
@@ -243,7 +244,7 @@ class CheckpointWriter:
                 "every checkpoint of the run is damaged",
                 found="\n".join(str(error) for error in self.damaged.values()),
                 where=self.folder,
-                hint="restore one from a backup; or, to train from the beginning, give another --train.out_dir",
+                hint="restore one from a backup, or start a new run in a different --train.out_dir",
             )
         return None
 
@@ -261,19 +262,19 @@ class CheckpointWriter:
             tokenizer: the folder of the tokenizer's files.
             start_payload: given the folder to write into, takes a snapshot of the state and returns the function that
                 finishes writing it, which then runs in the background.
-            best: step of a checkpoint to keep however old it is.
-            n_bytes: of the payload; if they are not free, nothing is begun.
+            best: step of a checkpoint that is kept regardless of its age.
+            n_bytes: size of the payload. If the disk has less free space, the save fails at once.
 
         Raises:
-            InputError: the disk is full: for this save or for the one before.
-            whatever else made the save before fail.
+            InputError: the disk is full, in this save or the previous one.
+            Exception: anything else that made the previous save fail.
         """
         self.wait()
         partial = self.folder / f".{info.step}.partial"
         with _cleaned_up(partial):
             make_folder(partial)
             if shutil.disk_usage(partial).free < n_bytes:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # before a library is in the midst of writing
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # fail before a library starts to write
             finish_payload = start_payload(partial)
         self._pending = self._thread.submit(self._commit, partial, info, tokenizer, finish_payload, best)
 
@@ -291,7 +292,7 @@ class CheckpointWriter:
                 for name in _files(partial)
             }
             _write_json(partial / "manifest.json", manifest)
-            if final.exists():  # damaged
+            if final.exists():  # a damaged checkpoint of this step
                 shutil.rmtree(final.with_suffix(".damaged"), ignore_errors=True)
                 final.rename(final.with_suffix(".damaged"))
             commit_folder(partial, final)
@@ -299,14 +300,14 @@ class CheckpointWriter:
         self.prune(info.step, best)
 
     def prune(self, newest: int, best: int | None) -> None:
-        """Removes good checkpoints before the last `keep_last`, the one of step `best` aside."""
+        """Removes old good checkpoints; keeps the last `keep_last` up to step `newest`, and that of step `best`."""
         steps = [step for step in self.good_steps() if step <= newest]
         for step in steps[: -self.keep_last] if self.keep_last else []:
             if step != best:
                 remove_folder(self.folder / str(step))
 
     def wait(self) -> None:
-        """Blocks until the save under way is committed; raises what made it fail."""
+        """Waits until the save in progress is committed; raises its exception if it failed."""
         if self._pending is not None:
             pending, self._pending = self._pending, None
             pending.result()
@@ -314,16 +315,16 @@ class CheckpointWriter:
 
 @contextlib.contextmanager
 def _cleaned_up(partial: Path) -> Iterator[None]:
-    """Removes what a failed save leaves; a full disk is an InputError."""
+    """Removes the files of a failed save; turns the error of a full disk into an InputError."""
     try:
         yield
     except Exception as error:
         shutil.rmtree(partial, ignore_errors=True)
         if is_disk_full(error):
             raise InputError(
-                "the disk is full: the checkpoint was not saved, earlier ones are untouched",
+                "the disk is full: the checkpoint was not saved; earlier checkpoints are intact",
                 where=partial.parent,
-                hint="free some space, then give the same command again",
+                hint="free some space, then run the same command again",
             ) from error
         raise
 

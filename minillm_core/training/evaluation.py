@@ -1,4 +1,4 @@
-"""The held-out loss of a model in training."""
+"""The held-out loss of a model during training."""
 
 import math
 from collections.abc import Callable
@@ -21,7 +21,7 @@ def evaluate(
     """Mean loss in nats per token over a whole split, or over `n_batches` micro-batches spread evenly over it.
 
     Args:
-        check: called before each micro-batch, to stop by raising.
+        check: called before each micro-batch; it stops the evaluation by raising an exception.
     """
     sums, n_targets = [], 0
     for batch in data.eval_batches(split, config.batch_size // config.grad_accum, config.seq_len, n_batches):

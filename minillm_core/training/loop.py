@@ -1,7 +1,7 @@
-"""The train loop, one for both frameworks: data, schedule, logging, evaluation, checkpoints.
+"""The training loop, shared by both frameworks: schedule, logging, evaluation, checkpoints.
 
-It dispatches step n and then reads the metrics of step n - 1: the device always has work, and is never more than a step
-ahead. A step whose loss or gradient is not finite changes nothing, so noticing it a step late does no harm.
+The loop dispatches step n, then reads the metrics of step n - 1. So the device always has work, and the host reads at
+most one step late. This is safe: a step whose loss or gradient norm is not finite changes nothing.
 """
 
 import logging
@@ -13,7 +13,6 @@ from pathlib import Path
 
 from minillm_core.config import RunConfig
 from minillm_core.data.batches import PreparedData
-from minillm_core.data.prepare import open_or_prepare
 from minillm_core.errors import InputError, Interrupted
 from minillm_core.files import flush
 from minillm_core.interrupt import StopRequest
@@ -24,58 +23,41 @@ from minillm_core.training.evaluation import evaluate
 from minillm_core.training.metrics import MetricsLog, Row, bits_per_byte, losses_by_step, perplexity
 from minillm_core.training.plots import plot_loss
 from minillm_core.training.progress import Progress
-from minillm_core.training.run_directory import (
-    open_run,
-    refuse_imported,
-    require_same_config,
-    require_same_data,
-    resolve_compute_dtype,
-)
+from minillm_core.training.run_directory import RunDirectory, require_same_config, require_same_data
 from minillm_core.training.schedule import learning_rate
 from minillm_core.training.trackers import Tracker, open_trackers
 
 MAX_SKIPS = 20
-"""Updates skipped in a row (`train.nonfinite: skip`) after which the run stops all the same."""
+"""Skipped updates in a row at which the run stops, even with `train.nonfinite: skip`."""
 
 logger = logging.getLogger(__name__)
 
 
-def train(config: RunConfig, backend: Backend) -> Path:
-    """Prepares the data if needed and trains from the newest good checkpoint, or from the initial weights, to the end.
-
-    Progress is logged to the logger of this module; SIGTERM, SIGHUP and Ctrl-C save before they end the run.
-
-    Args:
-        backend: the framework's package: `minillm_jax` or `minillm_torch`.
+def run_to_end(run: RunDirectory, backend: Backend, data: PreparedData) -> Path:
+    """Trains a run to its last step, from the newest good checkpoint or the initial weights.
 
     Returns:
         the final checkpoint.
 
     Raises:
-        InputError: the data or the run directory does not belong to this configuration, another process is working in
-            it, the disk is full, or the loss is not finite.
-        Interrupted: by one of these signals, after saving.
+        InputError, Interrupted: as `train` in train.py.
     """
-    run_dir = Path(config.train.out_dir)
-    refuse_imported(run_dir)
-    config = resolve_compute_dtype(config, backend.auto_dtype())
-    data = open_or_prepare(config.data, config.model.vocab_size)
     with (
         StopRequest() as stop,
-        open_run(run_dir, config, data.dir, data.hashes()),
-        CheckpointWriter(run_dir / backend.FRAMEWORK / "checkpoints", config.train.keep_last) as writer,
+        run.opened(data.dir, data.hashes()),
+        CheckpointWriter(run.path / backend.FRAMEWORK / "checkpoints", run.config.train.keep_last) as writer,
     ):
-        return _Run(config, backend, data, writer, stop).run_to_end()
+        return _Loop(run.config, backend, data, writer, stop).run_to_end()
 
 
 def initial_or_newest(
     config: RunConfig, backend: Backend, data: PreparedData, writer: CheckpointWriter
 ) -> tuple[State, int]:
-    """The state to go on from, and its step: the newest good checkpoint, or the initial weights.
+    """The state to start from, and its step: the newest good checkpoint, or the initial weights.
 
     Raises:
-        InputError: every checkpoint is damaged; or the newest good one was trained on other data, with another
-            configuration, or by a newer version.
+        InputError: every checkpoint is damaged; or the newest good one has different data, a different configuration
+            or a different format version.
     """
     newest = writer.newest_good()
     for problem in writer.damaged.values():
@@ -93,8 +75,8 @@ def initial_or_newest(
     return backend.import_state(config, saved, info.updates), info.step
 
 
-class _Run:
-    """A run in one process: from where it stands to its last step, or until it is asked to stop."""
+class _Loop:
+    """The part of a run that one process does: from the current step to the last one, or until a stop request."""
 
     def __init__(
         self, config: RunConfig, backend: Backend, data: PreparedData, writer: CheckpointWriter, stop: StopRequest
@@ -103,23 +85,23 @@ class _Run:
         self.folder = writer.folder.parent
         self.state, self.step = initial_or_newest(config, backend, data, writer)
         self.updates = 0
-        """Adam's count, as of the last step that was read."""
+        """Adam's count after the last step whose metrics were read."""
         self.saved_step = self.step
         self.last_save_failed = False
         self.skips_in_a_row = 0
         self.log = MetricsLog(self.folder / "metrics.jsonl", self.step)
         if self.log.old is not None:
-            logger.warning("no checkpoint to resume from: training starts again; the old log is now %s", self.log.old)
+            logger.warning("no checkpoint to resume from: starting at step 0; the old metrics are in %s", self.log.old)
         self.trackers: list[Tracker] = []
         self.progress = Progress(config, backend.describe_device(), self.step)
         self.unread: deque[tuple[int, float, float, StepMetrics]] = deque()
-        """Step, learning rate, time, metrics."""
+        """Dispatched steps whose metrics are not read yet: step, learning rate, time of dispatch, metrics."""
 
     def run_to_end(self) -> Path:
-        """Trains what is left to train; returns the final checkpoint."""
+        """Trains the remaining steps; returns the final checkpoint."""
         c = self.config.train
         final = self.writer.folder / str(c.steps)
-        # An evaluation that a stop or a crash prevented; its step was committed before.
+        # False if the process ended after it committed the checkpoint of this step, but before the evaluation.
         is_evaluated = not self._evaluates(self.step) or self.log.has(self.step, "val")
         if self.step == c.steps and is_evaluated:
             logger.info(f"found the finished run in {self.folder}: {self.step} of {c.steps} steps done")
@@ -134,9 +116,7 @@ class _Run:
                     self._save()
                     self.writer.wait()
                     saved = f"saved {self.writer.folder / str(self.step)}" if self.step else "nothing to save"
-                    logger.info(
-                        f"stopped at step {self.step} of {c.steps}: {saved}; the same command goes on from there"
-                    )
+                    logger.info(f"stopped at step {self.step} of {c.steps}: {saved}; run the same command to continue")
                     raise
             self.writer.wait()
             self.writer.prune(self.step, self._best())
@@ -161,8 +141,8 @@ class _Run:
             self.step = n + 1
             self.unread.append((self.step, rate, time.perf_counter(), metrics))
             saves, evaluates = self.step % c.checkpoint_every == 0 or self.step == c.steps, self._evaluates(self.step)
-            # A step is read while the next one is under way, unless its state is to be saved or evaluated: no update
-            # is in there that was not seen to be finite.
+            # The metrics of a step are read while the next step runs. If this step's state is saved or evaluated,
+            # its metrics are read first: such a state contains only updates that were checked to be finite.
             self._read_metrics(self.step if saves or evaluates else n)
             if saves:
                 self._save()
@@ -176,7 +156,7 @@ class _Run:
         return step == 1 or step % self.config.train.log_every == 0 or self._evaluates(step)
 
     def _read_metrics(self, last: int) -> None:
-        """Waits for the steps up to `last`; checks every one, and logs those of the log's rhythm."""
+        """Waits for the steps up to `last`, checks that each is finite, and logs those that are due for logging."""
         while self.unread and self.unread[0][0] <= last:
             step, rate, at, metrics = self.unread.popleft()
             loss, grad_norm = float(metrics["loss"]), float(metrics["grad_norm"])
@@ -195,23 +175,23 @@ class _Run:
     def _skip_or_stop(self, step: int, found: str) -> None:
         self.skips_in_a_row += 1
         if self.config.train.nonfinite == "skip" and self.skips_in_a_row < MAX_SKIPS:
-            logger.warning("step %d: %s: skipping this update", step, found)
+            logger.warning("step %d: skipping this update, which is not finite (%s)", step, found)
             return
-        problem = f"step {step}: the loss or the gradient norm is not finite; this update was not made"
-        hint = "begin again in another --train.out_dir with a lower optim.learning_rate or a higher optim.warmup_steps"
+        problem = f"step {step}: the loss or the gradient norm is not finite; this update was not applied"
+        hint = "start a new run (--train.out_dir) with a lower optim.learning_rate or a higher optim.warmup_steps"
         if self.config.train.nonfinite == "skip":
-            problem += f", nor the {self.skips_in_a_row - 1} before it"
+            problem += f", nor were the {self.skips_in_a_row - 1} before it"
         else:
-            hint = "go on without such updates, from the last checkpoint: --train.nonfinite skip; or " + hint
+            hint = "resume from the last checkpoint and skip such updates (--train.nonfinite skip), or " + hint
         raise InputError(problem, found=found, where=self.folder, hint=hint)
 
     def _save(self) -> None:
-        """Starts saving where the run stands, unless that is saved already."""
+        """Starts saving the current step, unless it is saved already."""
         if self.saved_step == self.step:
             return
         self._read_metrics(self.step)
         with self.progress.paused():
-            flush(self.log.path)  # a committed checkpoint has all its metrics, whatever happens next
+            flush(self.log.path)  # a committed checkpoint has all its metrics, even after a crash
             try:
                 self.writer.wait()
                 self.last_save_failed = False
@@ -219,7 +199,7 @@ class _Run:
                 if self.last_save_failed:
                     raise
                 self.last_save_failed = True
-                logger.warning("%s\ntrying once more, at step %d", error, self.step)
+                logger.warning("%s\nsaving again at step %d; the run stops if this fails too", error, self.step)
             info = CheckpointInfo(self.backend.FRAMEWORK, self.step, self.updates, self.config, self.data.hashes())
             start_payload = partial(self.backend.start_payload, config=self.config, state=self.state)
             n_bytes = 3 * count_params(self.config.model) * (8 if self.config.train.compute_dtype == "float64" else 4)
@@ -237,7 +217,7 @@ class _Run:
             n_batches = None if step == c.steps else c.eval_batches
             loss = evaluate(eval_step, self.data, "val", c, n_batches, self.stop.check)
             if not math.isfinite(loss) and c.nonfinite == "stop":
-                hint = "begin again in another --train.out_dir with a lower optim.learning_rate, or go on: "
+                hint = "start a new run (--train.out_dir) with a lower optim.learning_rate, or resume with "
                 hint += "--train.nonfinite skip"
                 raise InputError(
                     f"step {step}: the held-out loss is not finite", found=loss, where=self.folder, hint=hint
@@ -253,19 +233,19 @@ class _Run:
             tracker.write(row)
 
     def _best(self) -> int | None:
-        """The good checkpoint of the lowest held-out loss; that of the last step, which is over more text, aside."""
+        """Step of the good checkpoint with the lowest held-out loss. Not the last step: its loss is over more text."""
         losses = losses_by_step(self.log.rows, "val")
         steps = [step for step in self.writer.good_steps() if step in losses and step != self.config.train.steps]
         return min(steps, key=lambda step: losses[step], default=None)
 
 
 def _report(rows: list[Row]) -> None:
-    """Says the newest held-out result."""
+    """Logs the newest held-out result."""
     for row in [row for row in rows if row["split"] == "val"][-1:]:
         if row["loss"] is None:
-            logger.info(f"step {row['step']:>6}  held out: loss not finite")
+            logger.info(f"step {row['step']:>6}  held-out loss is not finite")
             continue
         logger.info(
-            f"step {row['step']:>6}  held out: loss {row['loss']:.4f}  perplexity {row['perplexity'] or math.inf:.2f}  "
+            f"step {row['step']:>6}  held-out loss {row['loss']:.4f}  perplexity {row['perplexity'] or math.inf:.2f}  "
             f"{row['bits_per_byte']:.4f} bits per byte"
         )

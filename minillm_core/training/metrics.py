@@ -1,4 +1,4 @@
-"""Metrics of a run: metrics.jsonl, one JSON object a line."""
+"""Metrics of a run: metrics.jsonl, one JSON object per line."""
 
 import json
 import math
@@ -10,11 +10,11 @@ from minillm_core.errors import InputError
 from minillm_core.files import replace_file
 
 Row = dict[str, Any]
-"""A line of metrics.jsonl: `step`, `split` (`train` or `val`), `loss` (nats per token; null if not finite), others."""
+"""A line of metrics.jsonl: `step`, `split` (`train` or `val`), `loss` (nats per token; null if not finite), etc."""
 
 
 def bits_per_byte(loss: float, tokens_per_byte: float) -> float:
-    """Compression of the text itself, comparable between tokenizers; `loss` in nats per token."""
+    """Bits per byte of the raw text, comparable between tokenizers; `loss` is in nats per token."""
     return loss * tokens_per_byte / math.log(2)
 
 
@@ -23,21 +23,21 @@ def perplexity(loss: float) -> float:
 
 
 class MetricsLog:
-    """metrics.jsonl: rows are appended; a resumed run first drops those after the step it resumes from."""
+    """metrics.jsonl: rows are appended. A resumed run first drops the rows after the step it resumes from."""
 
     def __init__(self, path: Path, resumed_step: int):
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         self.old: Path | None = None
-        """Where a log went that has no checkpoint to go with it."""
+        """New path of an earlier log that was moved away because there is no checkpoint to resume from."""
         if resumed_step == 0 and path.exists() and path.stat().st_size:
             self.old = path.replace(path.with_name(f"{path.name}.old"))
         self.rows = read_metrics(path, resumed_step) if path.exists() else []
-        """All rows, as in the file."""
+        """All rows of the file."""
         write_metrics(path, self.rows)
 
     def write(self, step: int, split: str, loss: float, **values: float) -> Row:
-        """Appends a row and returns it; numbers that are not finite, which JSON does not have, become null."""
+        """Appends a row and returns it. Numbers that are not finite become null, because JSON cannot represent them."""
         row = {"step": step, "split": split, "loss": loss, **values}
         row = {name: None if isinstance(x, float) and not math.isfinite(x) else x for name, x in row.items()}
         with self.path.open("a") as file:
@@ -50,10 +50,10 @@ class MetricsLog:
 
 
 def read_metrics(path: Path, last_step: float = math.inf) -> list[Row]:
-    """Rows of a metrics.jsonl up to a step; what a crash left at the end, a line cut short or garbage, is left out.
+    """The rows of a metrics.jsonl up to a step. Bad lines that a crash left at the end are skipped.
 
     Raises:
-        InputError: a line before one of these rows is not a metrics row.
+        InputError: there is a bad line before one of these rows.
     """
     rows: list[Row] = []
     bad = None
@@ -69,17 +69,17 @@ def read_metrics(path: Path, last_step: float = math.inf) -> list[Row]:
             continue
         if row["step"] <= last_step:
             if bad:
-                hint = "mend or remove that line"
-                raise InputError("not a line of metrics", found=bad[1], where=f"{path}:{bad[0]}", hint=hint)
+                hint = "repair or remove that line"
+                raise InputError("not a metrics row", found=bad[1], where=f"{path}:{bad[0]}", hint=hint)
             rows.append(row)
     return rows
 
 
 def write_metrics(path: Path, rows: Iterable[Row]) -> None:
-    """Writes a metrics.jsonl whole."""
+    """Writes a whole metrics.jsonl, atomically."""
     replace_file(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def losses_by_step(rows: Iterable[Row], split: str) -> dict[int, float]:
-    """The finite losses of a split."""
+    """The finite losses of a split, by step."""
     return {row["step"]: row["loss"] for row in rows if row["split"] == split and row["loss"] is not None}

@@ -1,4 +1,4 @@
-"""Pictures of losses."""
+"""Loss plots."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -11,7 +11,7 @@ from minillm_core.training.metrics import Row, losses_by_step
 
 def plot_loss(rows: Sequence[Row], picture: Path) -> None:
     """Draws the train and held-out loss of a run, in nats per token, as a PNG."""
-    from matplotlib.figure import Figure  # 0.3 s to import
+    from matplotlib.figure import Figure  # takes 0.3 s to import
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
@@ -23,13 +23,13 @@ def plot_loss(rows: Sequence[Row], picture: Path) -> None:
 
 
 def plot_two_losses(runs: Mapping[str, Sequence[Row]], picture: Path) -> dict[str, dict[int, float]]:
-    """Draws the losses of two runs, and below them how far they are apart, as a PNG.
+    """Draws the losses of two runs and, below them, their absolute difference, as a PNG.
 
     Args:
-        runs: the rows of each, by the name to show.
+        runs: the metrics rows of each run; the keys are the names in the legend.
 
     Returns:
-        by split, the absolute difference at every step that both have.
+        for each split, the absolute difference at every step that both runs have.
     """
     from matplotlib.figure import Figure
 

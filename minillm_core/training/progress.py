@@ -1,4 +1,4 @@
-"""How fast a run goes, and how near to what its device could do."""
+"""Training speed: tokens per second, time left, and MFU (model FLOP utilisation, the share of the device's peak)."""
 
 import logging
 import time
@@ -21,16 +21,16 @@ PEAK_FLOPS = {
     "A10": {"bfloat16": 125e12, "float32": 31.2e12},
     "RTX 4090": {"bfloat16": 165e12, "float32": 82.6e12},
 }
-"""Dense peak of a GPU, in FLOP/s, by a part of its name and the dtype of the products; from NVIDIA's data sheets."""
+"""Dense peak of a GPU in FLOP/s, by a part of its name and the dtype of the matrix products (NVIDIA's data sheets)."""
 
 
 def peak_flops(device: str, dtype: str) -> float | None:
-    """Peak of a device by its name, or None where it is not known; the table's first match counts."""
+    """Peak FLOP/s of a device, found by its name; None if it is unknown. The table's first match is used."""
     return next((peaks.get(dtype) for name, peaks in PEAK_FLOPS.items() if name in device), None)
 
 
 class Progress:
-    """Rate and time left, the evaluations' and checkpoints' time not counted in the rate."""
+    """Training speed and time left. The time that evaluations and checkpoints take is not counted."""
 
     def __init__(self, config: RunConfig, device: str, start: int):
         c = config.train
@@ -40,7 +40,7 @@ class Progress:
         self.last_step, self.last_time = start, time.perf_counter()
 
     def tick(self, step: int, at: float, loss: float, grad_norm: float, rate: float) -> dict[str, float]:
-        """Prints a line; returns tokens per second since the last one and, where the peak is known, MFU.
+        """Logs a line. Returns the tokens per second since the previous line and, if the peak is known, MFU.
 
         Args:
             at: `time.perf_counter()` when the step was dispatched.
@@ -61,7 +61,7 @@ class Progress:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """What happens meanwhile does not count."""
+        """The time spent in this context is not counted."""
         started = time.perf_counter()
         try:
             yield

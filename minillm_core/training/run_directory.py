@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
@@ -17,65 +17,81 @@ FORMAT_VERSION = 1
 CONFIG = "config.yaml"
 
 
-def resolve_compute_dtype(config: RunConfig, dtype: str) -> RunConfig:
-    """The configuration with a `compute_dtype` of `auto` resolved: an existing run keeps its own.
+@dataclass(frozen=True)
+class RunDirectory:
+    """A run: where it lives, and its configuration, in which `compute_dtype` is not `auto`."""
+
+    path: Path
+    config: RunConfig
+
+    def check(self) -> None:
+        """Compares the directory with the configuration, without waiting for a process that uses it.
+
+        Raises:
+            InputError: it belongs to a run with a different configuration (every differing field is named), or is not a
+                run directory.
+        """
+        run, known = self.path, _saved_config(self.path)
+        if run.exists() and not run.is_dir():
+            raise InputError("not a directory", where=run, hint="use a different run directory (--train.out_dir)")
+        if known is not None:
+            require_same_config(self.config, known, run)
+        elif run.exists() and any(not path.name.startswith(".") for path in run.iterdir()):
+            raise InputError("not empty and not a run directory", expected=f"{CONFIG} in it", where=run)
+
+    @contextmanager
+    def opened(self, tokenizer: Path, data_hashes: dict[str, str]) -> Iterator[None]:
+        """Creates the directory, or checks that it belongs to this run. Only one process at a time can open it.
+
+        Args:
+            tokenizer: the folder of the tokenizer's files, which are copied into a new run.
+            data_hashes: PreparedData.hashes().
+
+        Raises:
+            InputError: as `check`; or it belongs to a run with a different tokenizer or data, was written by a
+                different version, or is in use.
+        """
+        self.check()
+        run = self.path
+        make_folder(run)
+        with lock(run / ".lock"):
+            self.check()  # again: a process that had the lock may have created the run
+            recorded = _known_hashes(run / "run.json")
+            if recorded is not None:
+                require_same_data(recorded, data_hashes, run)
+            record = {"format_version": FORMAT_VERSION, "version": __version__, "data_hashes": data_hashes}
+            files: dict[str, str | bytes] = {
+                CONFIG: dump_config(self.config),
+                "run.json": json.dumps(record, indent=1) + "\n",
+            }
+            files |= {name: (tokenizer / name).read_bytes() for name in TOKENIZER_FILES if (tokenizer / name).is_file()}
+            for name, content in files.items():
+                if not (run / name).exists():
+                    replace_file(run / name, content)
+            yield
+
+
+def find_run(config: RunConfig, auto_dtype: str) -> RunDirectory:
+    """The run that a configuration trains, in `train.out_dir`; nothing is written yet.
 
     Args:
-        dtype: what `auto` means for a run that begins here.
-    """
-    if config.train.compute_dtype != "auto":
-        return config
-    known = _saved_config(Path(config.train.out_dir))
-    if known is not None and known.train.compute_dtype != "auto":
-        dtype = known.train.compute_dtype
-    return replace(config, train=replace(config.train, compute_dtype=cast(ComputeDtype, dtype)))
-
-
-def refuse_imported(run: Path) -> None:
-    """Raises InputError if the run holds an imported model, which has no data to be trained on."""
-    if "weights" in (_known_hashes(run / "run.json") or {}):
-        raise InputError(
-            "the run holds an imported model, which cannot be trained further",
-            where=run,
-            hint="train in a different run directory (--train.out_dir)",
-        )
-
-
-@contextmanager
-def open_run(run: Path, config: RunConfig, tokenizer: Path, data_hashes: dict[str, str]) -> Iterator[None]:
-    """Creates the run directory, or checks that it is this run's; no other process can open it meanwhile.
-
-    Args:
-        config: with `compute_dtype` resolved.
-        tokenizer: the folder of the tokenizer's files, which are copied into a new run.
-        data_hashes: PreparedData.hashes().
+        auto_dtype: what `compute_dtype: auto` means for a new run on this device; an existing run keeps its own.
 
     Raises:
-        InputError: it belongs to a run of a different configuration (every differing field named), tokenizer or data,
-            was written by a newer version, is in use, or is no run directory.
+        InputError: as RunDirectory.check; or the run holds an imported model, which has no training data.
     """
-    if run.exists() and not run.is_dir():
-        raise InputError("not a directory", where=run, hint="give another run directory (--train.out_dir)")
-    if not (run / CONFIG).exists() and run.exists() and any(not path.name.startswith(".") for path in run.iterdir()):
-        raise InputError("not empty and not a run directory", expected=f"{CONFIG} in it", where=run)
-    make_folder(run)
-    with lock(run / ".lock"):
-        recorded = _known_hashes(run / "run.json")
-        if recorded is not None:
-            require_same_data(recorded, data_hashes, run)
-        known = _saved_config(run)
-        if known is not None:
-            require_same_config(config, known, run)
-        record = {"format_version": FORMAT_VERSION, "version": __version__, "data_hashes": data_hashes}
-        contents: dict[str, str | bytes] = {
-            CONFIG: dump_config(config),
-            "run.json": json.dumps(record, indent=1) + "\n",
-        }
-        contents |= {name: (tokenizer / name).read_bytes() for name in TOKENIZER_FILES if (tokenizer / name).is_file()}
-        for name, content in contents.items():
-            if not (run / name).exists():
-                replace_file(run / name, content)
-        yield
+    path = Path(config.train.out_dir)
+    if config.train.compute_dtype == "auto":
+        known = _saved_config(path)
+        if known is not None and known.train.compute_dtype != "auto":
+            auto_dtype = known.train.compute_dtype
+        config = replace(config, train=replace(config.train, compute_dtype=cast(ComputeDtype, auto_dtype)))
+    if "weights" in (_known_hashes(path / "run.json") or {}):
+        problem, hint = "the run holds an imported model, which cannot be trained", "use a different run directory"
+        raise InputError(problem, where=path, hint=f"{hint} (--train.out_dir)")
+    run = RunDirectory(path, config)
+    run.check()
+    return run
 
 
 def _saved_config(run: Path) -> RunConfig | None:
@@ -86,7 +102,7 @@ def _known_hashes(path: Path) -> dict[str, str] | None:
     """The data hashes that run.json records; None if there is no such file.
 
     Raises:
-        InputError: the file is damaged, or was written by a newer version.
+        InputError: the file is damaged, or was written by a different version.
     """
     if not path.exists():
         return None
@@ -94,11 +110,11 @@ def _known_hashes(path: Path) -> dict[str, str] | None:
         record = json.loads(path.read_text())
         version, known = record["format_version"], dict(record["data_hashes"])
     except (ValueError, KeyError, TypeError) as error:
-        hint = "restore the file, or give another run directory (--train.out_dir)"
+        hint = "restore the file, or use a different run directory (--train.out_dir)"
         raise InputError("damaged file of the run", found=repr(error), where=path, hint=hint) from error
     if version != FORMAT_VERSION:
         raise InputError(
-            "the run directory was written by another version",
+            "the run directory was written by a different version",
             expected=f"format {FORMAT_VERSION}",
             found=f"format {version}, written by version {record.get('version')}",
             where=path,
@@ -110,35 +126,35 @@ def _known_hashes(path: Path) -> dict[str, str] | None:
 def require_same_config(config: RunConfig, known: RunConfig, where: Path) -> None:
     """
     Raises:
-        InputError: naming every field that differs and must not.
+        InputError: there are fields that differ but must not; every such field is named.
     """
     if differences := config_differences(config, known):
         raise InputError(
-            "the run directory belongs to another configuration:\n  " + "\n  ".join(differences),
+            "the run directory belongs to a different configuration:\n  " + "\n  ".join(differences),
             where=where,
-            hint="use that run's configuration, or another run directory (--train.out_dir)",
+            hint="use that run's configuration, or a different run directory (--train.out_dir)",
         )
 
 
 def require_same_data(known: dict[str, str], found: dict[str, str], where: Path) -> None:
     """
     Raises:
-        InputError: naming what differs: the tokenizer, the training text, the held-out text; of an imported model its
-            files and weights.
+        InputError: the hashes differ. The message names what differs: the tokenizer, the training text, the held-out
+            text; for an imported model its tokenizer files or weights.
     """
-    names = {"train": "another training text", "val": "another held-out text", "weights": "other weights"}
+    names = {"train": "a different training text", "val": "a different held-out text", "weights": "different weights"}
     differing = [key for key in known | found if known.get(key) != found.get(key)]
     if differing and ("weights" in known) != ("weights" in found):
-        kinds = ["an imported model" if "weights" in hashes else "a model that is trained" for hashes in (known, found)]
-        hint = "give another run directory: an imported model is not trained on"
-        raise InputError(f"the run is that of {kinds[0]}", expected=kinds[0], found=kinds[1], where=where, hint=hint)
+        kinds = ["an imported model" if "weights" in hashes else "a model trained here" for hashes in (known, found)]
+        hint = "use a different run directory: imported and trained models cannot share one"
+        raise InputError(f"the run holds {kinds[0]}", expected=kinds[0], found=kinds[1], where=where, hint=hint)
     if differing:
         raise InputError(
-            f"the run belongs to {' and '.join(names.get(key, f'another {key}') for key in differing)}",
+            f"the run uses {' and '.join(names.get(key, f'a different {key}') for key in differing)}",
             expected=", ".join(f"{key} {known.get(key)}" for key in differing),
             found=", ".join(f"{key} {found.get(key)}" for key in differing),
             where=where,
-            hint="give another run directory, or remove this one if an import in it was never finished"
+            hint="use a different run directory, or remove this one if an import into it was never finished"
             if "weights" in known
-            else "use the data of that run (--data.dir), or another run directory (--train.out_dir)",
+            else "use the data of that run (--data.dir), or a different run directory (--train.out_dir)",
         )

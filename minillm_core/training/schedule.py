@@ -1,4 +1,4 @@
-"""Learning rate: linear warm-up, then cosine decay. Computed on the host; it enters the train step as a scalar."""
+"""Learning rate: linear warm-up, then cosine decay. Computed on the host and passed to the train step as a scalar."""
 
 import math
 
@@ -6,10 +6,10 @@ from minillm_core.config import OptimConfig
 
 
 def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
-    """Rate of update number `step` (from 0) of a run of `steps` updates.
+    """Learning rate of update number `step` (from 0) in a run of `steps` updates.
 
-    The first update already moves: warm-up gives (step + 1) / (warmup_steps + 1) of the full rate. This is the
-    original Mini-LLM's schedule.
+    During warm-up, the rate is (step + 1) / (warmup_steps + 1) of the full rate, so the first update is not zero. This
+    is the schedule of the original Mini-LLM.
     """
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / (config.warmup_steps + 1)

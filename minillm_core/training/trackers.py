@@ -1,4 +1,4 @@
-"""Optional places, besides metrics.jsonl, that a run's metrics go to: TensorBoard, Weights & Biases."""
+"""Optional destinations for a run's metrics, in addition to metrics.jsonl: TensorBoard, Weights & Biases."""
 
 import os
 import secrets
@@ -14,7 +14,7 @@ from minillm_core.training.metrics import Row
 
 
 class TensorBoard:
-    """An event file next to metrics.jsonl, and always equal to it: made anew from its rows when a run is resumed."""
+    """An event file with the same rows as metrics.jsonl. When a run is resumed, it is rebuilt from those rows."""
 
     def __init__(self, folder: Path, rows: Iterable[Row]):
         try:
@@ -36,10 +36,10 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """One Weights & Biases run for each run and framework, which a resumed run goes on with.
+    """One Weights & Biases run per run and framework; a resumed run continues it.
 
-    Rows go by their step, in order; on the server, those that it already has are passed over. Offline, every process
-    writes a part of its own, and the server joins them when they are synchronised.
+    Rows are sent in the order of their steps; the server ignores steps that it already has. Offline, every process
+    writes a separate part, and the server joins the parts when they are synchronised.
     """
 
     def __init__(self, folder: Path, config: RunConfig, rows: Iterable[Row]):
@@ -75,14 +75,14 @@ Tracker = TensorBoard | WeightsAndBiases
 
 @contextmanager
 def open_trackers(config: RunConfig, folder: Path, rows: Iterable[Row]) -> Iterator[list[Tracker]]:
-    """Those that the configuration asks for; they are told whether they are left by an exception.
+    """Opens the trackers that the configuration enables. Closes them with status 1 after an exception, otherwise 0.
 
     Args:
-        folder: the framework's folder of the run.
-        rows: what metrics.jsonl already holds.
+        folder: the run's framework folder (`runs/x/jax`).
+        rows: the rows that metrics.jsonl already has.
 
     Raises:
-        InputError: the package that one needs is not installed.
+        InputError: a tracker's package is not installed.
     """
     trackers: list[Tracker] = []
     status = 1
@@ -99,7 +99,7 @@ def open_trackers(config: RunConfig, folder: Path, rows: Iterable[Row]) -> Itera
 
 
 def _scalars(row: Row) -> dict[str, float]:
-    """`train/loss` and so on; values that are not finite are left out."""
+    """`train/loss` and so on, without values that are not finite."""
     return {
         f"{row['split']}/{name}": value
         for name, value in row.items()
