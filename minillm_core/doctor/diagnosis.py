@@ -6,45 +6,21 @@ model is wrong. Differences between the files of A and B are looked for in the w
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
 from minillm_core.config import ModelConfig
-from minillm_core.doctor.faults import FAULTS, layer_orders
+from minillm_core.doctor.faults import FAULTS
+from minillm_core.doctor.findings import BOUND, Finding, distance, names_of
 from minillm_core.doctor.subjects import Subject
-from minillm_core.model.params import param_table
+from minillm_core.doctor.weights import EMBEDDING, HEAD, explain_head, explain_weights
 from minillm_core.model.reference import Reference
 from minillm_core.model.stages import Trace
-from minillm_core.model.tolerance import TOLERANCES
-
-BOUND = 100 * TOLERANCES["float64"].logits
-"""A stage is wrong if its largest error, relative to its largest value, is above this bound. Each stage is recomputed
-from the model's own values of the previous stages, so rounding errors do not accumulate. A cast to float32 gives 1e-8
-and more."""
-NEAR = 0.02
-"""Largest relative norm of the difference at which two weights can be equal up to rounding. For normally distributed
-numbers bfloat16 gives 0.0017, and q8_0 gives 0.005."""
-HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 Stages = Mapping[str, np.ndarray]
-
-
-@dataclass(frozen=True)
-class Finding:
-    """A fault that explains a difference."""
-
-    fault: str
-    """A name in `FAULTS` (or two, if only a pair explains the numbers); or `head-order`, `row-order` or `rounding` of
-    weights; `cast` (a stage computed in a lower precision), `loss`, `gradient`, `unknown`."""
-    subject: str
-    """The faulty model, `A` or `B`. Files only show that they differ, so findings in files name B, compared with A."""
-    place: str
-    """`weights`, `configuration` or `code`."""
-    says: str
-    evidence: str
 
 
 def diagnose(
@@ -56,7 +32,7 @@ def diagnose(
         ours, theirs: what A and B compute, in float64.
         findings: the results of `check_code` for both models.
     """
-    findings = [*findings, *_explain_weights(a, b), *_explain_head(a, b), *_explain_configuration(a, b, tokens_BT)]
+    findings = [*findings, *explain_weights(a, b), *explain_head(a, b), *_explain_configuration(a, b, tokens_BT)]
     return findings or _explain_gradients(a, b, ours, theirs, tokens_BT)
 
 
@@ -85,7 +61,7 @@ def check_code(name: str, subject: Subject, trace: Trace, tokens_BT: np.ndarray)
         else:
             worst = max(errors[stage] for stage in explained)
             evidence = (
-                f"with this fault applied, the reference reproduces {name} ({_names(explained, 'stage')}); "
+                f"with this fault applied, the reference reproduces {name} ({names_of(explained, 'stage')}); "
                 f"without it, the error is up to {worst:.1e}"
             )
             findings.append(Finding(found[0], name, "code", found[1], evidence))
@@ -202,138 +178,13 @@ def _explain_configuration(a: Subject, b: Subject, tokens_BT: np.ndarray) -> lis
     return findings
 
 
-def _explain_weights(a: Subject, b: Subject) -> list[Finding]:
-    """For every weight that differs, finds the fault that turns A's weight into B's, up to rounding."""
-    model = Reference(a.config, a.weights)
-    variants = [(fault.name, says, made) for fault in FAULTS for says, made in fault.variants(model, b.config)]
-    explained: dict[tuple[str, str], list[str]] = {}
-    unknown: dict[str, float] = {}
-    last_bits: dict[str, float] = {}
-    moved: dict[int, int] = {}
-    for name in param_table(a.config):
-        if name not in b.weights or np.array_equal(a.weights[name], b.weights[name], equal_nan=True):
-            continue
-        theirs = b.weights[name].astype(np.float64)
-        fault, says, ours = min(_forms(a, name, variants, theirs), key=lambda form: _distance(form[2], theirs))
-        form = _rounding(ours, theirs, b.weights[name].dtype)
-        if not _distance(ours, theirs) <= NEAR or form is None:  # `not <=`: NaN counts as far
-            unknown[name] = _distance(a.weights[name].astype(np.float64), theirs)
-            continue
-        if fault == "layer-order":
-            layer, source = map(int, says.split())
-            moved[layer], says = source, "layers"
-        if not says and not form:
-            last_bits[name] = _distance(ours, theirs)
-        for key in ((fault, says), ("rounding", form)):
-            if key[1]:
-                explained.setdefault(key, []).append(name)
-    findings = []
-    for (fault, says), names in explained.items():
-        words = _order(moved, a.config.n_layers) if fault == "layer-order" else says
-        evidence = f"applying this change to A reproduces B exactly ({_names(names)})"
-        findings.append(Finding(fault, "B", "weights", words, evidence))
-    if last_bits:
-        evidence = f"difference at most {max(last_bits.values()):.1e} of the norm ({_names(list(last_bits))})"
-        findings.append(Finding("rounding", "B", "weights", "weights differ in the last bits of float32", evidence))
-    if unknown:
-        worst = max(unknown, key=lambda name: unknown[name])
-        evidence = f"{_names(list(unknown))}; difference at most {unknown[worst]:.1e} of the norm, in {worst}"
-        if a.weights[worst].shape == b.weights[worst].shape:
-            rows = np.flatnonzero((a.weights[worst] != b.weights[worst]).reshape(len(a.weights[worst]), -1).any(axis=1))
-            evidence += f" (only in rows {rows.tolist()})" if len(rows) <= 8 else ""
-        says = "weights differ, and no known fault explains the difference"
-        if 2 * len(unknown) > len(a.weights):
-            says += "; the weights may come from different models or training steps"
-        findings.append(Finding("unknown", "B", "weights", says, evidence))
-    return findings
-
-
-def _order(moved: Mapping[int, int], n_layers: int) -> str:
-    """The order of the layers in words. `moved` maps a layer of B to the layer of A whose weights it has."""
-    order = [moved.get(layer, layer) for layer in range(n_layers)]
-    if how := next((how for how, known in layer_orders(n_layers).items() if known == order), None):
-        return f"the layers are in the wrong order ({how})"
-    if sorted(order) == list(range(n_layers)):
-        return f"the layers are in the order {order}"
-    return "; ".join(f"layer {layer} has the weights of A's layer {source}" for layer, source in moved.items())
-
-
-def _forms(a: Subject, name: str, variants: Variants, theirs: np.ndarray) -> Iterator[tuple[str, str, np.ndarray]]:
-    """A weight of A, unchanged and changed by every known fault: (name of the fault, description, value)."""
-    right = a.weights[name]
-    yield "", "", right.astype(np.float64)
-    for fault, says, made in variants:
-        if fault == "layer-order":  # tried below, layer by layer
-            continue
-        if made.weights is not a.weights and (changed := made.weights[name]) is not right:
-            yield fault, says, changed.astype(np.float64)
-    yield from _heads_moved(a, name, theirs)
-    for layer in range(a.config.n_layers):
-        other = re.sub(r"(?<=^model\.layers\.)\d+", str(layer), name)
-        if other != name:
-            yield "layer-order", f"{re.findall(r'[0-9]+', name)[0]} {layer}", a.weights[other].astype(np.float64)
-    if right.shape == theirs.shape:
-        yield from _scaled_or_shifted(name, right.astype(np.float64), theirs)
-
-
-def _scaled_or_shifted(name: str, ours: np.ndarray, theirs: np.ndarray) -> Iterator[tuple[str, str, np.ndarray]]:
-    """A weight scaled to be as close to B's as possible; rows of the vocabulary shifted by one, in either direction."""
-    ratio = float(np.vdot(ours, theirs) / max(np.vdot(ours, ours), np.finfo(np.float64).tiny))
-    if not abs(ratio - 1) <= 5e-4:  # rounding changes the ratio by less
-        yield "scale", f"{name.split('.')[-2]} is multiplied by {ratio:.5g}", ratio * ours
-    if name in (EMBEDDING, HEAD):
-        for step, edge in ((1, 0), (-1, -1)):
-            moved = np.roll(ours, step, axis=0)
-            moved[edge] = theirs[edge]
-            yield "row-order", f"the rows of the vocabulary are shifted by {step:+d}", moved
-
-
-def _rounding(ours: np.ndarray, theirs: np.ndarray, dtype: np.dtype) -> str | None:
-    """Whether two close weights are equal up to rounding: "" if up to the last bits of float32, a description if one of
-    them is rounded to a storage format, None if neither."""
-    if ours.shape == theirs.shape and np.allclose(ours.astype(dtype), theirs, rtol=2.0**-22, atol=2.0**-24):
-        return ""
-    for whose, (one, other) in {"B's": (ours, theirs), "A's": (theirs, ours)}.items():
-        for form, value in _rounded(one).items():
-            if np.array_equal(value, other):
-                return f"{whose} weights are rounded to {form}"
-    return None
-
-
-def _explain_head(a: Subject, b: Subject) -> list[Finding]:
-    """One model is tied, and the other has an output head that differs from its embedding."""
-    if a.config.tie_embeddings == b.config.tie_embeddings:
-        return []
-    untied = b if a.config.tie_embeddings else a
-    distance = _distance(untied.weights[EMBEDDING].astype(np.float64), untied.weights[HEAD].astype(np.float64))
-    if not distance:
-        return []
-    says = "the output head is a separate matrix" if untied is b else "the output head is the embedding"
-    evidence = f"only {'B' if untied is b else 'A'} has {HEAD}, which differs from the embedding by {distance:.1e}"
-    return [Finding("tied-head", "B", "configuration", says, f"{evidence} of its norm")]
-
-
-def _heads_moved(a: Subject, name: str, theirs: np.ndarray) -> list[tuple[str, str, np.ndarray]]:
-    """A's heads in the order in which B seems to have them; nothing if the order is the same."""
-    kind, ours = name.split(".")[-2], a.weights[name].astype(np.float64)
-    if kind not in ("q_proj", "k_proj", "v_proj", "o_proj"):
-        return []
-    one, other = (ours.T, theirs.T) if kind == "o_proj" else (ours, theirs)
-    one_NHI, other_NHI = (x.reshape(-1, a.config.resolved_head_dim, x.shape[1]) for x in (one, other))
-    order = [min(range(len(one_NHI)), key=lambda n: np.linalg.norm(one_NHI[n] - head_HI)) for head_HI in other_NHI]
-    if order == list(range(len(order))):
-        return []
-    moved = one_NHI[order].reshape(one.shape)
-    return [("head-order", f"the heads of {kind} are in the order {order}", moved.T if kind == "o_proj" else moved)]
-
-
 def _explain_gradients(a: Subject, b: Subject, ours: Trace, theirs: Trace, tokens_BT: np.ndarray) -> list[Finding]:
     """Compares the gradients of two models whose forward passes agree. If they differ, the loss is measured along the
     difference, to see which model has the wrong gradients."""
     pairs = {
         name: (ours.gradients[name], theirs.gradients[name]) for name in ours.gradients if name in theirs.gradients
     }
-    wrong = [name for name, (x, y) in pairs.items() if _distance(x, y) > BOUND]
+    wrong = [name for name, (x, y) in pairs.items() if distance(x, y) > BOUND]
     if not wrong:
         return []
     direction = {name: (pairs[name][1] - pairs[name][0]).astype(np.float64) for name in wrong}
@@ -359,42 +210,15 @@ def _explain_gradients(a: Subject, b: Subject, ours: Trace, theirs: Trace, token
         float(np.vdot(x, y) / np.vdot(x, x)) for x, y in ((right.gradients[n], false.gradients[n]) for n in wrong)
     ]
     straight = all(
-        _distance(r * right.gradients[n], false.gradients[n]) <= BOUND for r, n in zip(ratios, wrong, strict=True)
+        distance(r * right.gradients[n], false.gradients[n]) <= BOUND for r, n in zip(ratios, wrong, strict=True)
     )
     if straight and max(ratios) - min(ratios) <= BOUND * max(map(abs, ratios)):
-        return finding(f"the gradients are {np.mean(ratios):.6g} times what they should be ({_names(wrong)})")
+        return finding(f"the gradients are {np.mean(ratios):.6g} times what they should be ({names_of(wrong)})")
     subject = a if blamed == "B" else b
     if subject.config.tie_embeddings and wrong == [EMBEDDING]:
         untied, copy = replace(subject.config, tie_embeddings=False), {HEAD: subject.weights[EMBEDDING]}
         parts = subject.run(untied, subject.weights | copy, tokens_BT, "float64").gradients
         for name, missing in ((EMBEDDING, "the output head's"), (HEAD, "the token lookup's")):
-            if name in parts and _distance(parts[name], false.gradients[EMBEDDING]) <= BOUND:
+            if name in parts and distance(parts[name], false.gradients[EMBEDDING]) <= BOUND:
                 return finding(f"{missing} part of the embedding's gradient is missing")
-    return finding(f"the forward passes agree, but the gradients do not ({_names(wrong)})")
-
-
-def _rounded(array: np.ndarray) -> dict[str, np.ndarray]:
-    """An array rounded to every format in which weights are stored, by the name of the format."""
-    types = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
-    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-        forms = {name: array.astype(dtype).astype(np.float64) for name, dtype in types.items()}
-        if array.shape[-1] % 32 == 0:  # GGUF's q8_0: blocks of 32 integers with one scale
-            blocks = array.astype(np.float32).reshape(-1, 32)
-            scale = np.abs(blocks).max(axis=1, keepdims=True) / np.float32(127)
-            whole = np.where(scale == 0, np.float32(0), blocks * (1 / scale))
-            whole = np.trunc(np.abs(whole) + np.float32(0.5)) * np.sign(whole)
-            quantised = whole * scale.astype(np.float16).astype(np.float32)
-            forms["q8_0"] = quantised.reshape(array.shape).astype(np.float64)
-    return forms
-
-
-def _distance(ours: np.ndarray, theirs: np.ndarray) -> float:
-    """Norm of the difference over the norm of `ours`; infinite if the shapes differ."""
-    if ours.shape != theirs.shape:
-        return np.inf
-    return float(np.linalg.norm(theirs - ours) / max(np.linalg.norm(ours), np.finfo(np.float64).tiny))
-
-
-def _names(names: list[str], noun: str = "tensor") -> str:
-    """`1 tensor: X` or `8 tensors: X to Y`."""
-    return f"1 {noun}: {names[0]}" if len(names) == 1 else f"{len(names)} {noun}s: {names[0]} to {names[-1]}"
+    return finding(f"the forward passes agree, but the gradients do not ({names_of(wrong)})")

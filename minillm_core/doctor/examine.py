@@ -6,8 +6,10 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from minillm_core.config import ModelConfig, to_dict
-from minillm_core.doctor.diagnosis import EMBEDDING, HEAD, Finding, check_code, diagnose
+from minillm_core.doctor.diagnosis import check_code, diagnose
+from minillm_core.doctor.findings import Finding
 from minillm_core.doctor.subjects import Subject
+from minillm_core.doctor.weights import EMBEDDING, HEAD
 from minillm_core.errors import InputError
 from minillm_core.model.params import param_table
 from minillm_core.model.stages import Trace, stage_names

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from minillm_core.doctor.diagnosis import Finding
 from minillm_core.doctor.examine import Difference, Report
+from minillm_core.doctor.findings import Finding
 from minillm_core.model.stages import BLOCK_STAGES
 from minillm_core.model.tolerance import TOLERANCES
 
