@@ -1,6 +1,7 @@
 """Draws the loss curves of two runs, and their difference, as one picture."""
 
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
@@ -16,8 +17,8 @@ def main() -> None:
 
 
 def compare_runs(
-    a: tyro.conf.Positional[str] = "runs/quickstart",
-    b: tyro.conf.Positional[str | None] = None,
+    a: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="[A]")]] = "runs/quickstart",
+    b: tyro.conf.Positional[Annotated[str | None, tyro.conf.arg(metavar="[B]")]] = None,
     out: str = "curves.png",
 ) -> None:
     """Compares two runs.

@@ -6,7 +6,6 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from typing import TypeVar
 
 import tyro
@@ -19,6 +18,9 @@ C = TypeVar("C", bound=RunConfig)
 
 SCRIPTS = {"prepare": "prepare_data", "compare-runs": "compare_runs"}
 """Commands whose script has a different name."""
+
+_started_as_script = False
+"""Whether the user typed `python scripts/...`, and not `minillm`."""
 
 
 def say(message: str = "") -> None:
@@ -38,9 +40,9 @@ def print_stream(prompt: str, pieces: Iterable[str]) -> None:
 def command_line(command: Sequence[str]) -> str:
     """A command as the user would type it: as a script, if this process was started as one, or with `minillm`."""
     name, *arguments = command
-    if not sys.argv[0].endswith(".py") or Path(sys.argv[0]).name == "__main__.py":
+    if not _started_as_script:
         return shlex.join(["minillm", name, *arguments])
-    if name == "train":
+    if name == "train" and "--backend" in arguments:
         at = arguments.index("--backend")
         name = f"train_{arguments[at + 1]}"
         del arguments[at : at + 2]
@@ -51,7 +53,7 @@ class _Console(logging.Handler):
     """Prints the log messages of the libraries."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        say(record.getMessage())
+        say(("warning: " if record.levelno >= logging.WARNING else "") + record.getMessage())
 
 
 def show_progress() -> None:
@@ -65,9 +67,11 @@ def show_progress() -> None:
         core.addHandler(_Console())
 
 
-def run(main: Callable[[], None]) -> None:
+def run(main: Callable[[], None], *, as_script: bool = False) -> None:
     """Calls a command's main. After an InputError, a full disk or a file error, it exits with status 2 and a plain
     message; after Ctrl-C, with status 130."""
+    global _started_as_script
+    _started_as_script = as_script
     show_progress()
     try:
         main()

@@ -26,7 +26,7 @@ to float32.
 import os
 import sys
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
 
@@ -56,9 +56,9 @@ def main() -> None:
 
 
 def parse(
-    direction: tyro.conf.Positional[str],
-    src: tyro.conf.Positional[str | None] = None,
-    dst: tyro.conf.Positional[str | None] = None,
+    direction: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="SOURCE->TARGET")]],
+    src: tyro.conf.Positional[Annotated[str | None, tyro.conf.arg(metavar="[SRC]")]] = None,
+    dst: tyro.conf.Positional[Annotated[str | None, tyro.conf.arg(metavar="[DST]")]] = None,
     dtype: Literal["float32", "bfloat16", "float16", "float64", "q8_0"] = "float32",
 ) -> tuple[str, str | None, str | None, str]:
     """Converts a checkpoint.

@@ -1,15 +1,14 @@
 """Loss, perplexity and bits per byte of any checkpoint on a prepared split."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
 
 from minillm_cli.backends import load_backend
 from minillm_cli.console import say
 from minillm_core.data.batches import PreparedData
-from minillm_core.decoding.evaluation import score_split
-from minillm_core.errors import InputError
-from minillm_core.files import hash_file
+from minillm_core.decoding.scoring import score_split
+from minillm_core.text.tokenizer_json import load_tokenizer
 from minillm_core.training.checkpoints import find_checkpoint, read_info
 from minillm_core.training.metrics import bits_per_byte, perplexity
 
@@ -19,7 +18,7 @@ def main() -> None:
 
 
 def evaluate(
-    path: tyro.conf.Positional[str] = "runs/quickstart",
+    path: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="[RUN]")]] = "runs/quickstart",
     backend: Literal["jax", "torch"] = "jax",
     split: Literal["val", "train"] = "val",
     data_dir: str | None = None,
@@ -40,18 +39,9 @@ def evaluate(
     checkpoint = find_checkpoint(path, backend)
     config = read_info(checkpoint).config
     data = PreparedData(data_dir or config.data.dir, config.model.vocab_size)
-    own = checkpoint / "tokenizer.model"
-    if not own.is_file() or hash_file(data.dir / "tokenizer.model") != hash_file(own):
-        raise InputError(
-            "the tokenizer of the data differs from the model's",
-            where=f"{data.dir / 'tokenizer.model'} and {own}",
-            hint="prepare the data with the run's configuration",
-        )
     length = config.train.seq_len if seq_len is None else seq_len
-    if not 1 <= length <= config.model.context_length:
-        expected = f"1 to {config.model.context_length} (the context length)"
-        raise InputError("seq_len is out of range", expected=expected, found=length)
-    generator = framework.Generator(framework.load(checkpoint, dtype), data.tokenizer)
+    tokenizer = load_tokenizer(checkpoint, config.model.vocab_size)
+    generator = framework.Generator(framework.load(checkpoint, dtype), tokenizer)
     say(f"evaluating {checkpoint} on {data.dir}, split {split}, {framework.describe_device()}")
     loss = score_split(generator, data, split, length)
     print(f"loss {loss:.6f} nats per token")

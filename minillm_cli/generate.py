@@ -1,7 +1,7 @@
 """Continues a prompt, or every prompt of a file, from any checkpoint of either framework."""
 
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import tyro
 from tqdm import tqdm
@@ -39,7 +39,7 @@ class ProgressBar:
 
 
 def generate(
-    path: tyro.conf.Positional[str] = "runs/quickstart",
+    path: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="[RUN]")]] = "runs/quickstart",
     backend: Literal["jax", "torch"] = "jax",
     prompt: str = "The state of the Union is",
     prompts: Path | None = None,

@@ -26,8 +26,8 @@ def main() -> None:
 
 
 def parity(
-    a: tyro.conf.Positional[str],
-    b: tyro.conf.Positional[str],
+    a: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="A")]],
+    b: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="B")]],
     dtype: Literal["float64", "float32", "bfloat16"] = "float64",
     tokens: int = 512,
     seed: int = 0,

@@ -1,21 +1,23 @@
 """Parameters, operations and memory of a configuration of any size, without allocating its arrays."""
 
 import importlib.util
+from typing import Annotated
 
 import tyro
 
 from minillm_cli.backends import load_backend
 from minillm_core.config import load_config, preset_names
-from minillm_core.errors import InputError
-from minillm_core.model.params import count_params, forward_flops
 from minillm_core.training.checkpoints import FRAMEWORKS
+from minillm_core.training.plan import plan as compute_plan
 
 
 def main() -> None:
     tyro.cli(plan)
 
 
-def plan(names: tyro.conf.Positional[tuple[str, ...]] = ()) -> None:
+def plan(
+    names: tyro.conf.Positional[Annotated[tuple[str, ...], tyro.conf.arg(metavar="[PRESET|FILE.yaml ...]")]] = (),
+) -> None:
     """Prints one line per configuration. Each installed framework builds an abstract model, whose counts must agree.
 
     GFLOP/token is for training one token (forward and backward). Training memory is float32 weights, gradients and two
@@ -25,20 +27,14 @@ def plan(names: tyro.conf.Positional[tuple[str, ...]] = ()) -> None:
         names: presets or .yaml files (default: every preset).
     """
     frameworks = [name for name in FRAMEWORKS if importlib.util.find_spec(name)]
+    backends = [load_backend(name) for name in frameworks]
     print(
         f"{'configuration':<16} {'parameters':>15} {'GFLOP/token':>12} "
         f"{'weights':>12} {'training':>12} {'KV cache':>12}"
     )
     for name in names or preset_names():
-        config = load_config(name)
-        model, seq_len = config.model, config.train.seq_len
-        counted = count_params(model), forward_flops(model, 1, seq_len)
-        for framework in frameworks:
-            backend = load_backend(framework)
-            found = backend.count_params(model), backend.count_forward_flops(model, 1, seq_len)
-            if found != counted:
-                raise InputError(f"the counts of {framework} differ", expected=counted, found=found, where=name)
-        cache = 2 * 2 * model.n_layers * model.n_kv_heads * model.resolved_head_dim * model.context_length
-        sizes = " ".join(f"{size / 1e9:>9,.2f} GB" for size in (4 * counted[0], 16 * counted[0], cache))
-        print(f"{name:<16} {counted[0]:>15,} {3 * counted[1] / seq_len / 1e9:>12,.3f} {sizes}")
+        cost = compute_plan(load_config(name), backends)
+        sizes = (cost.weights_bytes, cost.training_bytes, cost.cache_bytes)
+        columns = " ".join(f"{size / 1e9:>9,.2f} GB" for size in sizes)
+        print(f"{name:<16} {cost.n_params:>15,} {cost.flops_per_token / 1e9:>12,.3f} {columns}")
     print(f"parameters and operations agree with: {', '.join(frameworks)}")

@@ -27,7 +27,9 @@ def transformers_run(folder: Path) -> Run:
         import torch  # noqa: F401
         import transformers  # noqa: F401
     except ModuleNotFoundError as error:
-        raise missing_package("transformers", "transformers", error, where=folder) from error
+        raise missing_package(
+            error, "transformers", where=folder, otherwise="or import the folder with hf->jax, and compare that run"
+        ) from error
     return partial(_run, folder)
 
 

@@ -9,29 +9,46 @@ from typing import TYPE_CHECKING, Any
 from minillm_core.version import __version__
 
 if TYPE_CHECKING:
-    from minillm_core.config import ModelConfig, RunConfig, load_config
+    from minillm_core.config import (
+        DataConfig,
+        ModelConfig,
+        OptimConfig,
+        RopeScaling,
+        RunConfig,
+        TrainConfig,
+        load_config,
+    )
     from minillm_core.data.batches import PreparedData
     from minillm_core.data.prepare import prepare_data
     from minillm_core.decoding.generation import Completion
     from minillm_core.decoding.sampling import SamplingConfig
     from minillm_core.doctor.compare import compare
-    from minillm_core.errors import InputError
-    from minillm_core.interop.conversion import convert
+    from minillm_core.doctor.examine import Report
+    from minillm_core.errors import InputError, Interrupted
+    from minillm_core.interop.conversion import Conversion, convert
     from minillm_core.text.tokenizer import Tokenizer
     from minillm_core.text.tokenizer_json import load_tokenizer
-    from minillm_core.training.backend import load_backend
+    from minillm_core.training.backend import Backend, load_backend
     from minillm_core.training.checkpoints import find_checkpoint
     from minillm_core.training.metrics import read_metrics
     from minillm_core.training.train import train
 
 __all__ = [
+    "Backend",
     "Completion",
+    "Conversion",
+    "DataConfig",
     "InputError",
+    "Interrupted",
     "ModelConfig",
+    "OptimConfig",
     "PreparedData",
+    "Report",
+    "RopeScaling",
     "RunConfig",
     "SamplingConfig",
     "Tokenizer",
+    "TrainConfig",
     "__version__",
     "compare",
     "convert",
@@ -45,13 +62,21 @@ __all__ = [
 ]
 
 _MODULES = {
+    "Backend": "training.backend",
     "Completion": "decoding.generation",
+    "Conversion": "interop.conversion",
+    "DataConfig": "config",
     "InputError": "errors",
+    "Interrupted": "errors",
     "ModelConfig": "config",
+    "OptimConfig": "config",
     "PreparedData": "data.batches",
+    "Report": "doctor.examine",
+    "RopeScaling": "config",
     "RunConfig": "config",
     "SamplingConfig": "decoding.sampling",
     "Tokenizer": "text.tokenizer",
+    "TrainConfig": "config",
     "compare": "doctor.compare",
     "convert": "interop.conversion",
     "find_checkpoint": "training.checkpoints",
@@ -72,4 +97,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return __all__
+    return sorted({*globals(), *__all__})

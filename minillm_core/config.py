@@ -80,6 +80,7 @@ class ModelConfig:
     width: int
     """D, the size of the residual stream."""
     n_layers: int
+    """L, the number of blocks."""
     n_heads: int
     """N, query heads."""
     n_kv_heads: int
@@ -91,8 +92,11 @@ class ModelConfig:
     tie_embeddings: bool = True
     """Use the transposed embedding as the output head."""
     rope_theta: float = 10_000.0
+    """Base of the rotary frequencies."""
     rope_scaling: RopeScaling | None = None
+    """Llama 3's scaling of the rotary frequencies; null means none."""
     norm_eps: float = 1e-6
+    """Added to the mean square in RMSNorm."""
     init_std: float = 0.02
     """Standard deviation of the initial matrices. For o_proj and down_proj, which add to the residual stream, it is
     divided by sqrt(2 * n_layers)."""
@@ -144,11 +148,17 @@ class OptimConfig:
     min_learning_rate: float
     """The end of the cosine decay, which would be reached one step after the last step."""
     warmup_steps: int
+    """Steps over which the learning rate rises linearly."""
     weight_decay: float = 0.1
+    """Decoupled weight decay, per unit of learning rate."""
     beta1: float = 0.9
+    """Decay of the first moment."""
     beta2: float = 0.95
+    """Decay of the second moment."""
     eps: float = 1e-8
+    """Added to the square root of the second moment."""
     grad_clip: float = 1.0
+    """Largest global norm of the gradients."""
 
     def __post_init__(self) -> None:
         _require_positive("optim", self, "learning_rate", "eps", "grad_clip")
@@ -191,7 +201,9 @@ class TrainConfig:
     """The run: length, batch size, output directory, logging, checkpoints."""
 
     out_dir: str
+    """The run directory."""
     steps: int
+    """Number of optimizer steps."""
     batch_size: int
     """Sequences per step, over all accumulated micro-batches."""
     seq_len: int
@@ -199,10 +211,13 @@ class TrainConfig:
     grad_accum: int = 1
     """Micro-batches per step."""
     log_every: int = 10
+    """Steps between two rows of the log."""
     eval_every: int = 100
+    """Steps between two evaluations of the held-out text."""
     eval_batches: int = 8
     """Micro-batches of the held-out split per evaluation during training; the last evaluation reads the whole split."""
     checkpoint_every: int = 100
+    """Steps between two checkpoints."""
     keep_last: int = 3
     """Number of newest checkpoints to keep, besides the one with the lowest held-out loss before the last evaluation; 0
     keeps all."""
@@ -217,6 +232,7 @@ class TrainConfig:
     wandb: WandbMode = "disabled"
     """Also log to Weights & Biases; `offline` stores the log in the framework folder of the run."""
     seed: int = 0
+    """Seed of the initial weights and of the order of the data."""
     compute_dtype: ComputeDtype = "auto"
     """Dtype of activations and matmul operands. `auto` means bfloat16 on a GPU and float32 on a CPU; it is resolved
     when a run begins, and the run keeps that dtype. Parameters are float32 (float64 in a float64 run)."""

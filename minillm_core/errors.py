@@ -33,14 +33,19 @@ class InputError(ValueError):
         self.command = tuple(command)
 
 
-def missing_package(package: str, extra: str, error: ModuleNotFoundError, *, where: object = None) -> InputError:
-    """The InputError for a package that is not installed; it names the extra of this project that installs it."""
-    return InputError(
-        f"the package `{package}` is not installed",
-        found=f"no module {error.name}",
-        where=where,
-        hint=f"pip install 'minillm[{extra}]'; in a checkout: pip install -c constraints.txt -e '.[{extra}]'",
-    )
+def missing_package(
+    error: ModuleNotFoundError, extra: str | None = None, *, where: object = None, otherwise: str = ""
+) -> InputError:
+    """The InputError for a package that is not installed.
+
+    Args:
+        extra: the extra of this project that installs it; None if the project itself does.
+        otherwise: a way to do without it.
+    """
+    checkout = f"-e '.[{extra}]'" if extra else "-e ."
+    hint = f"pip install {error.name}; in a checkout of this project: pip install -c constraints.txt {checkout}"
+    problem = f"the package `{error.name}` is not installed"
+    return InputError(problem, where=where, hint=f"{hint}; {otherwise}" if otherwise else hint)
 
 
 def listed(problem: str, items: Sequence[str], limit: int = 20) -> str:

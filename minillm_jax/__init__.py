@@ -4,7 +4,7 @@ from minillm_jax.checkpoint import FRAMEWORK, load, open_weights, read_payload, 
 from minillm_jax.cost import count_forward_flops, count_params
 from minillm_jax.device import describe_device
 from minillm_jax.generate import Generator
-from minillm_jax.kv_cache import KVCache, check_room, init_cache
+from minillm_jax.kv_cache import KVCache, init_cache
 from minillm_jax.loss import make_eval_step
 from minillm_jax.model import MiniLLM, abstract_model
 from minillm_jax.precision import auto_dtype
@@ -27,7 +27,6 @@ __all__ = [
     "abstract_model",
     "auto_dtype",
     "build_model",
-    "check_room",
     "count_forward_flops",
     "count_params",
     "describe_device",

@@ -15,7 +15,6 @@ import optax
 
 from minillm_core.config import RunConfig
 from minillm_core.model.params import init_params
-from minillm_core.tensors import Tensors
 from minillm_core.training.backend import TrainStep
 from minillm_core.training.checkpoints import TrainingState
 from minillm_jax.device import compiler_options
@@ -55,18 +54,18 @@ def import_state(config: RunConfig, state: TrainingState, updates: int) -> Train
 
 def export_state(config: RunConfig, state: TrainState) -> TrainingState:
     """The framework-free tensors of a state."""
-    adam = state.opt_state[0]
-
-    def export(params: Params) -> Tensors:
-        return to_canonical(config.model, params)
-
-    return TrainingState(export(state.params), export(adam.mu), export(adam.nu))
+    return TrainingState(**{group: to_canonical(config.model, params) for group, params in _groups(state).items()})
 
 
 def start_payload(folder: Path, config: RunConfig, state: TrainState) -> Callable[[], None]:
     """Copies the state off the device and starts writing it; the returned function waits until it is written."""
+    return start_writing(folder, config.model, _groups(state))
+
+
+def _groups(state: TrainState) -> dict[str, Params]:
+    """Parameters and both Adam moments, by the names of the groups in a checkpoint."""
     adam = state.opt_state[0]
-    return start_writing(folder, config.model, {"weights": state.params, "exp_avg": adam.mu, "exp_avg_sq": adam.nu})
+    return {"weights": state.params, "exp_avg": adam.mu, "exp_avg_sq": adam.nu}
 
 
 def model_of(config: RunConfig, state: TrainState) -> MiniLLM:

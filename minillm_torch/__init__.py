@@ -4,7 +4,7 @@ from minillm_torch.checkpoint import FRAMEWORK, load, open_weights, read_payload
 from minillm_torch.cost import count_forward_flops, count_params
 from minillm_torch.device import describe_device
 from minillm_torch.generate import Generator
-from minillm_torch.kv_cache import KVCache, check_room, init_cache
+from minillm_torch.kv_cache import KVCache, init_cache
 from minillm_torch.loss import make_eval_step
 from minillm_torch.model import MiniLLM, abstract_model
 from minillm_torch.precision import auto_dtype
@@ -27,7 +27,6 @@ __all__ = [
     "abstract_model",
     "auto_dtype",
     "build_model",
-    "check_room",
     "count_forward_flops",
     "count_params",
     "describe_device",

@@ -13,14 +13,13 @@ from torch import Tensor
 
 from minillm_core.config import RunConfig
 from minillm_core.model.params import init_params
-from minillm_core.tensors import Tensors
 from minillm_core.training.backend import StepMetrics, TrainStep
 from minillm_core.training.checkpoints import TrainingState
-from minillm_torch.checkpoint import write_payload
 from minillm_torch.device import default_device, to_device, to_host, use_deterministic_algorithms
 from minillm_torch.loss import mean_loss
 from minillm_torch.model import MiniLLM
 from minillm_torch.optim import apply_update, clip_by_global_norm, make_optimizer
+from minillm_torch.payload import start_writing
 from minillm_torch.precision import param_dtype, resolve_dtype
 from minillm_torch.weights import Params, build_model, from_canonical, to_canonical
 
@@ -55,25 +54,26 @@ def import_state(config: RunConfig, state: TrainingState, updates: int) -> Train
 
 def export_state(config: RunConfig, state: TrainState) -> TrainingState:
     """The framework-free tensors of a state."""
-    params = dict(state.model.named_parameters())
-    adam = state.optimizer.state
+    return TrainingState(**{group: to_canonical(config.model, params) for group, params in _groups(state).items()})
 
-    def export(params: Params) -> Tensors:
-        return to_canonical(config.model, params)
+
+def start_payload(folder: Path, config: RunConfig, state: TrainState) -> Callable[[], None]:
+    """Copies the state off the device; the returned function writes the copy."""
+    groups = {
+        group: {path: param.detach().to("cpu", copy=True).numpy() for path, param in params.items()}
+        for group, params in _groups(state).items()
+    }
+    return start_writing(folder, config.model, groups)
+
+
+def _groups(state: TrainState) -> dict[str, Params]:
+    """Parameters and both Adam moments, by the names of the groups in a checkpoint."""
+    params, adam = dict(state.model.named_parameters()), state.optimizer.state
 
     def moment(name: str) -> Params:
         return {path: adam[param][name] if param in adam else torch.zeros_like(param) for path, param in params.items()}
 
-    return TrainingState(export(params), export(moment("exp_avg")), export(moment("exp_avg_sq")))
-
-
-def start_payload(folder: Path, config: RunConfig, state: TrainState) -> Callable[[], None]:
-    """Copies the state off the device; the returned function writes it."""
-    snapshot = export_state(config, state)
-    if default_device().type == "cpu":  # these arrays share the parameters' memory, which steps change in place
-        groups = (snapshot.weights, snapshot.exp_avg, snapshot.exp_avg_sq)
-        snapshot = TrainingState(*({name: array.copy() for name, array in group.items()} for group in groups))
-    return lambda: write_payload(folder, config, snapshot)
+    return {"weights": params, "exp_avg": moment("exp_avg"), "exp_avg_sq": moment("exp_avg_sq")}
 
 
 def model_of(config: RunConfig, state: TrainState) -> MiniLLM:

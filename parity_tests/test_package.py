@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from minillm_core.config import preset_names
+from minillm_core.version import __version__
 from parity_tests.conftest import ROOT
 from parity_tests.test_docs import TINY_MODEL
 
@@ -58,7 +59,8 @@ def test_wheel_contents(wheel: Path) -> None:
     """The wheel has the four packages with their type markers, the presets, and nothing else."""
     names = zipfile.ZipFile(wheel).namelist()
     packages = {"minillm_core", "minillm_jax", "minillm_torch", "minillm_cli"}
-    assert {name.split("/")[0] for name in names} - packages == {"minillm-0.1.0.dist-info"}
+    (metadata,) = {name.split("/")[0] for name in names} - packages
+    assert metadata == f"minillm_jax_torch-{__version__}.dist-info"
     assert {name for name in names if name.endswith("py.typed")} == {f"{package}/py.typed" for package in packages}
     presets = {Path(name).stem for name in names if name.startswith("minillm_core/configs/")}
     assert presets == {*preset_names()}
@@ -71,7 +73,7 @@ def test_commands_outside_the_checkout(minillm: Path, corpus: Path, tmp_path: Pa
     where = "import minillm_core.config as c; print(c.__file__, c.PRESETS_DIR)"
     found = subprocess.check_output([minillm.with_name("python"), "-c", where], cwd=tmp_path, text=True)
     assert str(ROOT) not in found
-    assert succeeds(minillm, "--version", cwd=tmp_path).stdout == "minillm 0.1.0\n"
+    assert succeeds(minillm, "--version", cwd=tmp_path).stdout == f"minillm {__version__}\n"
     assert "50,049,408" in succeeds(minillm, "plan", "mini-llm-50m", cwd=tmp_path).stdout
     sizes = ["--data.corpus", str(corpus), "--data.dir", "data", "--data.holdout-every", "5", "--train.steps", "4"]
     sizes += ["--train.batch-size", "4", "--train.seq-len", "16", "--train.out-dir", "run"]
@@ -93,7 +95,7 @@ def test_commands_outside_the_checkout(minillm: Path, corpus: Path, tmp_path: Pa
     ("arguments", "message"),
     [
         (["conver"], "did you mean `minillm convert`?"),
-        (["generate", "nothing"], "command: minillm train --backend jax"),
+        (["generate", "nothing"], "command: minillm train --backend jax --train.out_dir nothing"),
         (["train", "quickstrat"], "no such configuration: quickstrat"),
     ],
 )

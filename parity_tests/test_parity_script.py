@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file
 
 from minillm_cli.parity import parity
 from minillm_cli.transformers_engine import transformers_run
@@ -23,7 +24,7 @@ from minillm_core.interop.exports import export_gguf, export_hf
 from minillm_core.interop.hf import open_hf, write_hf_weights
 from minillm_core.interop.hf_config import to_hf_config
 from minillm_core.interop.imports import import_checkpoint
-from minillm_core.interop.safetensors_files import read_safetensors, write_safetensors
+from minillm_core.interop.safetensors_files import write_safetensors
 from minillm_core.model.rope import interleaved
 from minillm_core.text.tokenizer import Tokenizer
 from parity_tests.conftest import BACKENDS, MODELS, TINY, Tier, random_tokens, random_weights
@@ -45,7 +46,7 @@ def home(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Path
     export_hf(folder / "jax" / "jax" / "checkpoints" / "0", folder / "exported", BACKENDS["jax"], "float32")
     export_gguf(folder / "jax" / "jax" / "checkpoints" / "0", folder / "model.gguf", BACKENDS["jax"], "float32")
     file = folder / "faulty" / "model.safetensors"
-    weights = dict(read_safetensors(file))
+    weights = load_file(file)
     for name in weights:
         if name.endswith(("q_proj.weight", "k_proj.weight")):
             weights[name] = interleaved(weights[name], TINY.resolved_head_dim)

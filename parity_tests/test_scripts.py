@@ -300,8 +300,11 @@ def test_newer_run_is_refused(home: Path, tmp_path: Path) -> None:
     path = tmp_path / "runs/tiny/run.json"
     record = json.loads(path.read_text())
     path.write_text(json.dumps(record | {"format_version": 2, "version": "9.9"}))
+    saved = path.with_name("config.yaml").read_text()
+    path.with_name("config.yaml").write_text(saved + "new_section: {}\n")  # which this version cannot read
     message = r"written by a different version.*format 1.*format 2, written by version 9\.9"
     fails(message, "train_torch", "tiny.yaml", cwd=tmp_path)
+    path.with_name("config.yaml").write_text(saved)
     hashes = record["data_hashes"] | {"tokenizer": "0" * 64, "val": "1" * 64}
     path.write_text(json.dumps(record | {"data_hashes": hashes}))
     message = r"uses a different tokenizer and a different held-out text.*expected: tokenizer 0000"

@@ -251,4 +251,4 @@ def free_memory() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, as_script=True)

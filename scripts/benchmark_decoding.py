@@ -170,4 +170,4 @@ def main(
 
 
 if __name__ == "__main__":
-    run(lambda: tyro.cli(main))
+    run(lambda: tyro.cli(main), as_script=True)

@@ -4,4 +4,4 @@ from minillm_cli.compare_runs import main
 from minillm_cli.console import run
 
 if __name__ == "__main__":
-    run(main)
+    run(main, as_script=True)

@@ -4,4 +4,4 @@ from minillm_cli.console import run
 from minillm_cli.parity import main
 
 if __name__ == "__main__":
-    run(main)
+    run(main, as_script=True)

@@ -6,4 +6,4 @@ from minillm_cli.console import run
 from minillm_cli.train import main_in
 
 if __name__ == "__main__":
-    run(partial(main_in, "jax"))
+    run(partial(main_in, "jax"), as_script=True)

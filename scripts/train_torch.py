@@ -6,4 +6,4 @@ from minillm_cli.console import run
 from minillm_cli.train import main_in
 
 if __name__ == "__main__":
-    run(partial(main_in, "torch"))
+    run(partial(main_in, "torch"), as_script=True)

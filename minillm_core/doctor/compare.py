@@ -46,10 +46,10 @@ def compare(
     limit = min(ours.config.context_length, theirs.config.context_length)
     fewest = 64 if dtype == "bfloat16" else 2  # bfloat16 is judged by the share of positions that agree
     if not n_tokens >= fewest:
-        problem, hint = f"too few tokens for {dtype}", "use more tokens (--tokens)"
+        problem, hint = f"too few tokens for {dtype}", "use more tokens"
         raise InputError(problem, expected=f"{fewest} or more", found=n_tokens, hint=hint)
     if n_tokens > limit:
-        logger.info("using rows of %d tokens (the context length)", limit)
+        logger.info(f"using rows of {limit} tokens (the context length)")
     tokens_BT, rows_of_text = make_tokens((ours, theirs), min(n_tokens, limit), seed)
     report = examine(ours, theirs, tokens_BT, dtype, rows_of_text=rows_of_text)
     texts = [*documents()[0].split("\n"), *PROBES]

@@ -16,7 +16,7 @@ from minillm_core.config import ModelConfig
 from minillm_core.doctor.faults import FAULTS
 from minillm_core.doctor.findings import BOUND, Finding, distance, names_of
 from minillm_core.doctor.subjects import Subject
-from minillm_core.doctor.weights import EMBEDDING, HEAD, explain_head, explain_weights
+from minillm_core.doctor.weights import EMBEDDING, HEAD, Variants, explain_head, explain_weights
 from minillm_core.model.reference import Reference
 from minillm_core.model.stages import Trace
 
@@ -70,9 +70,6 @@ def check_code(name: str, subject: Subject, trace: Trace, tokens_BT: np.ndarray)
         evidence = f"the error is {error:.1e}"
         findings.append(Finding("loss", name, "code", "the losses do not follow from the logits", evidence))
     return findings
-
-
-Variants = list[tuple[str, str, Reference]]
 
 
 def _explaining(

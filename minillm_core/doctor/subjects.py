@@ -69,7 +69,7 @@ class Subject:
             try:
                 return self.own_encoder(self.path)
             except InputError as error:
-                logger.warning("using this project's tokenizer, because the engine's own cannot be loaded: %s", error)
+                logger.warning(f"using this project's tokenizer, because the engine's own cannot be loaded: {error}")
         return partial(self.tokenizer.encode, bos=True)
 
     @property

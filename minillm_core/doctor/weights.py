@@ -18,6 +18,7 @@ numbers bfloat16 gives 0.0017, and q8_0 gives 0.005."""
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 Variants = list[tuple[str, str, Reference]]
+"""Name of a fault, what would be wrong in words, and the model for which it is true."""
 
 
 def explain_weights(a: Subject, b: Subject) -> list[Finding]:

@@ -1,5 +1,16 @@
-"""Conversions between the two frameworks, and from and to other formats: Hugging Face, GGUF, the original Mini-LLM."""
+"""Conversions between the frameworks and the formats of other projects: Hugging Face, GGUF, the original Mini-LLM."""
 
-from minillm_core.interop.conversion import Conversion, convert
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from minillm_core.interop.conversion import Conversion, convert
 
 __all__ = ["Conversion", "convert"]
+
+
+def __getattr__(name: str) -> Any:
+    """Imports the conversions when they are first used: PyTorch checkpoints need the file formats alone."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module("minillm_core.interop.conversion"), name)

@@ -51,12 +51,10 @@ def _write(writer: Backend, folder: Path, checkpoint: Path, info: CheckpointInfo
     if result.exists():
         verify_checkpoint(result)
         if not _same_tensors(writer, result, state):
-            problem, hint = (
-                "the destination holds a different checkpoint of this step",
-                "use a different destination run",
-            )
+            problem = "the destination holds a different checkpoint of this step"
+            hint = "use a different destination run"
             raise InputError(problem, where=result, hint=hint)
-        logger.info("already converted: %s holds the same tensors", result)
+        logger.info(f"already converted: {result} holds the same tensors")
         return result
     if not _holds_copies(folder):
         hint = "use a different destination run"
@@ -75,9 +73,7 @@ def _write(writer: Backend, folder: Path, checkpoint: Path, info: CheckpointInfo
         n_bytes = payload_bytes(state.weights, state.exp_avg, state.exp_avg_sq)
         checkpoints.save(copy, checkpoint, start_payload, n_bytes=n_bytes)
     n_moments = len(state.exp_avg) + len(state.exp_avg_sq)
-    logger.info(
-        "converted %s: %d weights, %d Adam moments, step %d", checkpoint, len(state.weights), n_moments, info.step
-    )
+    logger.info(f"converted {checkpoint}: {len(state.weights)} weights, {n_moments} Adam moments, step {info.step}")
     if not state.exp_avg and "train" in info.data_hashes:
         logger.warning("the source has no optimizer state: further training restarts Adam's moments at zero")
     return result
@@ -91,7 +87,7 @@ def _default_destination(checkpoint: Path, source: str, target: str) -> Path:
     if _holds_copies(run_dir / target):
         return run_dir
     beside = run_dir.with_name(f"{run_dir.name}-from-{source}")
-    logger.info("%s holds checkpoints of its own training, so the copy is written to %s", run_dir / target, beside)
+    logger.info(f"{run_dir / target} holds checkpoints of its own training, so the copy is written to {beside}")
     return beside
 
 

@@ -86,10 +86,8 @@ def convert(
         destination = destination or run_dir / f"{run_dir.resolve().name}-{dtype}.gguf"
         export_gguf(checkpoint, destination, reader, dtype)
     else:
-        result, info = (
-            copy_checkpoint(checkpoint, destination, reader, load_backend(target_format)),
-            read_info(checkpoint),
-        )
+        result = copy_checkpoint(checkpoint, destination, reader, load_backend(target_format))
+        info = read_info(checkpoint)
         # an imported model has no training data
         unfinished = info.step < info.config.train.steps and "train" in info.data_hashes
         return Conversion(source_format, target_format, checkpoint, result, _generates(result), unfinished)

@@ -66,7 +66,7 @@ def export_hf(checkpoint: Path, folder: Path, backend: Backend, dtype: str) -> P
         if curve.is_file():
             shutil.copyfile(curve, beside / "loss.png")
         (beside / "README.md").write_text(model_card(checkpoint, info, dtype, curve.is_file()))
-    logger.info("exported %s: %d weights in %s", checkpoint, len(weights), dtype)
+    logger.info(f"exported {checkpoint}: {len(weights)} weights in {dtype}")
     return folder
 
 
@@ -92,7 +92,7 @@ def export_gguf(checkpoint: Path, file: Path, backend: Backend, dtype: str) -> P
         logger.warning(
             f"q8_0 needs rows of a multiple of 32 values: {len(kept)} matrices are float16, for example {kept[0]}"
         )
-    logger.info("exported %s: %d weights in %s", checkpoint, len(weights), dtype)
+    logger.info(f"exported {checkpoint}: {len(weights)} weights in {dtype}")
     return file
 
 

@@ -37,7 +37,7 @@ def gguf_package() -> Any:
     try:
         import gguf
     except ModuleNotFoundError as error:
-        raise missing_package("gguf", "gguf", error, where="GGUF files") from error
+        raise missing_package(error, "gguf") from error
     return gguf
 
 

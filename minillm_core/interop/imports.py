@@ -85,7 +85,7 @@ def import_checkpoint(format: str, source: Path, run_dir: Path, backend: Backend
             info, n_bytes = CheckpointInfo(backend.FRAMEWORK, 0, 0, config, hashes, format), payload_bytes(weights)
             writer.save(info, folder, start_payload, n_bytes=n_bytes)
     n_params = count_params(opened.config)
-    logger.info("imported %s: %d weights, %s parameters", source, len(weights), f"{n_params:,}")
+    logger.info(f"imported {source}: {len(weights)} weights, {n_params:,} parameters")
     return result
 
 
@@ -101,7 +101,7 @@ def _copy_tokenizer(opened: HFCheckpoint | OriginalCheckpoint | GGUFCheckpoint, 
         load_tokenizer(folder, opened.config.vocab_size)
     except InputError as error:
         problem = str(error).replace(str(folder), str(opened.folder))
-        logger.warning("the tokenizer cannot be used, so the model can continue token ids but not text: %s", problem)
+        logger.warning(f"the tokenizer cannot be used, so the model can continue token ids but not text: {problem}")
 
 
 def _run_config(model: ModelConfig, run_dir: Path) -> RunConfig:

@@ -3,7 +3,7 @@
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import ml_dtypes
@@ -60,16 +60,6 @@ def stream_safetensors(
 def parts(array: np.ndarray) -> list[np.ndarray]:
     """Splits an array along its first dimension into parts of about PART_BYTES."""
     return np.array_split(np.atleast_1d(array), max(1, -(-array.nbytes // PART_BYTES)))
-
-
-def read_safetensors(path: Path) -> Iterator[tuple[str, np.ndarray]]:
-    """The tensors of a file, one at a time.
-
-    Raises:
-        InputError: the file is missing or damaged.
-    """
-    for name in safetensors_layout(path):
-        yield name, read_tensor(path, name)
 
 
 def read_tensor(path: Path, name: str) -> np.ndarray:

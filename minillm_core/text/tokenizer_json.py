@@ -36,7 +36,7 @@ class JsonTokenizer(Tokenizer):
         try:
             import tokenizers
         except ModuleNotFoundError as error:
-            raise missing_package("tokenizers", "hf", error, where=self.path) from error
+            raise missing_package(error, "hf", where=self.path) from error
         with self._damage():
             text = self.path.read_text()
             _check_merges(json.loads(text)["model"])

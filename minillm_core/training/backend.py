@@ -69,4 +69,4 @@ def load_backend(framework: str) -> Backend:
     except ModuleNotFoundError as error:
         if error.name and error.name.startswith("minillm"):
             raise
-        raise missing_package(framework, framework, error) from error
+        raise missing_package(error, "torch" if framework == "torch" else None) from error

@@ -93,7 +93,7 @@ def _none_found(path: Path, framework: str) -> InputError:
     """The error for a path without a checkpoint of `framework`; it says what is there instead, and what to do."""
     other = next(name for name in FRAMEWORKS if name != framework)
     found, hint = "no complete checkpoint", "check the path, or train first"
-    command: tuple[str, ...] = ("train", "--backend", framework)
+    command: tuple[str, ...] = ("train", "--backend", framework, "--train.out_dir", str(path))
     if checkpoint_steps(path / other / "checkpoints"):
         found, hint = f"only {other} checkpoints", f"convert it with {other}->{framework}"
         command = ("convert", f"{other}->{framework}", str(path))

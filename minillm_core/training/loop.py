@@ -61,7 +61,7 @@ def initial_or_newest(
     """
     newest = writer.newest_good()
     for problem in writer.damaged.values():
-        logger.warning("skipping a damaged checkpoint; resuming from the previous one: %s", problem)
+        logger.warning(f"skipping a damaged checkpoint; resuming from the previous one: {problem}")
     if newest is None:
         return backend.init_state(config), 0
     info = read_info(newest)
@@ -91,7 +91,7 @@ class _Loop:
         self.skips_in_a_row = 0
         self.log = MetricsLog(self.folder / "metrics.jsonl", self.step)
         if self.log.old is not None:
-            logger.warning("no checkpoint to resume from: starting at step 0; the old metrics are in %s", self.log.old)
+            logger.warning(f"no checkpoint to resume from: starting at step 0; the old metrics are in {self.log.old}")
         self.trackers: list[Tracker] = []
         self.progress = Progress(config, backend.describe_device(), self.step)
         self.unread: deque[tuple[int, float, float, StepMetrics]] = deque()
@@ -175,7 +175,7 @@ class _Loop:
     def _skip_or_stop(self, step: int, found: str) -> None:
         self.skips_in_a_row += 1
         if self.config.train.nonfinite == "skip" and self.skips_in_a_row < MAX_SKIPS:
-            logger.warning("step %d: skipping this update, which is not finite (%s)", step, found)
+            logger.warning(f"step {step}: skipping this update, which is not finite ({found})")
             return
         problem = f"step {step}: the loss or the gradient norm is not finite; this update was not applied"
         hint = "start a new run (--train.out_dir) with a lower optim.learning_rate or a higher optim.warmup_steps"
@@ -199,7 +199,7 @@ class _Loop:
                 if self.last_save_failed:
                     raise
                 self.last_save_failed = True
-                logger.warning("%s\nsaving again at step %d; the run stops if this fails too", error, self.step)
+                logger.warning(f"{error}\nsaving again at step {self.step}; the run stops if this fails too")
             info = CheckpointInfo(self.backend.FRAMEWORK, self.step, self.updates, self.config, self.data.hashes())
             start_payload = partial(self.backend.start_payload, config=self.config, state=self.state)
             n_bytes = 3 * count_params(self.config.model) * (8 if self.config.train.compute_dtype == "float64" else 4)

@@ -24,21 +24,6 @@ class RunDirectory:
     path: Path
     config: RunConfig
 
-    def check(self) -> None:
-        """Compares the directory with the configuration, without waiting for a process that uses it.
-
-        Raises:
-            InputError: it belongs to a run with a different configuration (every differing field is named), or is not a
-                run directory.
-        """
-        run, known = self.path, _saved_config(self.path)
-        if run.exists() and not run.is_dir():
-            raise InputError("not a directory", where=run, hint="use a different run directory (--train.out_dir)")
-        if known is not None:
-            require_same_config(self.config, known, run)
-        elif run.exists() and any(not path.name.startswith(".") for path in run.iterdir()):
-            raise InputError("not empty and not a run directory", expected=f"{CONFIG} in it", where=run)
-
     @contextmanager
     def opened(self, tokenizer: Path, data_hashes: dict[str, str]) -> Iterator[None]:
         """Creates the directory, or checks that it belongs to this run. Only one process at a time can open it.
@@ -48,17 +33,18 @@ class RunDirectory:
             data_hashes: PreparedData.hashes().
 
         Raises:
-            InputError: as `check`; or it belongs to a run with a different tokenizer or data, was written by a
-                different version, or is in use.
+            InputError: it belongs to a run with a different tokenizer, data or configuration (every differing field is
+                named), was written by a different version, is in use, or is not a run directory.
         """
-        self.check()
         run = self.path
+        _require_run_or_nothing(run)
         make_folder(run)
         with lock(run / ".lock"):
-            self.check()  # again: a process that had the lock may have created the run
-            recorded = _known_hashes(run / "run.json")
+            recorded, known = _known_hashes(run / "run.json"), _saved_config(run)
             if recorded is not None:
                 require_same_data(recorded, data_hashes, run)
+            if known is not None:
+                require_same_config(self.config, known, run)
             record = {"format_version": FORMAT_VERSION, "version": __version__, "data_hashes": data_hashes}
             files: dict[str, str | bytes] = {
                 CONFIG: dump_config(self.config),
@@ -78,20 +64,31 @@ def find_run(config: RunConfig, auto_dtype: str) -> RunDirectory:
         auto_dtype: what `compute_dtype: auto` means for a new run on this device; an existing run keeps its own.
 
     Raises:
-        InputError: as RunDirectory.check; or the run holds an imported model, which has no training data.
+        InputError: the directory belongs to a run with a different configuration (every differing field is named), was
+            written by a different version, is not a run directory, or holds an imported model, which has no training
+            data.
     """
     path = Path(config.train.out_dir)
-    if config.train.compute_dtype == "auto":
-        known = _saved_config(path)
-        if known is not None and known.train.compute_dtype != "auto":
-            auto_dtype = known.train.compute_dtype
-        config = replace(config, train=replace(config.train, compute_dtype=cast(ComputeDtype, auto_dtype)))
+    _require_run_or_nothing(path)
     if "weights" in (_known_hashes(path / "run.json") or {}):
         problem, hint = "the run holds an imported model, which cannot be trained", "use a different run directory"
         raise InputError(problem, where=path, hint=f"{hint} (--train.out_dir)")
-    run = RunDirectory(path, config)
-    run.check()
-    return run
+    known = _saved_config(path)
+    if config.train.compute_dtype == "auto":
+        dtype = cast(ComputeDtype, auto_dtype) if known is None else known.train.compute_dtype
+        config = replace(config, train=replace(config.train, compute_dtype=dtype))
+    if known is not None:
+        require_same_config(config, known, path)
+    return RunDirectory(path, config)
+
+
+def _require_run_or_nothing(path: Path) -> None:
+    """Raises InputError if something that is not a run is there already."""
+    if path.exists() and not path.is_dir():
+        raise InputError("not a directory", where=path, hint="use a different run directory (--train.out_dir)")
+    is_empty = not path.exists() or all(item.name.startswith(".") for item in path.iterdir())
+    if not is_empty and not (path / CONFIG).exists():
+        raise InputError("not empty and not a run directory", expected=f"{CONFIG} in it", where=path)
 
 
 def _saved_config(run: Path) -> RunConfig | None:

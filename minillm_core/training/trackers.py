@@ -20,7 +20,7 @@ class TensorBoard:
         try:
             from tensorboard.summary import Writer
         except ModuleNotFoundError as error:
-            raise missing_package("tensorboard", "tensorboard", error, where="train.tensorboard") from error
+            raise missing_package(error, "tensorboard", otherwise="or leave out --train.tensorboard") from error
         shutil.rmtree(folder, ignore_errors=True)
         self._writer = Writer(str(folder))
         for row in rows:
@@ -46,7 +46,7 @@ class WeightsAndBiases:
         try:
             import wandb
         except ModuleNotFoundError as error:
-            raise missing_package("wandb", "wandb", error, where="train.wandb") from error
+            raise missing_package(error, "wandb", otherwise="or leave out --train.wandb") from error
         id_file = folder / "wandb-id"
         is_new = not id_file.exists()
         if is_new:

@@ -1,0 +1,41 @@
+"""The loss of a model on a prepared split, by scoring every token of it."""
+
+import math
+
+import numpy as np
+
+from minillm_core.data.batches import PreparedData
+from minillm_core.decoding.generation import BaseGenerator
+from minillm_core.errors import InputError
+from minillm_core.files import hash_file
+
+ROWS = 64
+"""Windows scored in one call."""
+
+
+def score_split(generator: BaseGenerator, data: PreparedData, split: str, seq_len: int) -> float:
+    """Mean loss in nats per token over every token of a split except the first.
+
+    Args:
+        split: `train` or `val`.
+        seq_len: tokens per window; each window starts without context.
+
+    Raises:
+        InputError: the data was made with a different tokenizer, or seq_len is longer than the context.
+    """
+    if hash_file(generator.tokenizer.path) != data.hashes()["tokenizer"]:
+        raise InputError(
+            "the tokenizer of the data differs from the model's",
+            where=f"{data.dir / 'tokenizer.model'} and {generator.tokenizer.path}",
+            hint="prepare the data with the run's configuration",
+        )
+    limit = generator.config.context_length
+    if not 1 <= seq_len <= limit:
+        raise InputError("seq_len is out of range", expected=f"1 to {limit}, the context length", found=seq_len)
+    sums, n_scored = [], 0
+    for batch in data.eval_batches(split, ROWS, seq_len):
+        rows = [tokens[: n + 1] for tokens, n in zip(batch.tokens, batch.mask.sum(axis=1), strict=True) if n]
+        scores = np.concatenate(generator.score(rows))
+        sums.append(float(scores.sum(dtype=np.float64)))
+        n_scored += len(scores)
+    return -math.fsum(sums) / n_scored
