@@ -22,6 +22,7 @@ FRAMEWORK = "jax"
 
 def write_payload(folder: Path, config: RunConfig, state: TrainingState) -> None:
     """Writes framework-free tensors, bit for bit; empty moment groups are omitted."""
+    assert bool(state.exp_avg) == bool(state.exp_avg_sq)
     groups = {group: to_framework(config.model, tensors) for group, tensors in vars(state).items() if tensors}
     payload.start_writing(folder, config.model, groups)()
 
@@ -55,7 +56,7 @@ def _open_group(checkpoint: Path, group: str, config: RunConfig) -> LazyTensors:
         canonical_name(path): change_layout(path, np.broadcast_to(0, shape)).shape
         for path, shape in payload.saved_shapes(checkpoint, group).items()
     }
-    check_shapes(config.model, shapes, checkpoint)
+    check_shapes(config.model, shapes, f"{checkpoint}, {group}")
 
     def read(name: str) -> np.ndarray:
         return change_layout(paths[name], payload.read_tensor(checkpoint, group, paths[name]))

@@ -83,6 +83,8 @@ def saved_shapes(checkpoint: Path, group: str) -> dict[str, tuple[int, ...]]:
         # Not through a Checkpointer, which would look for a file of its own and warn.
         node = ocp.PyTreeCheckpointHandler().metadata(folder).tree
         for key in _LOCATIONS[group][1]:
+            if more := sorted(node.keys() - _LOCATIONS.keys()):
+                raise ValueError(f"unknown groups of tensors: {more}")
             node = node[key]
         return {path: tuple(entry.shape) for path, entry in node.items()}
 

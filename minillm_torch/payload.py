@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from minillm_core.config import ModelConfig
+from minillm_core.errors import InputError
 from minillm_core.interop import safetensors_files
 from minillm_core.interop.hf_config import write_hf_config
 
@@ -56,6 +57,10 @@ def saved_shapes(checkpoint: Path, group: str) -> dict[str, tuple[int, ...]]:
     """
     file, prefix = _LOCATIONS[group]
     layout = safetensors_files.safetensors_layout(checkpoint / file)
+    known = tuple(begin for other, begin in _LOCATIONS.values() if other == file)
+    if more := sorted(name for name in layout if not name.startswith(known)):
+        hint = "use a different checkpoint of the run"
+        raise InputError("unknown groups of tensors", found=more[:5], where=checkpoint / file, hint=hint)
     return {name.removeprefix(prefix): shape for name, (shape, _) in layout.items() if name.startswith(prefix)}
 
 

@@ -74,8 +74,9 @@ def _abstract_paths(config: ModelConfig) -> list[str]:
 
 
 def change_layout(path: str, array: np.ndarray) -> np.ndarray:
-    """Converts an array from the framework's layout to the canonical one, or back."""
-    return SUFFIXES[path.rsplit(".", 1)[1]][1](array)
+    """Converts an array from the framework's layout to the canonical one, or back; an unknown leaf stays as it is."""
+    leaf = path.rpartition(".")[2]
+    return SUFFIXES[leaf][1](array) if leaf in SUFFIXES else array
 
 
 def _to_numpy(tensor: torch.Tensor) -> np.ndarray:

@@ -1,5 +1,6 @@
 """Fixtures: both models built from the same weights, tolerances for each precision, small data and small runs."""
 
+import logging
 import math
 import os
 import signal
@@ -93,6 +94,16 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
             jax.config.update(name, value)
             patch.setenv(name.upper(), str(value))
         yield
+
+
+@pytest.fixture(autouse=True)
+def logged(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """What the libraries log is in `caplog.text`, whatever an earlier test has done to their logger."""
+    logger = logging.getLogger("minillm_core")
+    propagate, logger.propagate = logger.propagate, True
+    caplog.set_level(logging.INFO, logger="minillm_core")
+    yield
+    logger.propagate = propagate
 
 
 @pytest.fixture(params=TIERS)

@@ -13,6 +13,7 @@ import pytest
 from minillm_core.config import ModelConfig, RopeScaling
 from minillm_core.doctor.examine import Report, examine
 from minillm_core.doctor.subjects import Subject
+from minillm_core.doctor.weights import explain_weights
 from minillm_core.model.reference import Reference
 from minillm_core.model.rope import half_split, interleaved
 from minillm_core.tensors import Tensors
@@ -166,8 +167,8 @@ FILES: dict[str, tuple[str, str, Change]] = {
     "no rope_scaling": ("rope-scaling", "missing", config_changed(rope_scaling=None)),
     "wrong rope_scaling": ("rope-scaling", "factor=32", config_changed(rope_scaling=RopeScaling(32.0, 1.0, 4.0, 64))),
     "wrong heads": ("head-shape", "head_dim is 16", config_changed(n_heads=4, n_kv_heads=2, head_dim=16)),
-    "scale folded into q": ("scale", r"q_proj.*by 0.35", weights_changed("q_proj", lambda w: w * np.float32(H**-0.5))),
-    "up 1 % too large": ("scale", r"up_proj .* by 1\.01", weights_changed("up_proj", lambda w: w * np.float32(1.01))),
+    "scale folded into q": ("scale", r"by 0\.35355$", weights_changed("q_proj", lambda w: w * np.float32(H**-0.5))),
+    "up 1 % too large": ("scale", r"up_proj .* by 1\.01$", weights_changed("up_proj", lambda w: w * np.float32(1.01))),
     "tokens shifted": ("row-order", r"\+1", weights_changed("embed", lambda w: np.concatenate([w[:1], w[:-1]]))),
     "untied head lost": ("tied-head", "is the embedding", tied),
 }
@@ -202,6 +203,47 @@ def test_several_faults_at_once_are_named(float64: Tier) -> None:
     report = report_of(subject("torch", CONFIG, weights), subject("jax", config, changed))
     named = {finding.fault for finding in report.findings}
     assert named == {"rope-layout", "swapped", "rounding", "norm-eps", "rope-scaling"}
+
+
+@pytest.mark.parametrize(
+    ("faults_of_a", "faults_of_b", "evidence"),
+    [
+        ([], ["interleaved q and k"], {"rope-layout": "to A reproduces B exactly"}),
+        ([], ["bfloat16"], {"rounding": "to A reproduces B exactly"}),
+        (["bfloat16"], [], {"rounding": "to B reproduces A exactly"}),
+        ([], ["up 1 % too large"], {"scale": "to A reproduces B up to the last bits"}),
+        (
+            [],
+            ["interleaved q and k", "bfloat16"],
+            {
+                "rope-layout": "to A reproduces B up to the rounding",
+                "rounding": "to A, changed as above, reproduces B exactly",
+            },
+        ),
+        (
+            ["bfloat16"],
+            ["interleaved q and k"],
+            {
+                "rope-layout": "to A reproduces B up to the rounding",
+                "rounding": "to B reproduces A, changed as above, exactly",
+            },
+        ),
+    ],
+)
+def test_evidence_says_what_was_checked(
+    faults_of_a: list[str], faults_of_b: list[str], evidence: dict[str, str]
+) -> None:
+    """Which of the two a change applies to, and how exactly it then gives the other."""
+    subjects = []
+    for faults in (faults_of_a, faults_of_b):
+        config, weights = CONFIG, random_weights(CONFIG)
+        for name in faults:
+            config, weights = FILES[name][2](config, weights)
+        subjects.append(subject("torch", config, weights))
+    found = {finding.fault: finding.evidence for finding in explain_weights(*subjects)}
+    assert found.keys() == evidence.keys()
+    for fault, words in evidence.items():
+        assert found[fault].startswith(f"applying this change {words} ("), found
 
 
 def test_fault_that_a_short_prompt_misses(float64: Tier) -> None:

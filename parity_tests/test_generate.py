@@ -236,11 +236,14 @@ def test_long_prompts_are_prefilled_in_chunks(
     prompts = [rng.integers(4, 512, n).tolist() for n in (300, 33, 64, 1)]
     whole = complete(generator, prompts, max_new_tokens=8, temperature=0.0)
     monkeypatch.setattr(generation, "PREFILL_CHUNK", 32)
+    prefill, calls = generator._prefill, []
+    monkeypatch.setattr(generator, "_prefill", lambda *arguments: calls.append(1) or prefill(*arguments))
     for completion, expected in zip(
         complete(generator, prompts, max_new_tokens=8, temperature=0.0), whole, strict=True
     ):
         assert completion.tokens == expected.tokens
         assert np.allclose(completion.logprobs, expected.logprobs, rtol=0, atol=1e-12)
+    assert len(calls) == 10  # of 299 tokens, 32 at a time
 
 
 @pytest.mark.parametrize("framework", BACKENDS)

@@ -63,9 +63,16 @@ def exit_code(*arguments: Any, **options: Any) -> int:
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 @pytest.mark.parametrize("kinds", [("jax", "torch"), ("exported", "jax"), ("torch", "exported"), ("model.gguf", "jax")])
 def test_every_checkpoint_format_is_equal(
-    kinds: tuple[str, str], dtype: Any, home: Path, float64: Tier, capsys: pytest.CaptureFixture[str]
+    kinds: tuple[str, str],
+    dtype: Any,
+    home: Path,
+    float64: Tier,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     assert exit_code(home / kinds[0], home / kinds[1], dtype=dtype) == 0
+    engines = [{"exported": "transformers", "model.gguf": "torch"}.get(kind, kind) for kind in kinds]
+    assert f"running A in {engines[0]} and B in {engines[1]}, {dtype}" in caplog.text
     out = capsys.readouterr().out
     assert re.search(r"^EQUAL within", out, re.MULTILINE), out
     assert "2 rows of random ids, 1 of text" in out
@@ -182,7 +189,6 @@ def test_model_without_tokenizer(
     config: ModelConfig = replace(TINY, context_length=64)
     tmp_path.joinpath("config.json").write_text(json.dumps(to_hf_config(config, "float32")))
     write_hf_weights(tmp_path, config, random_weights(config, sharpness=1.0), "float32")
-    caplog.set_level("INFO")
     assert exit_code(tmp_path, tmp_path) == 0
     captured = capsys.readouterr()
     assert "float64, 2 x 64 tokens: 2 rows of random ids, 0 of text" in captured.out

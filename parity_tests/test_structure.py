@@ -8,6 +8,8 @@ import sys
 import tomllib
 from pathlib import Path
 
+import pytest
+
 import minillm_core
 import minillm_jax
 import minillm_torch
@@ -92,6 +94,41 @@ def test_same_files_and_public_names() -> None:
 
 # torch.optim holds parameters and gradients itself.
 SIGNATURES_DIFFER = {"make_optimizer", "apply_update"}
+
+
+SHARED_CODE = {"write_payload", "read_payload", "open_weights", "_open_group"}
+
+
+def test_checkpoint_code_is_the_same() -> None:
+    """Where the two packages have the same code, over their own payload.py, it stays the same."""
+    ours, theirs = (
+        {
+            node.name: ast.dump(node)
+            for node in ast.parse((ROOT / package / "checkpoint.py").read_text()).body
+            if isinstance(node, ast.FunctionDef) and node.name in SHARED_CODE
+        }
+        for package in ("minillm_jax", "minillm_torch")
+    )
+    assert ours.keys() == SHARED_CODE
+    assert ours == theirs
+
+
+@pytest.mark.parametrize(
+    ("package", "forbidden"),
+    [
+        ("minillm_core", {"jax", "jaxlib", "flax", "optax", "orbax", "torch", "transformers", "scripts"}),
+        ("minillm_jax", {"torch", "transformers", "scripts"}),
+        ("minillm_torch", {"jax", "jaxlib", "flax", "optax", "orbax", "transformers", "scripts"}),
+    ],
+)
+def test_what_importing_a_package_loads(package: str, forbidden: set[str]) -> None:
+    """Every module of it, in a process of its own."""
+    modules = [
+        ".".join(path.relative_to(ROOT).with_suffix("").parts) for path in sorted((ROOT / package).rglob("*.py"))
+    ]
+    code = f"import importlib, sys; [importlib.import_module(m.removesuffix('.__init__')) for m in {modules}]; "
+    code += f"print(*({forbidden} & sys.modules.keys()))"
+    assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True).split() == []
 
 
 def test_jax_alone_does_not_need_torch() -> None:

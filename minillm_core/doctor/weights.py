@@ -28,6 +28,8 @@ def explain_weights(a: Subject, b: Subject) -> list[Finding]:
     explained: dict[tuple[str, str], list[str]] = {}
     unknown: dict[str, float] = {}
     last_bits: dict[str, float] = {}
+    inexact: dict[str, str] = {}
+    """Weights of B that the fault alone does not reproduce to the bit, and what remains."""
     moved: dict[int, int] = {}
     for name in param_table(a.config):
         if name not in b.weights or np.array_equal(a.weights[name], b.weights[name], equal_nan=True):
@@ -41,18 +43,28 @@ def explain_weights(a: Subject, b: Subject) -> list[Finding]:
         if fault == "layer-order":
             layer, source = map(int, says.split())
             moved[layer], says = source, "layers"
+        if form:
+            inexact[name] = "up to the rounding"
+        elif not np.array_equal(ours.astype(b.weights[name].dtype), b.weights[name]):
+            inexact[name] = "up to the last bits"
         if not says and not form:
             last_bits[name] = distance(ours, theirs)
         for key in ((fault, says), ("rounding", form)):
             if key[1]:
                 explained.setdefault(key, []).append(name)
     findings = []
-    rounded = {name for (fault, _), names in explained.items() if fault == "rounding" for name in names}
+    changed = {name for (fault, _), names in explained.items() if fault != "rounding" for name in names}
     for (fault, says), names in explained.items():
         words = _order(moved, a.config.n_layers) if fault == "layer-order" else says
-        one, other = ("B", "A") if says.startswith("A's") else ("A", "B")
-        together = " together with the rounding" if fault != "rounding" and rounded & {*names} else ""
-        evidence = f"applying this change{together} to {one} reproduces {other} exactly ({names_of(names)})"
+        also = ", changed as above," if fault == "rounding" and changed & {*names} else ""
+        reproduces = f"A{also} reproduces B"
+        if says.startswith("A's"):
+            reproduces = f"B reproduces A{also}"
+        how = max(
+            (inexact[name] for name in names if name in inexact), default="exactly"
+        )  # the rounding, if there is one
+        how = "exactly" if fault == "rounding" else how
+        evidence = f"applying this change to {reproduces} {how} ({names_of(names)})"
         findings.append(Finding(fault, "B", "weights", words, evidence))
     if last_bits:
         evidence = f"difference at most {max(last_bits.values()):.1e} of the norm ({names_of(list(last_bits))})"

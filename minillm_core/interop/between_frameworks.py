@@ -19,7 +19,7 @@ from minillm_core.training.checkpoints import (
     verify_checkpoint,
 )
 from minillm_core.training.metrics import read_metrics, write_metrics
-from minillm_core.training.run_directory import RunDirectory
+from minillm_core.training.run_directory import RunDirectory, resolve_compute_dtype, saved_config
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +41,8 @@ def copy_checkpoint(checkpoint: Path, run_dir: Path | None, reader: Backend, wri
     info = read_info(checkpoint)
     state = reader.read_payload(checkpoint, info.config)
     run_dir = _default_destination(checkpoint, reader.FRAMEWORK, writer.FRAMEWORK) if run_dir is None else run_dir
-    with RunDirectory(run_dir, info.config).opened(checkpoint, info.data_hashes):
+    config = resolve_compute_dtype(info.config, saved_config(run_dir), info.config.train.compute_dtype)
+    with RunDirectory(run_dir, config).opened(checkpoint, info.data_hashes):
         return _write(writer, run_dir / writer.FRAMEWORK, checkpoint, info, state)
 
 

@@ -19,7 +19,7 @@ CONFIG = "config.yaml"
 
 @dataclass(frozen=True)
 class RunDirectory:
-    """A run: where it lives, and its configuration, in which `compute_dtype` is not `auto`."""
+    """A run: where it lives, and its configuration."""
 
     path: Path
     config: RunConfig
@@ -40,7 +40,7 @@ class RunDirectory:
         _require_run_or_nothing(run)
         make_folder(run)
         with lock(run / ".lock"):
-            recorded, known = _known_hashes(run / "run.json"), _saved_config(run)
+            recorded, known = _known_hashes(run / "run.json"), saved_config(run)
             if recorded is not None:
                 require_same_data(recorded, data_hashes, run)
             if known is not None:
@@ -73,13 +73,19 @@ def find_run(config: RunConfig, auto_dtype: str) -> RunDirectory:
     if "weights" in (_known_hashes(path / "run.json") or {}):
         problem, hint = "the run holds an imported model, which cannot be trained", "use a different run directory"
         raise InputError(problem, where=path, hint=f"{hint} (--train.out_dir)")
-    known = _saved_config(path)
-    if config.train.compute_dtype == "auto":
-        dtype = cast(ComputeDtype, auto_dtype) if known is None else known.train.compute_dtype
-        config = replace(config, train=replace(config.train, compute_dtype=dtype))
+    known = saved_config(path)
+    config = resolve_compute_dtype(config, known, auto_dtype)
     if known is not None:
         require_same_config(config, known, path)
     return RunDirectory(path, config)
+
+
+def resolve_compute_dtype(config: RunConfig, known: RunConfig | None, auto_dtype: str) -> RunConfig:
+    """The configuration with `compute_dtype: auto` replaced by the dtype of the known run, or else by `auto_dtype`."""
+    if config.train.compute_dtype != "auto":
+        return config
+    dtype = cast(ComputeDtype, auto_dtype) if known is None else known.train.compute_dtype
+    return replace(config, train=replace(config.train, compute_dtype=dtype))
 
 
 def _require_run_or_nothing(path: Path) -> None:
@@ -91,7 +97,8 @@ def _require_run_or_nothing(path: Path) -> None:
         raise InputError("not empty and not a run directory", expected=f"{CONFIG} in it", where=path)
 
 
-def _saved_config(run: Path) -> RunConfig | None:
+def saved_config(run: Path) -> RunConfig | None:
+    """The configuration of a run; None if there is no run."""
     return load_config(str(run / CONFIG)) if (run / CONFIG).exists() else None
 
 
