@@ -107,7 +107,7 @@ def _python_unpickler() -> Any:
     if missing:
         raise InputError(
             "this version of Python has a different pickle._Unpickler, so torch.save files cannot be read safely",
-            expected="the one of Python 3.11 to 3.14",
+            expected="the one of Python 3.11 and 3.12",
             found=f"Python {sys.version.split()[0]}, without {missing}",
             where=__name__,
             hint="give the folder with the model's safetensors, or use an earlier Python, and report this problem",
