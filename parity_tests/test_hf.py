@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from minillm_core.config import ModelConfig, load_config
+from minillm_core.config import ModelConfig
 from minillm_core.errors import InputError
 from minillm_core.interop.exports import export_hf
 from minillm_core.interop.hf import open_hf, write_hf_weights
@@ -24,7 +24,6 @@ from minillm_core.tensors import Tensors
 from minillm_core.text.tokenizer import Tokenizer
 from minillm_core.text.tokenizer_json import load_tokenizer
 from minillm_core.training.checkpoints import read_info
-from minillm_core.training.train import train
 from parity_tests.conftest import BACKENDS, MODELS, TIERS, TINY, Tier, assert_close, random_tokens, random_weights
 from parity_tests.test_transformers import CONFIGS, llama_logits, without_casts
 
@@ -404,14 +403,3 @@ def test_damaged_files_never_crash(tmp_path: Path) -> None:
         path.write_bytes(content)
     assert outcomes["refused"] > 600
     assert sum(outcomes.values()) == 1200
-
-
-def test_imported_run_cannot_be_trained(tmp_path: Path) -> None:
-    """Refused before any data is prepared for it."""
-    save_llama(TINY, tmp_path / "hf", torch.float32)
-    import_checkpoint("hf", tmp_path / "hf", tmp_path / "run", BACKENDS["torch"])
-    config = load_config(str(tmp_path / "run/config.yaml"))
-    config = replace(config, data=replace(config.data, dir=str(tmp_path / "data")))
-    with pytest.raises(InputError, match="holds an imported model, which cannot be trained"):
-        train(config, BACKENDS["torch"])
-    assert not (tmp_path / "data").exists()

@@ -9,19 +9,22 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import torch
 
 import minillm_jax
 import minillm_torch
-from minillm_core.config import DataConfig, RunConfig
+from minillm_core.config import DataConfig, RunConfig, load_config
 from minillm_core.errors import InputError
 from minillm_core.files import hash_file
 from minillm_core.interop import convert
+from minillm_core.interop.imports import import_checkpoint
 from minillm_core.training.checkpoints import CheckpointWriter, TrainingState, read_info
 from minillm_core.training.schedule import learning_rate
 from minillm_core.training.train import train
 from parity_tests.conftest import (
     BACKENDS,
     TIERS,
+    TINY,
     Tier,
     assert_close,
     losses_of,
@@ -30,6 +33,7 @@ from parity_tests.conftest import (
     text_run,
     train_until,
 )
+from parity_tests.test_hf import save_llama
 
 
 def moved_run(config: Callable[[Path], RunConfig], folder: Path, frameworks: list[str], every: int) -> np.ndarray:
@@ -205,3 +209,14 @@ def test_checkpoint_of_a_different_run_is_refused(data_config: DataConfig, tmp_p
     shutil.copytree(tmp_path / "a/torch/checkpoints/6", tmp_path / "b/torch/checkpoints/6")
     with pytest.raises(InputError, match=r"(?s)different configuration.*train.seed: 4, was 3.*b/torch/checkpoints/6"):
         train(text_run(data_config, tmp_path / "b", steps=6, seed=4), minillm_torch)
+
+
+def test_imported_run_cannot_be_trained(tmp_path: Path) -> None:
+    """Refused before any data is prepared for it."""
+    save_llama(TINY, tmp_path / "hf", torch.float32)
+    import_checkpoint("hf", tmp_path / "hf", tmp_path / "run", BACKENDS["torch"])
+    config = load_config(str(tmp_path / "run/config.yaml"))
+    config = replace(config, data=replace(config.data, dir=str(tmp_path / "data")))
+    with pytest.raises(InputError, match="holds an imported model, which cannot be trained"):
+        train(config, BACKENDS["torch"])
+    assert not (tmp_path / "data").exists()

@@ -35,8 +35,8 @@ def test_public_names_of_core() -> None:
     subprocess.run([sys.executable, "-c", code.replace("minillm_core.'", "minillm_core.t'")], check=True)
 
 
-def test_libraries_do_not_speak_of_scripts() -> None:
-    """What to type next is said by the command line, which knows how it was started."""
+def test_libraries_do_not_mention_scripts() -> None:
+    """Only the command line knows how it was started, so only it tells the user what to type."""
     for package in ("minillm_core", "minillm_jax", "minillm_torch"):
         for path in (ROOT / package).rglob("*.py"):
             assert "python scripts/" not in path.read_text(), path
