@@ -6,6 +6,7 @@ from typing import Annotated
 import tyro
 
 from minillm_cli.console import say
+from minillm_core.config import config_differences, load_config
 from minillm_core.errors import InputError
 from minillm_core.training.checkpoints import FRAMEWORKS
 from minillm_core.training.metrics import Row, read_metrics
@@ -36,6 +37,8 @@ def compare_runs(
     if not any(differences.values()):
         raise InputError("the runs have no logged step in common", found=" and ".join(runs))
     ours, theirs = runs.values()
+    if differing := differing_fields(*folders):
+        say("the configurations of the two runs differ:\n  " + "\n  ".join(differing))
     if copied := sum(row in theirs for row in ours):
         say(f"{copied} rows are identical, even the speeds: one log was copied together with a converted checkpoint")
     for split, apart in differences.items():
@@ -45,6 +48,14 @@ def compare_runs(
     say(f"drew {out}")
 
 
+def differing_fields(a: Path, b: Path) -> list[str]:
+    """The fields in which the configurations of two framework folders' runs differ."""
+    saved = [folder.resolve().parent / "config.yaml" for folder in (a, b)]
+    if not all(path.is_file() for path in saved):
+        return []
+    return config_differences(*(load_config(str(path)) for path in saved))
+
+
 def read_rows(folder: Path) -> list[Row]:
     path = folder / "metrics.jsonl"
     if not path.is_file():
@@ -52,6 +63,6 @@ def read_rows(folder: Path) -> list[Row]:
             "no metrics found",
             expected="metrics.jsonl",
             where=folder,
-            hint="give the framework folder of a run, such as runs/quickstart/jax, or train first",
+            hint="give two framework folders, such as runs/a/jax and runs/b/torch; or train this run in both",
         )
     return read_metrics(path)

@@ -1,5 +1,6 @@
 """Continues a prompt, or every prompt of a file, from any checkpoint of either framework."""
 
+import shlex
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -94,6 +95,8 @@ def generate(
         raise InputError("--n and --logprobs need a file to write to", hint="give --prompts FILE --output FILE.jsonl")
     if compile and backend == "jax":
         raise InputError("--compile is for torch; JAX always compiles", hint="omit --compile, or add --backend torch")
+    if " " in path and not Path(path).exists():
+        raise InputError("no such run", found=repr(path), hint=f"did you mean --prompt {shlex.quote(path)}?")
     framework = load_backend(backend, decoding=True)
     checkpoint = find_checkpoint(path, backend)
     extra = {"compile": True} if compile else {}

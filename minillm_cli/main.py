@@ -25,7 +25,14 @@ def usage() -> str:
     width = max(map(len, COMMANDS)) + 2
     lines = [f"  {name.ljust(width)}{does}" for name, (_, does) in COMMANDS.items()]
     first = "usage: minillm COMMAND [ARGUMENTS]\n\nOne language model in JAX and PyTorch, proven to be one model.\n"
-    return "\n".join([first, *lines, "", "minillm COMMAND --help lists the arguments of a command."])
+    return "\n".join(
+        [
+            first,
+            *lines,
+            "",
+            "minillm COMMAND --help lists the arguments of a command; minillm --version shows the version.",
+        ]
+    )
 
 
 def main() -> None:

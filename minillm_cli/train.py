@@ -1,5 +1,6 @@
 """Trains a model, from raw text to a sample of what it has learnt."""
 
+import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -39,11 +40,13 @@ def train_and_sample(config: RunConfig, framework: str) -> None:
     print_sample(checkpoint, config, backend)
     run, other = config.train.out_dir, "torch" if framework == "jax" else "jax"
     say("\nnext:")
-    for command in (
+    commands = [
         ("generate", run, "--backend", framework, "--prompt", "My fellow citizens,"),
         ("evaluate", run, "--backend", framework),
-        ("convert", f"{framework}->{other}", run),
-    ):
+    ]
+    if importlib.util.find_spec(other):
+        commands.append(("convert", f"{framework}->{other}", run))
+    for command in commands:
         say(f"  {command_line(command)}")
 
 

@@ -4,17 +4,29 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from minillm_core.errors import InputError
+
 
 def auto_dtype() -> str:
     """What `train.compute_dtype: auto` means on this machine: bfloat16 on a GPU, float32 on a CPU."""
     return "bfloat16" if jax.default_backend() == "gpu" else "float32"
 
 
+DTYPES = ("float32", "bfloat16", "float64")
+
+
 def resolve_dtype(name: str) -> jnp.dtype:
-    """The dtype for a name (`float32`, `bfloat16`, `float64`) or for `auto`. `float64` enables JAX's 64-bit mode."""
+    """The dtype for a name (`float32`, `bfloat16`, `float64`) or for `auto`. `float64` enables JAX's 64-bit mode.
+
+    Raises:
+        InputError: a different name.
+    """
+    name = auto_dtype() if name == "auto" else name
+    if name not in DTYPES:
+        raise InputError("unknown dtype", expected=f"auto, {', '.join(DTYPES)}", found=repr(name))
     if name == "float64" and not jax.config.read("jax_enable_x64"):
         jax.config.update("jax_enable_x64", True)  # without it JAX would silently compute in float32
-    return jnp.dtype(auto_dtype() if name == "auto" else name)
+    return jnp.dtype(name)
 
 
 def param_dtype(compute_dtype: jnp.dtype) -> jnp.dtype:

@@ -3,15 +3,27 @@
 import torch
 from torch import Tensor
 
+from minillm_core.errors import InputError
+
 
 def auto_dtype() -> str:
     """What `train.compute_dtype: auto` means on this machine: bfloat16 on a GPU, float32 on a CPU."""
     return "bfloat16" if torch.cuda.is_available() else "float32"
 
 
+DTYPES = ("float32", "bfloat16", "float64")
+
+
 def resolve_dtype(name: str) -> torch.dtype:
-    """The dtype for a name (`float32`, `bfloat16`, `float64`) or for `auto`."""
-    return getattr(torch, auto_dtype() if name == "auto" else name)
+    """The dtype for a name (`float32`, `bfloat16`, `float64`) or for `auto`.
+
+    Raises:
+        InputError: a different name.
+    """
+    name = auto_dtype() if name == "auto" else name
+    if name not in DTYPES:
+        raise InputError("unknown dtype", expected=f"auto, {', '.join(DTYPES)}", found=repr(name))
+    return getattr(torch, name)
 
 
 def param_dtype(compute_dtype: torch.dtype) -> torch.dtype:

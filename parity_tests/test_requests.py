@@ -76,6 +76,12 @@ def test_nonfinite_logits_are_refused(framework: str, temperature: float, tokeni
         (lambda g: g.generate(["a"], max_new_tokens=3, stop=[512]), "outside the vocabulary"),
         (lambda g: g.generate(["a"], max_new_tokens=3, prefix="the beginning"), "not a prefix"),
         (lambda g: g.generate([5], max_new_tokens=3, prefix=Prefix((1,), None, g)), "not a prompt"),
+        (lambda g: g.generate(["a"], max_new_tokens=600), r"what to do: ask for at most 318 new tokens$"),
+        (
+            lambda g: g.generate(["a"], max_new_tokens=3, temperture=1.0),
+            r"(?s)unknown.*did you mean temperature",
+        ),
+        (lambda g: g.stream(["a", "b"], max_new_tokens=3), "stream takes one prompt"),
         (lambda g: g.prefill(""), "empty prompt"),
         (lambda g: g.prefill("word " * 400), "longer than the context"),
     ],

@@ -275,6 +275,10 @@ def test_plan(home: Path) -> None:
         (r"to jax does not round.*bfloat16", ["convert", "hf->jax", "x", "y", "--dtype", "bfloat16"]),
         (r"the HTML page must be a file.*where: runs", ["parity", "runs/tiny", "runs/tiny", "--html", "runs"]),
         (r"not a folder of prepared data", ["evaluate", "runs/tiny", "--data-dir", "runs"]),
+        (
+            r"did you mean --prompt 'My fellow citizens'",
+            ["generate", "My fellow citizens"],
+        ),
         (r"no metrics found.*where: data/jax", ["compare_runs", "data"]),
         (r"both folders are the same", ["compare_runs", "runs/tiny/jax", "runs/tiny/jax"]),
     ],
@@ -354,6 +358,21 @@ def test_newer_format_is_refused(home: Path, tmp_path: Path) -> None:
     (checkpoint / "checkpoint.json").write_text(json.dumps(data | {"format_version": 99, "version": "9.9"}))
     with pytest.raises(InputError, match=r"(?s)different format version.*found: 99, written by version 9\.9"):
         read_info(checkpoint)
+
+
+@pytest.mark.parametrize("framework", BACKENDS)
+@pytest.mark.parametrize("dtype", ["int8", "foo"])
+def test_unknown_dtype_is_refused(home: Path, framework: str, dtype: str) -> None:
+    with pytest.raises(InputError, match=r"(?s)unknown dtype.*float32, bfloat16, float64.*found: '" + dtype):
+        BACKENDS[framework].load(home / "runs/tiny", dtype=dtype)
+
+
+def test_nothing_to_convert(home: Path, tmp_path: Path) -> None:
+    """The advice is not to convert in the opposite direction first."""
+    shutil.copytree(home / "runs/tiny/jax", tmp_path / "run/jax")
+    with pytest.raises(InputError, match=r"(?s)only jax checkpoints.*train in torch first") as raised:
+        convert("torch->jax", tmp_path / "run")
+    assert raised.value.command == ()
 
 
 @pytest.mark.parametrize("framework", BACKENDS)

@@ -137,6 +137,9 @@ class BaseGenerator(RequestReader, ABC):
         """The continuation of one prompt, in pieces of whole characters, as it is decoded. Together the pieces are the
         text that `generate` returns. Arguments and errors are those of `generate`; bad arguments raise at the call, not
         at the first piece."""
+        if isinstance(prompt, (list, tuple)) and any(isinstance(item, str) for item in prompt):
+            expected, hint = "a text or token ids", "pass one text, or use `generate` for several"
+            raise InputError("stream takes one prompt", expected=expected, found=repr(prompt)[:60], hint=hint)
         request = self._request([prompt], max_new_tokens, stop=stop, truncate=truncate, prefix=prefix, **sampling)
         return self._pieces(request)
 

@@ -1,7 +1,8 @@
 """Requests to a generator, checked before anything is computed."""
 
+import difflib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 import numpy as np
@@ -77,6 +78,11 @@ class RequestReader:
         **sampling: Any,
     ) -> Request:
         self._check_list(prompts)
+        known = [field.name for field in fields(SamplingConfig)]
+        if unknown := sorted(sampling.keys() - known):
+            close = difflib.get_close_matches(unknown[0], known, n=1)
+            hint = f"did you mean {close[0]}?" if close else None
+            raise InputError("unknown option", expected=", ".join(known), found=", ".join(unknown), hint=hint)
         config = SamplingConfig(**sampling)
         max_new_tokens, n = whole_number("max_new_tokens", max_new_tokens), whole_number("n", n)
         for name, value in (("max_new_tokens", max_new_tokens), ("n", n)):
@@ -118,7 +124,7 @@ class RequestReader:
         else:
             ids = [whole_number("a token id", token) for token in prompt]
         if not (len(prompt) and ids) and not may_be_empty:  # a text of spaces may have no tokens
-            hint = f"to generate without a prompt, give the begin-of-document token: [{self.tokenizer.bos_id}]"
+            hint = f"to start from nothing, pass the begin-of-document token, [{self.tokenizer.bos_id}], from Python"
             raise InputError("empty prompt", expected="at least one token", found=repr(prompt), where=where, hint=hint)
         self._check_ids(ids, where)
         return ids
@@ -141,7 +147,9 @@ class RequestReader:
                 expected=f"at most {limit} tokens",
                 found=f"{n_tokens} tokens + {max_new_tokens} new ones",
                 where=where,
-                hint=f"shorten it, ask for at most {limit - n_tokens} new tokens, or let `generate` truncate it"
+                hint=f"ask for at most {limit - n_tokens} new tokens"
+                if max_new_tokens >= limit > n_tokens
+                else f"shorten it, ask for at most {limit - n_tokens} new tokens, or let `generate` truncate it"
                 if n_tokens < limit and max_new_tokens
                 else "shorten it, or let `generate` truncate it",
             )

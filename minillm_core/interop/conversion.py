@@ -77,7 +77,7 @@ def convert(
             raise InputError("a path is missing", expected=expected, found="no run directory", hint="give both paths")
         result = import_checkpoint(source_format, Path(source), destination, load_backend(target_format))
         return Conversion(source_format, target_format, Path(source), result, _generates(result), False)
-    checkpoint, reader = find_checkpoint(source, source_format), load_backend(source_format)
+    checkpoint, reader = _find_source(source, source_format, target_format), load_backend(source_format)
     run_dir = checkpoint.parent.parent.parent
     if target_format == "hf":
         destination = destination or run_dir / f"hf-{source_format}"
@@ -92,6 +92,21 @@ def convert(
         unfinished = info.step < info.config.train.steps and "train" in info.data_hashes
         return Conversion(source_format, target_format, checkpoint, result, _generates(result), unfinished)
     return Conversion(source_format, target_format, checkpoint, destination, False, False)
+
+
+def _find_source(source: str | Path, source_format: str, target_format: str) -> Path:
+    """The checkpoint to convert. If there are only checkpoints of the target, the hint is not to convert those."""
+    try:
+        return find_checkpoint(source, source_format)
+    except InputError as error:
+        if error.command[:2] != ("convert", f"{target_format}->{source_format}"):
+            raise
+        raise InputError(
+            f"no {source_format} checkpoint to convert",
+            found=f"only {target_format} checkpoints",
+            where=source,
+            hint=f"train in {source_format} first, or name a run that was trained in it",
+        ) from None
 
 
 def _generates(checkpoint: Path) -> bool:

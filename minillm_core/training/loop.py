@@ -104,7 +104,9 @@ class _Loop:
         # False if the process ended after it committed the checkpoint of this step, but before the evaluation.
         is_evaluated = not self._evaluates(self.step) or self.log.has(self.step, "val")
         if self.step == c.steps and is_evaluated:
-            logger.info(f"found the finished run in {self.folder}: {self.step} of {c.steps} steps done")
+            source = read_info(final).converted_from
+            origin = f", converted from {source}" if source else ""
+            logger.info(f"found the finished run in {self.folder}: {self.step} of {c.steps} steps done{origin}")
             _report(self.log.rows)
         else:
             with open_trackers(self.config, self.folder, self.log.rows) as self.trackers:

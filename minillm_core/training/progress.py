@@ -38,6 +38,7 @@ class Progress:
         self.flops_per_token = 3 * forward_flops(config.model, 1, c.seq_len) / c.seq_len
         self.peak = peak_flops(device, c.compute_dtype)
         self.last_step, self.last_time = start, time.perf_counter()
+        self.ticks = 0
 
     def tick(self, step: int, at: float, loss: float, grad_norm: float, rate: float) -> dict[str, float]:
         """Logs a line. Returns the tokens per second since the previous line and, if the peak is known, MFU.
@@ -49,13 +50,14 @@ class Progress:
         values = {"tokens_per_second": round(self.tokens_per_step / seconds_per_step, 1)}
         if self.peak is not None:
             values["mfu"] = round(values["tokens_per_second"] * self.flops_per_token / self.peak, 4)
-        left = int(seconds_per_step * (self.steps - step))
+        left, is_first = int(seconds_per_step * (self.steps - step)), not self.ticks  # the first includes compilation
+        self.ticks += 1
         self.last_step, self.last_time = step, at
         logger.info(
             f"step {step:>6}/{self.steps}  loss {loss:.4f}  gradient norm {grad_norm:.2f}  learning rate {rate:.2e}  "
             f"{values['tokens_per_second']:,.0f} token/s  "
             + (f"MFU {values['mfu']:.1%}  " if self.peak is not None else "")
-            + f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left"
+            + ("" if is_first else f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left")
         )
         return values
 
