@@ -18,7 +18,8 @@ from minillm_core.errors import InputError
 from minillm_core.files import hash_file
 from minillm_core.interop import convert
 from minillm_core.interop.imports import import_checkpoint
-from minillm_core.training.checkpoints import CheckpointWriter, TrainingState, read_info
+from minillm_core.training.checkpoints import CheckpointInfo, CheckpointWriter, TrainingState, read_info
+from minillm_core.training.run_directory import RunDirectory
 from minillm_core.training.schedule import learning_rate
 from minillm_core.training.train import train
 from parity_tests.conftest import (
@@ -29,6 +30,7 @@ from parity_tests.conftest import (
     assert_close,
     losses_of,
     metrics_of,
+    random_weights,
     state_at,
     text_run,
     train_until,
@@ -220,3 +222,18 @@ def test_imported_run_cannot_be_trained(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="holds an imported model, which cannot be trained"):
         train(config, BACKENDS["torch"])
     assert not (tmp_path / "data").exists()
+
+
+def test_conversion_keeps_the_dtype_of_the_run(data_config: DataConfig, tmp_path: Path) -> None:
+    """A checkpoint whose configuration says `auto` is copied into a run that has settled on a dtype."""
+    config = text_run(data_config, tmp_path / "a", steps=6, compute_dtype="auto")
+    settled = replace(config, train=replace(config.train, compute_dtype="float32"))
+    hashes, state = {"tokenizer": "0", "train": "1", "val": "2"}, TrainingState(random_weights(TINY), {}, {})
+    with CheckpointWriter(tmp_path / "a/torch/checkpoints") as writer:
+        info = CheckpointInfo("torch", 3, 3, config, hashes)
+        writer.save(info, tmp_path, lambda folder: lambda: minillm_torch.write_payload(folder, config, state))
+    with RunDirectory(tmp_path / "b", settled).opened(tmp_path, hashes):
+        pass
+    convert("torch->jax", tmp_path / "a/torch/checkpoints/3", tmp_path / "b")
+    assert load_config(str(tmp_path / "b/config.yaml")).train.compute_dtype == "float32"
+    assert state_at(tmp_path / "b", "jax", 3).weights.keys() == state.weights.keys()
