@@ -1,5 +1,6 @@
 """Runs a Hugging Face folder with transformers' Llama as a reference; records its stages under this project's names."""
 
+import importlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -59,11 +60,11 @@ def transformers_encoder(folder: Path) -> Callable[[str], list[int]]:
 def _run(folder: Path, config: ModelConfig, weights: Tensors, tokens_BT: np.ndarray, dtype: str) -> Trace:
     import torch
     from torch.nn import functional as F
-    from transformers import LlamaForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    model = LlamaForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), attn_implementation="sdpa").eval()
+    model_class = getattr(_modeling(config), f"{_prefix(config)}ForCausalLM")
+    model = model_class.from_pretrained(folder, dtype=getattr(torch, dtype), attn_implementation="sdpa").eval()
     model.model.embed_tokens.padding_idx = None  # if set, look-ups of the padding token would get no gradient
     tokens = torch.from_numpy(tokens_BT).long()
     recorded: dict[str, torch.Tensor] = {}
@@ -81,12 +82,22 @@ def _run(folder: Path, config: ModelConfig, weights: Tensors, tokens_BT: np.ndar
     return Trace(stages, losses_BT.detach().double().numpy(), gradients)
 
 
+def _prefix(config: ModelConfig) -> str:
+    """transformers has the sliding window only in Mistral, whose code is otherwise Llama's."""
+    return "Llama" if config.sliding_window is None else "Mistral"
+
+
+def _modeling(config: ModelConfig) -> Any:
+    """The module of transformers that has the model."""
+    name = _prefix(config).lower()
+    return importlib.import_module(f"transformers.models.{name}.modeling_{name}")
+
+
 @contextmanager
 def _recording(model: Any, config: ModelConfig, recorded: dict[str, Any]) -> Iterator[None]:
     """Records the output of every module, and q and k after their rotation."""
-    from transformers.models.llama import modeling_llama
-
-    rotate, layer = modeling_llama.apply_rotary_pos_emb, iter(range(config.n_layers))
+    modeling = _modeling(config)
+    rotate, layer = modeling.apply_rotary_pos_emb, iter(range(config.n_layers))
 
     def rotate_and_keep(*inputs: Any, **options: Any) -> Any:
         name, rotated = f"model.layers.{next(layer)}.self_attn", rotate(*inputs, **options)
@@ -99,7 +110,7 @@ def _recording(model: Any, config: ModelConfig, recorded: dict[str, Any]) -> Ite
         recorded[name] = output[0] if isinstance(output, tuple) else output
 
     hooks = [module.register_forward_hook(partial(keep, name)) for name, module in model.named_modules()]
-    with patch.object(modeling_llama, "apply_rotary_pos_emb", rotate_and_keep):
+    with patch.object(modeling, "apply_rotary_pos_emb", rotate_and_keep):
         yield
     for hook in hooks:
         hook.remove()
@@ -109,7 +120,8 @@ def _recording(model: Any, config: ModelConfig, recorded: dict[str, Any]) -> Ite
 def without_casts(config: ModelConfig) -> Iterator[None]:
     """Removes the two hard-coded float32 casts of transformers' Llama: in RMSNorm and in the rotary angles."""
     import torch
-    from transformers.models.llama import modeling_llama
+
+    modeling, prefix = _modeling(config), _prefix(config)
 
     def norm(self: Any, x: torch.Tensor) -> torch.Tensor:
         return self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
@@ -124,8 +136,8 @@ def without_casts(config: ModelConfig) -> Iterator[None]:
         return angles.cos(), angles.sin()
 
     with (
-        patch.object(modeling_llama.LlamaRMSNorm, "forward", norm),
-        patch.object(modeling_llama.LlamaRotaryEmbedding, "forward", rotary),
+        patch.object(getattr(modeling, f"{prefix}RMSNorm"), "forward", norm),
+        patch.object(getattr(modeling, f"{prefix}RotaryEmbedding"), "forward", rotary),
     ):
         yield
 

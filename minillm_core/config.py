@@ -95,6 +95,8 @@ class ModelConfig:
     """Base of the rotary frequencies."""
     rope_scaling: RopeScaling | None = None
     """Llama 3's scaling of the rotary frequencies; null means none."""
+    sliding_window: int | None = None
+    """Number of tokens that each token sees, itself included; null means all tokens before it."""
     norm_eps: float = 1e-6
     """Added to the mean square in RMSNorm."""
     init_std: float = 0.02
@@ -104,6 +106,8 @@ class ModelConfig:
     def __post_init__(self) -> None:
         sizes = ("vocab_size", "context_length", "width", "n_layers", "n_heads", "n_kv_heads", "hidden")
         _require_positive("model", self, *sizes, "rope_theta", "norm_eps", "init_std")
+        if self.sliding_window is not None:
+            _require_positive("model", self, "sliding_window")
         if self.head_dim is None:
             _require(
                 self.width % self.n_heads == 0,
@@ -210,6 +214,8 @@ class TrainConfig:
     """Predicted tokens per sequence."""
     grad_accum: int = 1
     """Micro-batches per step."""
+    remat: bool = False
+    """Recompute the activations of every block in the backward pass: less memory, about a third more operations."""
     log_every: int = 10
     """Steps between two rows of the log."""
     eval_every: int = 100

@@ -1,5 +1,6 @@
 """Mini-LLM in JAX: Flax NNX, optax, Orbax. Same files, same names, same numbers as minillm_torch."""
 
+from minillm_jax.attention import describe_attention
 from minillm_jax.checkpoint import FRAMEWORK, load, open_weights, read_payload, write_payload
 from minillm_jax.cost import count_forward_flops, count_params
 from minillm_jax.device import describe_device
@@ -29,6 +30,7 @@ __all__ = [
     "build_model",
     "count_forward_flops",
     "count_params",
+    "describe_attention",
     "describe_device",
     "export_state",
     "import_state",

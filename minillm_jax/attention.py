@@ -1,4 +1,4 @@
-"""Attention: the causal mask, a plain implementation, a fused kernel, and the module that chooses between the two.
+"""Attention: the mask and its lowering, a plain implementation, a fused kernel, and the module that uses them.
 
 Shapes: B batch, T query time, S key time, D width, N query heads, K key/value heads, G = N / K, H head dim. The softmax
 runs in at least float32.
@@ -11,10 +11,18 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from minillm_core.config import ModelConfig
+from minillm_core.config import ModelConfig, RunConfig
+from minillm_core.errors import InputError
+from minillm_core.model.mask import AttentionMask
 from minillm_jax.kv_cache import LayerCache, Slots, append
 from minillm_jax.layers import Linear, apply_rope
-from minillm_jax.precision import at_least_float32, precision_of
+from minillm_jax.precision import at_least_float32, precision_of, resolve_dtype
+
+jax.tree_util.register_dataclass(
+    AttentionMask,
+    data_fields=["query_index_BT", "query_segments_BT", "key_segments_BS"],
+    meta_fields=["window"],
+)
 
 
 @jax.tree_util.register_dataclass
@@ -24,19 +32,34 @@ class PositionContext:
 
     cos_BT1H: jax.Array
     sin_BT1H: jax.Array
-    mask_BTS: jax.Array
+    mask: AttentionMask
+    bias_BTS: jax.Array | None
+    """The mask for the plain implementation; None if the fused kernel computes it (see `lower`)."""
     slots: Slots | None
     """Where the new keys and values go in the cache; None without a cache."""
 
 
-def causal_mask(position_BT: jax.Array, n_keys: int, dtype: DTypeLike) -> jax.Array:
-    """The term added to the scores (B, T, S): 0 for the keys that a query at position p sees (0 to p), else -inf."""
-    later_BTS = jnp.arange(n_keys) > position_BT[:, :, None]
-    return jnp.where(later_BTS, -jnp.inf, 0).astype(dtype)
+def lower(mask: AttentionMask, n_queries: int, n_keys: int, head_dim: int, dtype: DTypeLike) -> jax.Array | None:
+    """None if the fused kernel can compute this mask, else what the plain implementation adds to the scores."""
+    if why_not_fused(mask, n_queries, head_dim, dtype) is None:
+        return None
+    return mask_bias(mask, n_queries, n_keys, dtype)
 
 
-def attend(q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, mask_BTS: jax.Array) -> jax.Array:
-    """Grouped-query attention: softmax(q k^T / sqrt(H) + mask) v; (B, T, N, H)."""
+def mask_bias(mask: AttentionMask, n_queries: int, n_keys: int, dtype: DTypeLike) -> jax.Array:
+    """The term added to the scores, (B, T, S) or (1, T, S): 0 for the keys that a query sees, else -inf."""
+    index_BT = jnp.arange(n_queries)[None] if mask.query_index_BT is None else mask.query_index_BT
+    query_BT1, key_S = index_BT[:, :, None], jnp.arange(n_keys)
+    hidden_BTS = key_S > query_BT1
+    if mask.window is not None:
+        hidden_BTS = hidden_BTS | (key_S <= query_BT1 - mask.window)
+    if mask.query_segments_BT is not None and mask.key_segments_BS is not None:
+        hidden_BTS = hidden_BTS | (mask.query_segments_BT[:, :, None] != mask.key_segments_BS[:, None])
+    return jnp.where(hidden_BTS, -jnp.inf, 0).astype(dtype)
+
+
+def attend(q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, bias_BTS: jax.Array) -> jax.Array:
+    """Grouped-query attention: softmax(q k^T / sqrt(H) + bias) v; (B, T, N, H)."""
     B, T, N, H = q_BTNH.shape
     K, S = k_BKSH.shape[1:3]
     high = at_least_float32(q_BTNH.dtype)
@@ -45,23 +68,54 @@ def attend(q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, mask_BTS: ja
     scores_BKxS = (
         jnp.einsum("BKxH,BKSH->BKxS", q_BKxH, k_BKSH, precision=precision, preferred_element_type=high) * H**-0.5
     )
-    scores_BKGTS = scores_BKxS.reshape(B, K, G, T, S) + mask_BTS[:, None, None]
+    scores_BKGTS = scores_BKxS.reshape(B, K, G, T, S) + bias_BTS[:, None, None]
     weights_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1).astype(v_BKSH.dtype)
     out_BKxH = jnp.matmul(weights_BKGTS.reshape(B, K, G * T, S), v_BKSH, precision=precision)
     return out_BKxH.reshape(B, K, G, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
 
 
-def attend_fused(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array) -> jax.Array:
-    """`attend` with queries and keys at positions 0 to T - 1, as one cuDNN kernel that never stores the scores."""
-    return jax.nn.dot_product_attention(q_BTNH, k_BTKH, v_BTKH, is_causal=True, implementation="cudnn")
+def attend_fused(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, mask: AttentionMask) -> jax.Array:
+    """The same as `attend`, as one cuDNN kernel that never stores the scores.
+
+    Raises:
+        InputError: the kernel cannot express the mask.
+    """
+    if (part := _inexpressible(mask)) is not None:
+        raise InputError("the fused attention kernel cannot compute this mask", found=part, expected="a causal mask")
+    window = None if mask.window is None else (mask.window - 1, 0)  # keys before the query, and after it
+    return jax.nn.dot_product_attention(
+        q_BTNH, k_BTKH, v_BTKH, is_causal=True, local_window_size=window, implementation="cudnn"
+    )
 
 
-def can_fuse(q_BTNH: jax.Array) -> bool:
-    """Whether the fused kernel can run: it needs an Ampere or later GPU, 16-bit inputs, an even T, and a head_dim that
-    is a multiple of 8 and at most 128."""
-    _, T, _, H = q_BTNH.shape
-    fits = q_BTNH.dtype.itemsize == 2 and H % 8 == 0 and H <= 128 and T % 2 == 0
-    return fits and jax.default_backend() == "gpu" and float(jax.devices()[0].compute_capability) >= 8.0
+def _inexpressible(mask: AttentionMask) -> str | None:
+    """The part of a mask that the fused kernel cannot express."""
+    if mask.query_segments_BT is not None:
+        return "segments (documents that share a row)"
+    return None if mask.query_index_BT is None else "queries that continue a cache"
+
+
+def why_not_fused(mask: AttentionMask, n_queries: int, head_dim: int, dtype: DTypeLike) -> str | None:
+    """Why the fused kernel cannot compute this attention; None if it can. It needs an Ampere or later GPU, 16-bit
+    inputs, an even number of queries, and a head_dim that is a multiple of 8 and at most 128."""
+    if jax.default_backend() != "gpu":
+        return "the device is not a GPU"
+    if float(jax.devices()[0].compute_capability) < 8.0:
+        return "the GPU is older than Ampere"
+    if jnp.dtype(dtype).itemsize != 2:
+        return f"the dtype is {jnp.dtype(dtype)}, not bfloat16"
+    if head_dim % 8 or head_dim > 128:
+        return f"head_dim {head_dim} is not a multiple of 8 up to 128"
+    if n_queries % 2:
+        return f"the length {n_queries} is odd"
+    return _inexpressible(mask)
+
+
+def describe_attention(config: RunConfig) -> str:
+    """The attention that a run uses, for the log."""
+    model, dtype = config.model, resolve_dtype(config.train.compute_dtype)
+    why = why_not_fused(AttentionMask(model.sliding_window), config.train.seq_len, model.resolved_head_dim, dtype)
+    return "fused attention (cuDNN)" if why is None else f"plain attention: {why}"
 
 
 class Attention(nnx.Module):
@@ -94,11 +148,12 @@ class Attention(nnx.Module):
         q_BTNH, k_BTKH, v_BTKH = self.qkv(x_BTD, positions)
         if cache is not None:
             assert positions.slots is not None  # set whenever there is a cache
+            assert positions.bias_BTS is not None  # the fused kernel takes no cache
             cache = append(cache, k_BTKH, v_BTKH, positions.slots)
-            out_BTNH = attend(q_BTNH, cache.k_BKSH, cache.v_BKSH, positions.mask_BTS)
-        elif can_fuse(q_BTNH):
-            out_BTNH = attend_fused(q_BTNH, k_BTKH, v_BTKH)
+            out_BTNH = attend(q_BTNH, cache.k_BKSH, cache.v_BKSH, positions.bias_BTS)
+        elif positions.bias_BTS is None:
+            out_BTNH = attend_fused(q_BTNH, k_BTKH, v_BTKH, positions.mask)
         else:
             k_BKTH, v_BKTH = k_BTKH.transpose(0, 2, 1, 3), v_BTKH.transpose(0, 2, 1, 3)
-            out_BTNH = attend(q_BTNH, k_BKTH, v_BKTH, positions.mask_BTS)
+            out_BTNH = attend(q_BTNH, k_BKTH, v_BKTH, positions.bias_BTS)
         return self.o_proj(out_BTNH.reshape(B, T, -1)), cache

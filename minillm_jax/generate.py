@@ -15,6 +15,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from minillm_core.config import ModelConfig
+from minillm_core.data.batches import Batch
 from minillm_core.decoding.generation import BaseGenerator
 from minillm_core.decoding.sampling import SamplingConfig
 from minillm_core.text.tokenizer import Tokenizer
@@ -69,8 +70,8 @@ class Generator(BaseGenerator):
         )
         return np.asarray(tokens_BN)[:, :n_tokens], np.asarray(logprobs_BN)[:, :n_tokens], state
 
-    def _losses(self, tokens_BT: np.ndarray) -> np.ndarray:
-        return np.asarray(self._eval_step(tokens_BT))
+    def _losses(self, rows: np.ndarray) -> np.ndarray:
+        return np.asarray(self._eval_step(Batch.from_rows(rows)))
 
 
 def _laid_out_for_cpu(

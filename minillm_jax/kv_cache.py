@@ -31,32 +31,41 @@ class KVCache:
 
     layers: tuple[LayerCache, ...]
     length_B: jax.Array
+    segments_BS: jax.Array | None = None
+    """The document of every key (int32), if several documents share a row."""
 
     @property
     def capacity(self) -> int:
         return self.layers[0].k_BKSH.shape[2]
 
 
-def init_cache(config: ModelConfig, batch_size: int, capacity: int, dtype: DTypeLike) -> KVCache:
-    """An empty cache for up to `capacity` tokens per row; raises InputError if that exceeds the context length."""
+def init_cache(
+    config: ModelConfig, batch_size: int, capacity: int, dtype: DTypeLike, segments: bool = False
+) -> KVCache:
+    """An empty cache for up to `capacity` tokens per row; raises InputError if that exceeds the context length.
+
+    Args:
+        segments: several documents may share a row; every call must then give `segments_BT`.
+    """
     if capacity > config.context_length:
         raise InputError("the cache is longer than the context", expected=config.context_length, found=capacity)
     shape = (batch_size, config.n_kv_heads, capacity, config.resolved_head_dim)
     layers = tuple(LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.n_layers))
-    return KVCache(layers, jnp.zeros(batch_size, jnp.int32))
+    segments_BS = jnp.zeros((batch_size, capacity), jnp.int32) if segments else None
+    return KVCache(layers, jnp.zeros(batch_size, jnp.int32), segments_BS)
 
 
 Slots = tuple[jax.Array, jax.Array, jax.Array]
-"""Indices of rows, heads and positions; together they broadcast to (B, T, K)."""
+"""Indices of rows, heads and places; together they broadcast to (B, T, K)."""
 
 
-def slots(cache: KVCache, position_BT: jax.Array) -> Slots:
-    """Where the keys and values (B, T, K, H) of these positions go in every layer.
+def slots(cache: KVCache, index_BT: jax.Array) -> Slots:
+    """Where the keys and values (B, T, K, H) of the tokens at these places of the rows go in every layer.
 
     The heads are indexed one by one: XLA:CPU would turn a single index into an update of a copy of the cache.
     """
     B, K, _, _ = cache.layers[0].k_BKSH.shape
-    return jnp.arange(B)[:, None, None], jnp.arange(K)[None, None], position_BT[:, :, None]
+    return jnp.arange(B)[:, None, None], jnp.arange(K)[None, None], index_BT[:, :, None]
 
 
 def append(cache: LayerCache, k_BTKH: jax.Array, v_BTKH: jax.Array, slots: Slots) -> LayerCache:
@@ -65,6 +74,13 @@ def append(cache: LayerCache, k_BTKH: jax.Array, v_BTKH: jax.Array, slots: Slots
         cache.k_BKSH.at[slots].set(k_BTKH.astype(cache.k_BKSH.dtype), mode="drop"),
         cache.v_BKSH.at[slots].set(v_BTKH.astype(cache.v_BKSH.dtype), mode="drop"),
     )
+
+
+def append_segments(cache: KVCache, segments_BT: jax.Array, index_BT: jax.Array) -> jax.Array:
+    """The segments of all keys, (B, S), after new tokens at these places of the rows."""
+    assert cache.segments_BS is not None  # by `check_room`
+    rows_B1 = jnp.arange(len(segments_BT))[:, None]
+    return cache.segments_BS.at[rows_B1, index_BT].set(segments_BT, mode="drop")
 
 
 def take_rows(cache: KVCache, rows_B: jax.Array, capacity: int) -> KVCache:
@@ -78,15 +94,23 @@ def take_rows(cache: KVCache, rows_B: jax.Array, capacity: int) -> KVCache:
         return new_BKSH.at[:, :, :n_kept].set(x_BKSH[rows_B, :, :n_kept])
 
     layers = tuple(LayerCache(take(layer.k_BKSH), take(layer.v_BKSH)) for layer in cache.layers)
-    return KVCache(layers, cache.length_B[rows_B])
+    segments_BS = cache.segments_BS
+    if segments_BS is not None:
+        segments_BS = jnp.zeros((len(rows_B), capacity), jnp.int32).at[:, :n_kept].set(segments_BS[rows_B, :n_kept])
+    return KVCache(layers, cache.length_B[rows_B], segments_BS)
 
 
-def check_room(cache: KVCache, tokens_BT: jax.Array, valid_B: jax.Array | None) -> None:
-    """Raises InputError if the number of rows differs from the cache's, if a row has no room for T more tokens, or if
-    valid_B is not 0 to T for every row. Under jit only shapes are known, so check the values before."""
+def check_room(cache: KVCache, tokens_BT: jax.Array, valid_B: jax.Array | None, segments_BT: jax.Array | None) -> None:
+    """Raises InputError if the number of rows differs from the cache's, if a row has no room for T more tokens, if
+    valid_B is not 0 to T for every row, or if only one of cache and call has segments. Under jit only shapes are known,
+    so check the values before."""
     B, T = tokens_BT.shape
     if len(cache.length_B) != B:
         raise InputError("the number of rows differs from the cache's", expected=f"{len(cache.length_B)}", found=B)
+    if (cache.segments_BS is None) != (segments_BT is None):
+        expected, found = ("segments_BT" if given is not None else "none" for given in (cache.segments_BS, segments_BT))
+        hint = "pass segments=True to init_cache if documents share a row, and segments_BT to every call"
+        raise InputError("the segments do not fit the cache", expected=expected, found=found, hint=hint)
     if valid_B is not None and not isinstance(valid_B, jax.core.Tracer):
         valid = np.asarray(valid_B)
         if valid.shape != (B,) or valid.min() < 0 or valid.max() > T:

@@ -1,6 +1,6 @@
-"""Cross-entropy: per token, its mean, and a compiled function for evaluation.
+"""Cross-entropy: per token, weighted sums over a batch, and a compiled function for evaluation.
 
-Shapes: B batch, T time, V vocabulary.
+Shapes: B batch, T time, D width, V vocabulary, C chunks, R rows of a chunk.
 """
 
 from collections.abc import Callable
@@ -10,11 +10,21 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from minillm_core.data.batches import Batch
 from minillm_core.training.backend import EvalStep
 from minillm_jax.device import compiler_options
-from minillm_jax.model import MiniLLM
+from minillm_jax.model import MiniLLM, check_tokens
 from minillm_jax.precision import at_least_float32
 from minillm_jax.weights import Params, merge_model, split_model
+
+jax.tree_util.register_dataclass(
+    Batch,
+    data_fields=["tokens_BT", "targets_BT", "weights_BT", "positions_BT", "segments_BT"],
+    meta_fields=[],
+)
+
+LOGITS_PER_CHUNK = 1 << 28
+"""1 GiB of float32."""
 
 
 def token_losses(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
@@ -24,23 +34,68 @@ def token_losses(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
     return jax.nn.logsumexp(logits_BTV, axis=-1) - target_BT
 
 
-def mean_loss(model: MiniLLM, tokens_BT: jax.Array) -> jax.Array:
-    """Mean loss in nats of predicting tokens 1 to T - 1 of each row from the tokens before them."""
-    logits_BTV, _ = model(tokens_BT[:, :-1])
-    return token_losses(logits_BTV, tokens_BT[:, 1:]).mean()
+def head_losses(model: MiniLLM, x_BTD: jax.Array, targets_BT: jax.Array) -> jax.Array:
+    """`token_losses` of the output head's logits, (B, T), without ever holding all logits.
+
+    The tokens are cut into chunks of at most LOGITS_PER_CHUNK logits. The backward pass computes the logits of each
+    chunk a second time. Memory does not grow with B x T x V; a batch of one chunk is computed directly.
+    """
+    B, T, D = x_BTD.shape
+    rows = max(1, LOGITS_PER_CHUNK // model.config.vocab_size)
+    if rows >= B * T:
+        return token_losses(model.head(x_BTD), targets_BT)
+    n_chunks = -(-B * T // rows)
+    rows = -(-B * T // n_chunks)  # chunks of nearly equal size
+    padding = n_chunks * rows - B * T
+    x_CRD = jnp.pad(x_BTD.reshape(-1, D), ((0, padding), (0, 0))).reshape(n_chunks, rows, D)
+    targets_CR = jnp.pad(targets_BT.reshape(-1), (0, padding)).reshape(n_chunks, rows)
+
+    @jax.checkpoint
+    def losses_of(x_RD: jax.Array, targets_R: jax.Array) -> jax.Array:
+        return token_losses(model.head(x_RD), targets_R)
+
+    losses_CR = jax.lax.map(lambda chunk: losses_of(*chunk), (x_CRD, targets_CR))
+    return losses_CR.reshape(-1)[: B * T].reshape(B, T)
+
+
+def batch_losses(model: MiniLLM, batch: Batch, *, remat: bool = False) -> jax.Array:
+    """The loss of every target of a batch in nats, without its weight, (B, T)."""
+    tokens_BT = check_tokens(model.config, batch.tokens_BT)
+    x_BTD, _ = model.model(tokens_BT, None, None, batch.positions_BT, batch.segments_BT, remat)
+    return head_losses(model, x_BTD, batch.targets_BT)
+
+
+def loss_sums(model: MiniLLM, batch: Batch, *, remat: bool = False) -> tuple[jax.Array, jax.Array]:
+    """The weighted sum of a batch's losses in nats, and the sum of its weights.
+
+    Sums of several batches may be added; their mean is the first sum divided by the second.
+    """
+    losses_BT = batch_losses(model, batch, remat=remat)
+    weights_BT = batch.weights_BT.astype(losses_BT.dtype)
+    return (losses_BT * weights_BT).sum(), weights_BT.sum()
+
+
+def mean_loss(model: MiniLLM, batch: Batch) -> jax.Array:
+    """The weighted mean of a batch's losses in nats."""
+    loss, weight = loss_sums(model, batch)
+    return loss / weight
 
 
 def make_eval_step(model: MiniLLM, *, deterministic: bool = False) -> EvalStep:
     """The compiled function that returns the losses of a batch. See core's EvalStep for its signature."""
     graphdef, params, rope = split_model(model)
     losses = _jit_losses(graphdef, deterministic)
-    return lambda tokens_BT: losses(params, rope, tokens_BT)
+
+    def eval_step(batch: Batch) -> jax.Array:
+        batch.check(model.config)
+        return losses(params, rope, batch)
+
+    return eval_step
 
 
 @lru_cache
 def _jit_losses(graphdef: Any, deterministic: bool) -> Callable[..., jax.Array]:
-    def losses(params: Params, rope: Params, tokens_BT: jax.Array) -> jax.Array:
-        logits_BTV, _ = merge_model(graphdef, params, rope)(tokens_BT[:, :-1])
-        return token_losses(logits_BTV, tokens_BT[:, 1:])
+    def losses(params: Params, rope: Params, batch: Batch) -> jax.Array:
+        return batch_losses(merge_model(graphdef, params, rope), batch)
 
     return jax.jit(losses, compiler_options=compiler_options(deterministic=deterministic))

@@ -11,8 +11,9 @@ from jax.typing import DTypeLike
 
 from minillm_core.config import ModelConfig
 from minillm_core.errors import InputError
-from minillm_jax.attention import Attention, PositionContext, causal_mask
-from minillm_jax.kv_cache import KVCache, LayerCache, check_room, slots
+from minillm_core.model.mask import AttentionMask
+from minillm_jax.attention import Attention, PositionContext, lower
+from minillm_jax.kv_cache import KVCache, LayerCache, append_segments, check_room, slots
 from minillm_jax.layers import MLP, Embedding, Linear, RMSNorm, rotation
 from minillm_jax.precision import at_least_float32
 
@@ -47,29 +48,50 @@ class Decoder(nnx.Module):
         self.embed_tokens = Embedding(config.vocab_size, config.width, **dtypes)
         self.layers = nnx.List([Block(config, **dtypes) for _ in range(config.n_layers)])
         self.norm = RMSNorm(config.width, eps=config.norm_eps, param_dtype=param_dtype)
+        self.head_dim, self.window = config.resolved_head_dim, config.sliding_window
         shape = (config.context_length, config.resolved_head_dim // 2)
         cos_SH, sin_SH = (jnp.zeros(shape, dtype=at_least_float32(compute_dtype)) for _ in range(2))
         self.cos_SH, self.sin_SH = RopeTable(cos_SH), RopeTable(sin_SH)
 
     def __call__(
-        self, tokens_BT: jax.Array, cache: KVCache | None, valid_B: jax.Array | None = None
+        self,
+        tokens_BT: jax.Array,
+        cache: KVCache | None,
+        valid_B: jax.Array | None = None,
+        positions_BT: jax.Array | None = None,
+        segments_BT: jax.Array | None = None,
+        remat: bool = False,
     ) -> tuple[jax.Array, KVCache | None]:
+        """The output of the final norm (B, T, D), and the cache. `remat` recomputes each block in the backward pass
+        instead of keeping its activations; without a cache only."""
         _, T = tokens_BT.shape
-        position_BT = jnp.arange(T)[None] + (0 if cache is None else cache.length_B[:, None])
+        index_BT = jnp.arange(T)[None] + (0 if cache is None else cache.length_B[:, None])
+        position_BT = index_BT if positions_BT is None else positions_BT
         x_BTD = self.embed_tokens(tokens_BT)
+        if cache is None:
+            n_keys, segments_BS, mask_index_BT = T, segments_BT, None
+        else:
+            n_keys, segments_BS, mask_index_BT = cache.capacity, cache.segments_BS, index_BT
+            if segments_BT is not None:
+                segments_BS = append_segments(cache, segments_BT, index_BT)
+        mask = AttentionMask(self.window, mask_index_BT, segments_BT, segments_BS)
         positions = PositionContext(
             *rotation(self.cos_SH[...][position_BT], self.sin_SH[...][position_BT]),
-            causal_mask(position_BT, T if cache is None else cache.capacity, x_BTD.dtype),
-            None if cache is None else slots(cache, position_BT),
+            mask,
+            lower(mask, T, n_keys, self.head_dim, x_BTD.dtype),
+            None if cache is None else slots(cache, index_BT),
         )
         layer_caches: list[LayerCache] = []
         for i, block in enumerate(self.layers):
-            layer_cache = None if cache is None else cache.layers[i]
-            x_BTD, layer_cache = block(x_BTD, positions, layer_cache)
+            if remat:
+                x_BTD = jax.checkpoint(lambda x_BTD, block=block: block(x_BTD, positions, None)[0])(x_BTD)
+                continue
+            x_BTD, layer_cache = block(x_BTD, positions, None if cache is None else cache.layers[i])
             if layer_cache is not None:
                 layer_caches.append(layer_cache)
         if cache is not None:
-            cache = KVCache(tuple(layer_caches), cache.length_B + (T if valid_B is None else valid_B))
+            length_B = cache.length_B + (T if valid_B is None else valid_B)
+            cache = KVCache(tuple(layer_caches), length_B, segments_BS)
         return self.norm(x_BTD), cache
 
 
@@ -84,32 +106,42 @@ class MiniLLM(nnx.Module):
         self.lm_head = None if config.tie_embeddings else Linear(config.width, config.vocab_size, **dtypes)
 
     def __call__(
-        self, tokens_BT: jax.Array, cache: KVCache | None = None, valid_B: jax.Array | None = None
+        self,
+        tokens_BT: jax.Array,
+        cache: KVCache | None = None,
+        valid_B: jax.Array | None = None,
+        positions_BT: jax.Array | None = None,
+        segments_BT: jax.Array | None = None,
     ) -> tuple[jax.Array, KVCache | None]:
         """Logits of the next token at every position.
 
         Args:
-            tokens_BT: token ids, any integer dtype. Without a cache, their positions are 0 to T - 1; with a cache, each
-                row continues at its length.
+            tokens_BT: token ids, any integer dtype.
             cache: from `init_cache` or an earlier call; it stays valid and may be continued again.
             valid_B: integers, the number of real tokens in each row (default: all T). The tokens to the right of them
                 are padding; their logits are meaningless.
+            positions_BT: integers, the position of each token in its document. By default 0 to T - 1; with a cache,
+                each row continues at its length.
+            segments_BT: integers, if several documents share a row: the document of each token. Tokens of one row that
+                are in different segments do not see each other.
 
         Returns:
             logits (B, T, V) in compute_dtype, and the cache with the real tokens added (None without one).
 
         Raises:
-            InputError: more tokens than the context or the cache holds, or a token id outside the vocabulary (only
-                shapes are checked under jit).
+            InputError: more tokens than the context or the cache holds, a token id outside the vocabulary, a position
+                outside the context, or arrays of different shapes (only shapes are checked under jit).
         """
         tokens_BT = check_tokens(self.config, tokens_BT)
+        positions_BT = check_like(tokens_BT, "positions_BT", positions_BT, self.config.context_length)
+        segments_BT = check_like(tokens_BT, "segments_BT", segments_BT, None)
         if cache is not None:
-            check_room(cache, tokens_BT, valid_B)
+            check_room(cache, tokens_BT, valid_B, segments_BT)
         elif valid_B is not None:
             raise InputError(
                 "valid_B needs a cache", hint="omit it: padding on the right does not affect the tokens before it"
             )
-        x_BTD, cache = self.model(tokens_BT, cache, valid_B)
+        x_BTD, cache = self.model(tokens_BT, cache, valid_B, positions_BT, segments_BT)
         return self.head(x_BTD), cache
 
     def head(self, x_BTD: jax.Array) -> jax.Array:
@@ -134,6 +166,24 @@ def check_tokens(config: ModelConfig, tokens_BT: jax.Array) -> jax.Array:
             found = f"ids from {low} to {high}"
             raise InputError("token id outside the vocabulary", expected=f"0 to {config.vocab_size - 1}", found=found)
     return jnp.asarray(tokens_BT, jnp.int32)
+
+
+def check_like(tokens_BT: jax.Array, name: str, array_BT: jax.Array | None, limit: int | None) -> jax.Array | None:
+    """Positions or segments as int32.
+
+    Raises:
+        InputError: not integers, not the shape of the tokens, or not from 0 to limit - 1 (if the values are known).
+    """
+    if array_BT is None:
+        return None
+    if array_BT.shape != tokens_BT.shape or not jnp.issubdtype(array_BT.dtype, jnp.integer):
+        found = f"{array_BT.dtype} {array_BT.shape}"
+        raise InputError(f"{name} does not fit the tokens", expected=f"integers {tokens_BT.shape}", found=found)
+    if limit is not None and not isinstance(array_BT, jax.core.Tracer) and array_BT.size:
+        low, high = int(np.min(array_BT)), int(np.max(array_BT))
+        if low < 0 or high >= limit:
+            raise InputError(f"{name} is out of range", expected=f"0 to {limit - 1}", found=f"{low} to {high}")
+    return jnp.asarray(array_BT, jnp.int32)
 
 
 def abstract_model(config: ModelConfig) -> MiniLLM:

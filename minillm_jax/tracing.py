@@ -8,6 +8,7 @@ import numpy as np
 from flax import nnx
 
 from minillm_core.config import ModelConfig
+from minillm_core.data.batches import Batch
 from minillm_core.model.stages import Trace, stage_names
 from minillm_core.tensors import Tensors
 from minillm_jax.loss import mean_loss, token_losses
@@ -25,7 +26,7 @@ def trace(config: ModelConfig, weights: Tensors, tokens_BT: np.ndarray, dtype: s
     stages = {
         name: np.asarray(recorded[name], np.float64).reshape(*tokens_BT.shape, -1) for name in stage_names(config)
     }
-    gradients = to_canonical(config, _backward(graphdef, params, rope, tokens_BT))
+    gradients = to_canonical(config, _backward(graphdef, params, rope, Batch.within(tokens_BT)))
     return Trace(stages, np.asarray(losses_BT, np.float64), gradients)
 
 
@@ -45,5 +46,5 @@ def _forward(graphdef: Any, params: Params, rope: Params, tokens_BT: jax.Array) 
 
 
 @partial(jax.jit, static_argnums=0)
-def _backward(graphdef: Any, params: Params, rope: Params, tokens_BT: jax.Array) -> Params:
-    return jax.grad(lambda params: mean_loss(merge_model(graphdef, params, rope), tokens_BT))(params)
+def _backward(graphdef: Any, params: Params, rope: Params, batch: Batch) -> Params:
+    return jax.grad(lambda params: mean_loss(merge_model(graphdef, params, rope), batch))(params)

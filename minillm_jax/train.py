@@ -1,29 +1,29 @@
-"""Train state and train step.
-
-Shapes: B batch, T time.
-"""
+"""Train state and train step."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from minillm_core.config import RunConfig
+from minillm_core.data.batches import Batch
 from minillm_core.model.params import init_params
-from minillm_core.training.backend import TrainStep
+from minillm_core.training.backend import StepMetrics, TrainStep
 from minillm_core.training.checkpoints import TrainingState
 from minillm_jax.device import compiler_options
-from minillm_jax.loss import mean_loss
+from minillm_jax.loss import loss_sums
 from minillm_jax.model import MiniLLM
 from minillm_jax.optim import apply_update, clip_by_global_norm, make_optimizer
 from minillm_jax.payload import start_writing
 from minillm_jax.precision import param_dtype, resolve_dtype
 from minillm_jax.weights import Params, from_canonical, merge_model, model_structure, to_canonical
+
+Sums = tuple[jax.Array, jax.Array, Params]
+"""The weighted sum of losses, the sum of weights, and the gradients of the first."""
 
 
 @jax.tree_util.register_dataclass
@@ -76,34 +76,45 @@ def model_of(config: RunConfig, state: TrainState) -> MiniLLM:
 
 
 def make_train_step(config: RunConfig) -> TrainStep:
-    """The compiled step: loss -> accumulated gradients -> clip -> AdamW. See core's TrainStep for its signature."""
+    """The compiled step: losses -> accumulated gradients -> clip -> AdamW. See core's TrainStep for its signature."""
     dtype = resolve_dtype(config.train.compute_dtype)
     graphdef, rope = model_structure(config.model, param_dtype=param_dtype(dtype), compute_dtype=dtype)
     optimizer = make_optimizer(config.optim, config.model)
     n_micro = config.train.grad_accum
 
-    def loss_of(params: Params, rope: Params, tokens_BT: jax.Array) -> jax.Array:
-        return mean_loss(merge_model(graphdef, params, rope), tokens_BT)
+    def gradients_of(params: Params, rope: Params, batch: Batch) -> Sums:
+        def sums(params: Params) -> tuple[jax.Array, jax.Array]:
+            return loss_sums(merge_model(graphdef, params, rope), batch, remat=config.train.remat)
 
-    def accumulate(params: Params, rope: Params, tokens_BT: jax.Array) -> tuple[jax.Array, Params]:
+        (loss, weight), grads = jax.value_and_grad(sums, has_aux=True)(params)
+        return loss, weight, grads
+
+    def accumulate(params: Params, rope: Params, batch: Batch) -> tuple[jax.Array, Params]:
+        """The mean loss of all micro-batches and its gradients: sums and weights are added, then divided once."""
         if n_micro == 1:
-            return jax.value_and_grad(loss_of)(params, rope, tokens_BT)
+            loss, weight, grads = gradients_of(params, rope, batch)
+        else:
 
-        def add(total: Any, micro_BT: jax.Array) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, total, jax.value_and_grad(loss_of)(params, rope, micro_BT)), None
+            def add(total: Sums, micro: Batch) -> tuple[Sums, None]:
+                return jax.tree.map(jnp.add, total, gradients_of(params, rope, micro)), None
 
-        zero = (jnp.zeros((), param_dtype(dtype)), jax.tree.map(jnp.zeros_like, params))
-        total, _ = jax.lax.scan(add, zero, tokens_BT.reshape(n_micro, -1, tokens_BT.shape[1]))
-        return jax.tree.map(lambda x: x / n_micro, total)
+            zero = jnp.zeros((), param_dtype(dtype))
+            micros = jax.tree.map(lambda x: x.reshape(n_micro, -1, x.shape[1]), batch)
+            (loss, weight, grads), _ = jax.lax.scan(add, (zero, zero, jax.tree.map(jnp.zeros_like, params)), micros)
+        return loss / weight, {path: grad / weight for path, grad in grads.items()}
 
     @partial(jax.jit, donate_argnums=0, compiler_options=compiler_options(deterministic=config.train.deterministic))
     def step(
-        state: TrainState, rope: Params, tokens_BT: jax.Array, learning_rate: jax.Array
+        state: TrainState, rope: Params, batch: Batch, learning_rate: jax.Array
     ) -> tuple[TrainState, dict[str, jax.Array]]:
-        loss, grads = accumulate(state.params, rope, tokens_BT)
+        loss, grads = accumulate(state.params, rope, batch)
         grads, grad_norm = clip_by_global_norm(grads, config.optim.grad_clip)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         params, opt_state = apply_update(optimizer, state.params, grads, state.opt_state, learning_rate, finite)
         return TrainState(params, opt_state), {"loss": loss, "grad_norm": grad_norm, "updates": opt_state[0].count}
 
-    return lambda state, tokens_BT, learning_rate: step(state, rope, tokens_BT, learning_rate)
+    def train_step(state: TrainState, batch: Batch, learning_rate: float) -> tuple[TrainState, StepMetrics]:
+        batch.check(config.model)
+        return step(state, rope, batch, learning_rate)
+
+    return train_step

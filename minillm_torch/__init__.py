@@ -1,5 +1,6 @@
 """Mini-LLM in PyTorch. Same files, same names, same numbers as minillm_jax."""
 
+from minillm_torch.attention import describe_attention
 from minillm_torch.checkpoint import FRAMEWORK, load, open_weights, read_payload, write_payload
 from minillm_torch.cost import count_forward_flops, count_params
 from minillm_torch.device import describe_device
@@ -29,6 +30,7 @@ __all__ = [
     "build_model",
     "count_forward_flops",
     "count_params",
+    "describe_attention",
     "describe_device",
     "export_state",
     "import_state",

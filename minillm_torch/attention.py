@@ -1,4 +1,4 @@
-"""Attention: the causal mask, a plain implementation, a fused kernel, and the module that chooses between the two.
+"""Attention: the mask and its lowering, a plain implementation, a fused kernel, and the module that uses them.
 
 Shapes: B batch, T query time, S key time, D width, N query heads, K key/value heads, H head dim. The softmax runs in at
 least float32.
@@ -10,9 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from minillm_core.config import ModelConfig
+from minillm_core.config import ModelConfig, RunConfig
+from minillm_core.errors import InputError
+from minillm_core.model.mask import AttentionMask
+from minillm_torch.device import default_device
 from minillm_torch.kv_cache import LayerCache, Slots, append
 from minillm_torch.layers import Linear, apply_rope
+from minillm_torch.precision import resolve_dtype
 
 
 @dataclass(frozen=True)
@@ -21,38 +25,90 @@ class PositionContext:
 
     cos_BT1H: Tensor
     sin_BT1H: Tensor
-    mask_BTS: Tensor
+    mask: AttentionMask
+    bias_BTS: Tensor | None
+    """The mask for the plain implementation; None if the fused kernel computes it (see `lower`)."""
     slots: Slots | None
     """Where the new keys and values go in the cache; None without a cache."""
 
 
-def causal_mask(position_BT: Tensor, n_keys: int, dtype: torch.dtype) -> Tensor:
-    """The term added to the scores (B, T, S): 0 for the keys that a query at position p sees (0 to p), else -inf."""
-    later_BTS = torch.arange(n_keys, device=position_BT.device) > position_BT[:, :, None]
-    return torch.zeros(later_BTS.shape, dtype=dtype, device=position_BT.device).masked_fill(later_BTS, -torch.inf)
+def lower(
+    mask: AttentionMask, n_queries: int, n_keys: int, head_dim: int, dtype: torch.dtype, device: torch.device
+) -> Tensor | None:
+    """None if the fused kernel can compute this mask, else what the plain implementation adds to the scores."""
+    if why_not_fused(mask, n_queries, head_dim, dtype, device) is None:
+        return None
+    return mask_bias(mask, n_queries, n_keys, dtype, device)
 
 
-def attend(q_BTNH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, mask_BTS: Tensor) -> Tensor:
-    """Grouped-query attention: softmax(q k^T / sqrt(H) + mask) v; (B, T, N, H)."""
+def mask_bias(
+    mask: AttentionMask, n_queries: int, n_keys: int, dtype: torch.dtype, device: torch.device | str = "cpu"
+) -> Tensor:
+    """The term added to the scores, (B, T, S) or (1, T, S): 0 for the keys that a query sees, else -inf."""
+    query_T, key_S = torch.arange(n_queries, device=device), torch.arange(n_keys, device=device)
+    query_BT1 = (query_T[None] if mask.query_index_BT is None else mask.query_index_BT)[:, :, None]
+    hidden_BTS = key_S > query_BT1
+    if mask.window is not None:
+        hidden_BTS = hidden_BTS | (key_S <= query_BT1 - mask.window)
+    if mask.query_segments_BT is not None and mask.key_segments_BS is not None:
+        hidden_BTS = hidden_BTS | (mask.query_segments_BT[:, :, None] != mask.key_segments_BS[:, None])
+    return torch.zeros(hidden_BTS.shape, dtype=dtype, device=device).masked_fill(hidden_BTS, -torch.inf)
+
+
+def attend(q_BTNH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, bias_BTS: Tensor) -> Tensor:
+    """Grouped-query attention: softmax(q k^T / sqrt(H) + bias) v; (B, T, N, H)."""
     enable_gqa = q_BTNH.shape[2] != k_BKSH.shape[1]
     out_BNTH = F.scaled_dot_product_attention(
-        q_BTNH.transpose(1, 2), k_BKSH, v_BKSH, attn_mask=mask_BTS[:, None], enable_gqa=enable_gqa
+        q_BTNH.transpose(1, 2), k_BKSH, v_BKSH, attn_mask=bias_BTS[:, None], enable_gqa=enable_gqa
     )
     return out_BNTH.transpose(1, 2)
 
 
-def attend_fused(q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor) -> Tensor:
-    """`attend` with queries and keys at positions 0 to T - 1, as one flash or cuDNN kernel that never stores scores."""
+def attend_fused(q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor, mask: AttentionMask) -> Tensor:
+    """The same as `attend`, as one flash or cuDNN kernel that never stores the scores.
+
+    Raises:
+        InputError: the kernel cannot express the mask.
+    """
+    if (part := _inexpressible(mask)) is not None:
+        raise InputError("the fused attention kernel cannot compute this mask", found=part, expected="a causal mask")
     q, k, v = (x.transpose(1, 2) for x in (q_BTNH, k_BTKH, v_BTKH))
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
 
 
-def can_fuse(q_BTNH: Tensor) -> bool:
-    """Whether the fused kernel can run: it needs an Ampere or later GPU, 16-bit inputs, an even T, and a head_dim that
-    is a multiple of 8 and at most 128."""
-    _, T, _, H = q_BTNH.shape
-    fits = q_BTNH.dtype.itemsize == 2 and H % 8 == 0 and H <= 128 and T % 2 == 0
-    return fits and q_BTNH.is_cuda and torch.cuda.get_device_capability(q_BTNH.device) >= (8, 0)
+def _inexpressible(mask: AttentionMask) -> str | None:
+    """The part of a mask that the fused kernel cannot express."""
+    if mask.query_segments_BT is not None:
+        return "segments (documents that share a row)"
+    if mask.window is not None:
+        return "a sliding window"
+    return None if mask.query_index_BT is None else "queries that continue a cache"
+
+
+def why_not_fused(
+    mask: AttentionMask, n_queries: int, head_dim: int, dtype: torch.dtype, device: torch.device
+) -> str | None:
+    """Why the fused kernel cannot compute this attention; None if it can. It needs an Ampere or later GPU, 16-bit
+    inputs, an even number of queries, and a head_dim that is a multiple of 8 and at most 128."""
+    if device.type != "cuda":
+        return "the device is not a GPU"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return "the GPU is older than Ampere"
+    if dtype.itemsize != 2:
+        return f"the dtype is {str(dtype).removeprefix('torch.')}, not bfloat16"
+    if head_dim % 8 or head_dim > 128:
+        return f"head_dim {head_dim} is not a multiple of 8 up to 128"
+    if n_queries % 2:
+        return f"the length {n_queries} is odd"
+    return _inexpressible(mask)
+
+
+def describe_attention(config: RunConfig) -> str:
+    """The attention that a run uses, for the log."""
+    model, dtype = config.model, resolve_dtype(config.train.compute_dtype)
+    mask = AttentionMask(model.sliding_window)
+    why = why_not_fused(mask, config.train.seq_len, model.resolved_head_dim, dtype, default_device())
+    return "fused attention (SDPA)" if why is None else f"plain attention: {why}"
 
 
 class Attention(nn.Module):
@@ -86,10 +142,12 @@ class Attention(nn.Module):
         q_BTNH, k_BTKH, v_BTKH = self.qkv(x_BTD, positions)
         if cache is not None:
             assert positions.slots is not None  # set whenever there is a cache
+            assert positions.bias_BTS is not None  # the fused kernel takes no cache
             cache = append(cache, k_BTKH, v_BTKH, positions.slots)
-            out_BTNH = attend(q_BTNH, cache.k_BKSH, cache.v_BKSH, positions.mask_BTS)
-        elif can_fuse(q_BTNH):
-            out_BTNH = attend_fused(q_BTNH, k_BTKH, v_BTKH)
+            out_BTNH = attend(q_BTNH, cache.k_BKSH, cache.v_BKSH, positions.bias_BTS)
+        elif positions.bias_BTS is None:
+            out_BTNH = attend_fused(q_BTNH, k_BTKH, v_BTKH, positions.mask)
         else:
-            out_BTNH = attend(q_BTNH, k_BTKH.transpose(1, 2), v_BTKH.transpose(1, 2), positions.mask_BTS)
+            k_BKTH, v_BKTH = k_BTKH.transpose(1, 2), v_BTKH.transpose(1, 2)
+            out_BTNH = attend(q_BTNH, k_BKTH, v_BKTH, positions.bias_BTS)
         return self.o_proj(out_BTNH.reshape(B, T, -1)), cache

@@ -1,11 +1,13 @@
 """The device: its choice, its description, copies to and from it, and bit-for-bit reproducible results."""
 
+import dataclasses
 import os
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from minillm_core.data.batches import Batch
 from minillm_core.training.backend import StepMetrics
 
 
@@ -32,10 +34,17 @@ def use_deterministic_algorithms(deterministic: bool) -> None:
         torch.use_deterministic_algorithms(True)
 
 
-def to_device(tokens_BT: np.ndarray, device: torch.device) -> Tensor:
-    """Copies a batch to a device as int64, without waiting for a GPU to finish its work."""
-    tensor = torch.from_numpy(tokens_BT).long()
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """Copies a batch to a device, integers as int64, without waiting for a GPU to finish its work."""
+
+    def copy(array: np.ndarray | None) -> Tensor | None:
+        if array is None:
+            return None
+        tensor = torch.from_numpy(np.ascontiguousarray(array))
+        tensor = tensor if tensor.is_floating_point() else tensor.long()
+        return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+    return Batch(**{field.name: copy(getattr(batch, field.name)) for field in dataclasses.fields(batch)})
 
 
 class _HostScalar:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from minillm_core.data.batches import Batch
 from minillm_core.decoding.generation import BaseGenerator
 from minillm_core.decoding.sampling import SamplingConfig
 from minillm_core.text.tokenizer import Tokenizer
@@ -41,7 +42,7 @@ class Generator(BaseGenerator):
 
     def _new_state(self, n_rows: int, capacity: int) -> DecodeState:
         logits_BV = torch.zeros((n_rows, self.config.vocab_size), dtype=self._dtype, device=self._device)
-        return logits_BV, init_cache(self.config, n_rows, capacity, self._dtype, self._device)
+        return logits_BV, init_cache(self.config, n_rows, capacity, self._dtype, device=self._device)
 
     def _take_rows(self, state: DecodeState, rows_B: np.ndarray, capacity: int) -> DecodeState:
         logits_BV, cache = state
@@ -67,8 +68,8 @@ class Generator(BaseGenerator):
         )
         return tokens_BN.cpu().numpy(), logprobs_BN.cpu().numpy(), state
 
-    def _losses(self, tokens_BT: np.ndarray) -> np.ndarray:
-        return np.asarray(self._eval_step(tokens_BT))
+    def _losses(self, rows: np.ndarray) -> np.ndarray:
+        return np.asarray(self._eval_step(Batch.from_rows(rows)))
 
 
 @torch.inference_mode()

@@ -33,6 +33,8 @@ class KVCache:
     length_B: Tensor
     written_B: Tensor
     """Positions written in each row: one tensor (int64, on the host), shared by all caches that share the layers."""
+    segments_BS: Tensor | None = None
+    """The document of every key (int64), if several documents share a row."""
 
     @property
     def capacity(self) -> int:
@@ -40,9 +42,18 @@ class KVCache:
 
 
 def init_cache(
-    config: ModelConfig, batch_size: int, capacity: int, dtype: torch.dtype, device: torch.device | str = "cpu"
+    config: ModelConfig,
+    batch_size: int,
+    capacity: int,
+    dtype: torch.dtype,
+    segments: bool = False,
+    device: torch.device | str = "cpu",
 ) -> KVCache:
-    """An empty cache for up to `capacity` tokens per row; raises InputError if that exceeds the context length."""
+    """An empty cache for up to `capacity` tokens per row; raises InputError if that exceeds the context length.
+
+    Args:
+        segments: several documents may share a row; every call must then give `segments_BT`.
+    """
     if capacity > config.context_length:
         raise InputError("the cache is longer than the context", expected=config.context_length, found=capacity)
     shape = (batch_size, config.n_kv_heads, capacity, config.resolved_head_dim)
@@ -52,18 +63,19 @@ def init_cache(
 
     layers = tuple(LayerCache(zeros(), zeros()) for _ in range(config.n_layers))
     length_B = torch.zeros(batch_size, dtype=torch.int64)
-    return KVCache(layers, length_B, length_B.clone())
+    segments_BS = torch.zeros((batch_size, capacity), dtype=torch.int64, device=device) if segments else None
+    return KVCache(layers, length_B, length_B.clone(), segments_BS)
 
 
 Slots = Tensor
-"""Indices of (B, T, K), flattened, into the B * K * S positions of a layer."""
+"""Indices of (B, T, K), flattened, into the B * K * S places of a layer."""
 
 
-def slots(cache: KVCache, position_BT: Tensor) -> Slots:
-    """Where the keys and values (B, T, K, H) of these positions go in every layer."""
+def slots(cache: KVCache, index_BT: Tensor) -> Slots:
+    """Where the keys and values (B, T, K, H) of the tokens at these places of the rows go in every layer."""
     B, K, S, _ = cache.layers[0].k_BKSH.shape
-    row_B, head_K = (torch.arange(n, device=position_BT.device) for n in (B, K))
-    return ((row_B[:, None, None] * K + head_K) * S + position_BT[:, :, None]).flatten()
+    row_B, head_K = (torch.arange(n, device=index_BT.device) for n in (B, K))
+    return ((row_B[:, None, None] * K + head_K) * S + index_BT[:, :, None]).flatten()
 
 
 def append(cache: LayerCache, k_BTKH: Tensor, v_BTKH: Tensor, slots: Slots) -> LayerCache:
@@ -72,6 +84,12 @@ def append(cache: LayerCache, k_BTKH: Tensor, v_BTKH: Tensor, slots: Slots) -> L
         H = new_BTKH.shape[-1]
         old_BKSH.view(-1, H).index_copy_(0, slots, new_BTKH.reshape(-1, H).to(old_BKSH.dtype))
     return cache
+
+
+def append_segments(cache: KVCache, segments_BT: Tensor, index_BT: Tensor) -> Tensor:
+    """The segments of all keys, (B, S), after new tokens at these places of the rows."""
+    assert cache.segments_BS is not None  # by `check_room`
+    return cache.segments_BS.scatter_(1, index_BT, segments_BT)
 
 
 def take_rows(cache: KVCache, rows_B: Tensor, capacity: int) -> KVCache:
@@ -86,7 +104,12 @@ def take_rows(cache: KVCache, rows_B: Tensor, capacity: int) -> KVCache:
         return new_BKSH
 
     layers = tuple(LayerCache(take(layer.k_BKSH), take(layer.v_BKSH)) for layer in cache.layers)
-    return KVCache(layers, cache.length_B[rows_B], cache.length_B[rows_B])
+    segments_BS = cache.segments_BS
+    if segments_BS is not None:
+        new_BS = segments_BS.new_zeros((len(rows_B), capacity))
+        new_BS[:, :n_kept] = segments_BS[rows_B.to(segments_BS.device), :n_kept]
+        segments_BS = new_BS
+    return KVCache(layers, cache.length_B[rows_B], cache.length_B[rows_B], segments_BS)
 
 
 def writable(cache: KVCache) -> KVCache:
@@ -96,15 +119,20 @@ def writable(cache: KVCache) -> KVCache:
     if torch.equal(cache.written_B, cache.length_B) and not torch.is_grad_enabled() and not outlived:
         return cache
     layers = tuple(LayerCache(layer.k_BKSH.clone(), layer.v_BKSH.clone()) for layer in cache.layers)
-    return KVCache(layers, cache.length_B, cache.length_B.clone())
+    segments_BS = None if cache.segments_BS is None else cache.segments_BS.clone()
+    return KVCache(layers, cache.length_B, cache.length_B.clone(), segments_BS)
 
 
-def check_room(cache: KVCache, tokens_BT: Tensor, valid_B: Tensor | None) -> None:
-    """Raises InputError if the number of rows differs from the cache's, if a row has no room for T more tokens, or if
-    valid_B is not 0 to T for every row."""
+def check_room(cache: KVCache, tokens_BT: Tensor, valid_B: Tensor | None, segments_BT: Tensor | None) -> None:
+    """Raises InputError if the number of rows differs from the cache's, if a row has no room for T more tokens, if
+    valid_B is not 0 to T for every row, or if only one of cache and call has segments."""
     B, T = tokens_BT.shape
     if len(cache.length_B) != B:
         raise InputError("the number of rows differs from the cache's", expected=f"{len(cache.length_B)}", found=B)
+    if (cache.segments_BS is None) != (segments_BT is None):
+        expected, found = ("segments_BT" if given is not None else "none" for given in (cache.segments_BS, segments_BT))
+        hint = "pass segments=True to init_cache if documents share a row, and segments_BT to every call"
+        raise InputError("the segments do not fit the cache", expected=expected, found=found, hint=hint)
     if valid_B is not None and (valid_B.shape != (B,) or int(valid_B.min()) < 0 or int(valid_B.max()) > T):
         raise InputError("valid_B is out of range", expected=f"{B} numbers from 0 to {T}", found=valid_B.tolist())
     longest = int(cache.length_B.max())

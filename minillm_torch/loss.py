@@ -1,15 +1,20 @@
-"""Cross-entropy: per token, its mean, and a function without gradients for evaluation.
+"""Cross-entropy: per token, weighted sums over a batch, and a function without gradients for evaluation.
 
-Shapes: B batch, T time, V vocabulary.
+Shapes: B batch, T time, D width, V vocabulary, R rows of a chunk.
 """
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
+from minillm_core.data.batches import Batch
 from minillm_core.training.backend import EvalStep
 from minillm_torch.device import to_device, use_deterministic_algorithms
-from minillm_torch.model import MiniLLM
+from minillm_torch.model import MiniLLM, check_tokens
 from minillm_torch.precision import at_least_float32
+
+LOGITS_PER_CHUNK = 1 << 28
+"""1 GiB of float32."""
 
 
 def token_losses(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
@@ -19,19 +24,60 @@ def token_losses(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
     return torch.logsumexp(logits_BTV, dim=-1) - target_BT
 
 
-def mean_loss(model: MiniLLM, tokens_BT: Tensor) -> Tensor:
-    """Mean loss in nats of predicting tokens 1 to T - 1 of each row from the tokens before them."""
-    logits_BTV, _ = model(tokens_BT[:, :-1])
-    return token_losses(logits_BTV, tokens_BT[:, 1:]).mean()
+def head_losses(model: MiniLLM, x_BTD: Tensor, targets_BT: Tensor) -> Tensor:
+    """`token_losses` of the output head's logits, (B, T), without ever holding all logits.
+
+    The tokens are cut into chunks of at most LOGITS_PER_CHUNK logits. The backward pass computes the logits of each
+    chunk a second time. Memory does not grow with B x T x V; a batch of one chunk is computed directly.
+    """
+    B, T, D = x_BTD.shape
+    rows = max(1, LOGITS_PER_CHUNK // model.config.vocab_size)
+    if rows >= B * T:
+        return token_losses(model.head(x_BTD), targets_BT)
+    n_chunks = -(-B * T // rows)
+    rows = -(-B * T // n_chunks)  # chunks of nearly equal size
+    chunks = zip(x_BTD.reshape(-1, D).split(rows), targets_BT.reshape(-1).split(rows), strict=True)
+
+    def losses_of(x_RD: Tensor, targets_R: Tensor) -> Tensor:
+        return token_losses(model.head(x_RD), targets_R)
+
+    return torch.cat([checkpoint(losses_of, *chunk, use_reentrant=False) for chunk in chunks]).reshape(B, T)
+
+
+def batch_losses(model: MiniLLM, batch: Batch, *, remat: bool = False) -> Tensor:
+    """The loss of every target of a batch in nats, without its weight, (B, T)."""
+    tokens_BT = check_tokens(model.config, batch.tokens_BT)
+    x_BTD, _ = model.model(tokens_BT, None, None, batch.positions_BT, batch.segments_BT, remat)
+    return head_losses(model, x_BTD, batch.targets_BT)
+
+
+def loss_sums(model: MiniLLM, batch: Batch, *, remat: bool = False) -> tuple[Tensor, Tensor]:
+    """The weighted sum of a batch's losses in nats, and the sum of its weights.
+
+    Sums of several batches may be added; their mean is the first sum divided by the second.
+    """
+    losses_BT = batch_losses(model, batch, remat=remat)
+    weights_BT = batch.weights_BT.to(losses_BT.dtype)
+    return (losses_BT * weights_BT).sum(), weights_BT.sum()
+
+
+def mean_loss(model: MiniLLM, batch: Batch) -> Tensor:
+    """The weighted mean of a batch's losses in nats."""
+    loss, weight = loss_sums(model, batch)
+    return loss / weight
 
 
 def make_eval_step(model: MiniLLM, *, deterministic: bool = False) -> EvalStep:
     """The function that returns the losses of a batch. See core's EvalStep for its signature."""
     use_deterministic_algorithms(deterministic)
-    return lambda tokens_BT: _losses(model, to_device(tokens_BT, model.model.norm.weight.device))
+
+    def eval_step(batch: Batch) -> Tensor:
+        batch.check(model.config)
+        return _losses(model, to_device(batch, model.model.norm.weight.device))
+
+    return eval_step
 
 
 @torch.inference_mode()
-def _losses(model: MiniLLM, tokens_BT: Tensor) -> Tensor:
-    logits_BTV, _ = model(tokens_BT[:, :-1])
-    return token_losses(logits_BTV, tokens_BT[:, 1:]).cpu()
+def _losses(model: MiniLLM, batch: Batch) -> Tensor:
+    return batch_losses(model, batch).cpu()

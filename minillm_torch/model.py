@@ -5,11 +5,13 @@ Shapes: B batch, T query time, D width, H head dim, V vocabulary.
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from minillm_core.config import ModelConfig
 from minillm_core.errors import InputError
-from minillm_torch.attention import Attention, PositionContext, causal_mask
-from minillm_torch.kv_cache import KVCache, LayerCache, check_room, slots, writable
+from minillm_core.model.mask import AttentionMask
+from minillm_torch.attention import Attention, PositionContext, lower
+from minillm_torch.kv_cache import KVCache, LayerCache, append_segments, check_room, slots, writable
 from minillm_torch.layers import MLP, Embedding, Linear, RMSNorm, rotation
 from minillm_torch.precision import at_least_float32
 
@@ -46,33 +48,53 @@ class Decoder(nn.Module):
         self.embed_tokens = Embedding(config.vocab_size, config.width, **dtypes)
         self.layers = nn.ModuleList([Block(config, **dtypes) for _ in range(config.n_layers)])
         self.norm = RMSNorm(config.width, eps=config.norm_eps, param_dtype=param_dtype)
+        self.head_dim, self.window = config.resolved_head_dim, config.sliding_window
         shape = (config.context_length, config.resolved_head_dim // 2)
         cos_SH, sin_SH = (torch.zeros(shape, dtype=at_least_float32(compute_dtype)) for _ in range(2))
         self.cos_SH, self.sin_SH = RopeTable(cos_SH, persistent=False), RopeTable(sin_SH, persistent=False)
 
     def forward(
-        self, tokens_BT: Tensor, cache: KVCache | None, valid_B: Tensor | None = None
+        self,
+        tokens_BT: Tensor,
+        cache: KVCache | None,
+        valid_B: Tensor | None = None,
+        positions_BT: Tensor | None = None,
+        segments_BT: Tensor | None = None,
+        remat: bool = False,
     ) -> tuple[Tensor, KVCache | None]:
+        """The output of the final norm (B, T, D), and the cache. `remat` recomputes each block in the backward pass
+        instead of keeping its activations; without a cache only."""
         _, T = tokens_BT.shape
-        position_BT = torch.arange(T, device=tokens_BT.device)[None]
+        index_BT = torch.arange(T, device=tokens_BT.device)[None]
         if cache is not None:
-            position_BT = position_BT + cache.length_B[:, None].to(tokens_BT.device, non_blocking=True)
+            index_BT = index_BT + cache.length_B[:, None].to(tokens_BT.device, non_blocking=True)
+        position_BT = index_BT if positions_BT is None else positions_BT
         x_BTD = self.embed_tokens(tokens_BT)
+        if cache is None:
+            n_keys, segments_BS, mask_index_BT = T, segments_BT, None
+        else:
+            n_keys, segments_BS, mask_index_BT = cache.capacity, cache.segments_BS, index_BT
+            if segments_BT is not None:
+                segments_BS = append_segments(cache, segments_BT, index_BT)
+        mask = AttentionMask(self.window, mask_index_BT, segments_BT, segments_BS)
         positions = PositionContext(
             *rotation(self.cos_SH[position_BT], self.sin_SH[position_BT]),
-            causal_mask(position_BT, T if cache is None else cache.capacity, x_BTD.dtype),
-            None if cache is None else slots(cache, position_BT),
+            mask,
+            lower(mask, T, n_keys, self.head_dim, x_BTD.dtype, x_BTD.device),
+            None if cache is None else slots(cache, index_BT),
         )
         layer_caches: list[LayerCache] = []
         for i, block in enumerate(self.layers):
-            layer_cache = None if cache is None else cache.layers[i]
-            x_BTD, layer_cache = block(x_BTD, positions, layer_cache)
+            if remat:
+                x_BTD, _ = checkpoint(block, x_BTD, positions, None, use_reentrant=False)
+                continue
+            x_BTD, layer_cache = block(x_BTD, positions, None if cache is None else cache.layers[i])
             if layer_cache is not None:
                 layer_caches.append(layer_cache)
         if cache is not None:
             length_B = cache.length_B + (T if valid_B is None else valid_B)
             cache.written_B.copy_(length_B)
-            cache = KVCache(tuple(layer_caches), length_B, cache.written_B)
+            cache = KVCache(tuple(layer_caches), length_B, cache.written_B, segments_BS)
         return self.norm(x_BTD), cache
 
 
@@ -88,33 +110,43 @@ class MiniLLM(nn.Module):
         self.lm_head = None if config.tie_embeddings else Linear(config.width, config.vocab_size, **dtypes)
 
     def forward(
-        self, tokens_BT: Tensor, cache: KVCache | None = None, valid_B: Tensor | None = None
+        self,
+        tokens_BT: Tensor,
+        cache: KVCache | None = None,
+        valid_B: Tensor | None = None,
+        positions_BT: Tensor | None = None,
+        segments_BT: Tensor | None = None,
     ) -> tuple[Tensor, KVCache | None]:
         """Logits of the next token at every position.
 
         Args:
-            tokens_BT: token ids, any integer dtype. Without a cache, their positions are 0 to T - 1; with a cache, each
-                row continues at its length.
+            tokens_BT: token ids, any integer dtype.
             cache: from `init_cache` or an earlier call; it stays valid and may be continued again.
             valid_B: integers on the host, the number of real tokens in each row (default: all T). The tokens to the
                 right of them are padding; their logits are meaningless.
+            positions_BT: integers, the position of each token in its document. By default 0 to T - 1; with a cache,
+                each row continues at its length.
+            segments_BT: integers, if several documents share a row: the document of each token. Tokens of one row that
+                are in different segments do not see each other.
 
         Returns:
             logits (B, T, V) in compute_dtype, and the cache with the real tokens added (None without one).
 
         Raises:
-            InputError: more tokens than the context or the cache holds, or a token id outside the vocabulary (ids
-                are not checked on a GPU).
+            InputError: more tokens than the context or the cache holds, a token id outside the vocabulary, a position
+                outside the context, or arrays of different shapes (only shapes are checked on a GPU).
         """
         tokens_BT = check_tokens(self.config, tokens_BT)
+        positions_BT = check_like(tokens_BT, "positions_BT", positions_BT, self.config.context_length)
+        segments_BT = check_like(tokens_BT, "segments_BT", segments_BT, None)
         if cache is not None:
-            check_room(cache, tokens_BT, valid_B)
+            check_room(cache, tokens_BT, valid_B, segments_BT)
             cache = writable(cache)
         elif valid_B is not None:
             raise InputError(
                 "valid_B needs a cache", hint="omit it: padding on the right does not affect the tokens before it"
             )
-        x_BTD, cache = self.model(tokens_BT, cache, valid_B)
+        x_BTD, cache = self.model(tokens_BT, cache, valid_B, positions_BT, segments_BT)
         return self.head(x_BTD), cache
 
     def head(self, x_BTD: Tensor) -> Tensor:
@@ -140,6 +172,24 @@ def check_tokens(config: ModelConfig, tokens_BT: Tensor) -> Tensor:
             found = f"ids from {low} to {high}"
             raise InputError("token id outside the vocabulary", expected=f"0 to {config.vocab_size - 1}", found=found)
     return tokens_BT.long()
+
+
+def check_like(tokens_BT: Tensor, name: str, array_BT: Tensor | None, limit: int | None) -> Tensor | None:
+    """Positions or segments as int64.
+
+    Raises:
+        InputError: not integers, not the shape of the tokens, or not from 0 to limit - 1 (if the values are known).
+    """
+    if array_BT is None:
+        return None
+    if array_BT.shape != tokens_BT.shape or array_BT.is_floating_point() or array_BT.dtype == torch.bool:
+        found = f"{array_BT.dtype} {tuple(array_BT.shape)}"
+        raise InputError(f"{name} does not fit the tokens", expected=f"integers {tuple(tokens_BT.shape)}", found=found)
+    if limit is not None and array_BT.device.type == "cpu" and array_BT.numel():
+        low, high = int(array_BT.min()), int(array_BT.max())
+        if low < 0 or high >= limit:
+            raise InputError(f"{name} is out of range", expected=f"0 to {limit - 1}", found=f"{low} to {high}")
+    return array_BT.long()
 
 
 def abstract_model(config: ModelConfig) -> MiniLLM:

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from minillm_core.config import ModelConfig
+from minillm_core.data.batches import Batch
 from minillm_core.model.stages import Trace, stage_names
 from minillm_core.tensors import Tensors
 from minillm_torch.attention import Attention
-from minillm_torch.device import default_device
+from minillm_torch.device import default_device, to_device
 from minillm_torch.loss import mean_loss, token_losses
 from minillm_torch.model import MiniLLM
 from minillm_torch.precision import param_dtype, resolve_dtype
@@ -24,9 +25,9 @@ def trace(config: ModelConfig, weights: Tensors, tokens_BT: np.ndarray, dtype: s
     compute_dtype, device = resolve_dtype(dtype), default_device()
     master_dtype = param_dtype(compute_dtype)
     model = build_model(config, weights, param_dtype=master_dtype, compute_dtype=compute_dtype, device=device)
-    tokens = torch.from_numpy(tokens_BT).long().to(device)
-    gradients = to_canonical(config, _backward(model, tokens))
-    recorded, losses_BT = _forward(model, tokens)
+    batch = to_device(Batch.within(tokens_BT), device)
+    gradients = to_canonical(config, _backward(model, batch))
+    recorded, losses_BT = _forward(model, batch.tokens_BT)
     stages = {name: recorded[name].double().cpu().numpy().reshape(*tokens_BT.shape, -1) for name in stage_names(config)}
     return Trace(stages, losses_BT.double().cpu().numpy(), gradients)
 
@@ -53,7 +54,7 @@ def _forward(model: MiniLLM, tokens_BT: Tensor) -> tuple[Params, Tensor]:
     return recorded, token_losses(logits_BTV[:, :-1], tokens_BT[:, 1:])
 
 
-def _backward(model: MiniLLM, tokens_BT: Tensor) -> Params:
+def _backward(model: MiniLLM, batch: Batch) -> Params:
     params = dict(model.named_parameters())
-    grads = torch.autograd.grad(mean_loss(model, tokens_BT), list(params.values()), materialize_grads=True)
+    grads = torch.autograd.grad(mean_loss(model, batch), list(params.values()), materialize_grads=True)
     return dict(zip(params, grads, strict=True))

@@ -1,22 +1,20 @@
-"""Train state and train step.
+"""Train state and train step."""
 
-Shapes: B batch, T time.
-"""
-
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from minillm_core.config import RunConfig
+from minillm_core.data.batches import Batch
 from minillm_core.model.params import init_params
 from minillm_core.training.backend import StepMetrics, TrainStep
 from minillm_core.training.checkpoints import TrainingState
 from minillm_torch.device import default_device, to_device, to_host, use_deterministic_algorithms
-from minillm_torch.loss import mean_loss
+from minillm_torch.loss import loss_sums
 from minillm_torch.model import MiniLLM
 from minillm_torch.optim import apply_update, clip_by_global_norm, make_optimizer
 from minillm_torch.payload import start_writing
@@ -82,25 +80,42 @@ def model_of(config: RunConfig, state: TrainState) -> MiniLLM:
 
 
 def make_train_step(config: RunConfig) -> TrainStep:
-    """The step: loss -> accumulated gradients -> clip -> AdamW. See core's TrainStep for its signature."""
+    """The step: losses -> accumulated gradients -> clip -> AdamW. See core's TrainStep for its signature."""
     use_deterministic_algorithms(config.train.deterministic)
     n_micro = config.train.grad_accum
 
-    def accumulate(model: MiniLLM, tokens_BT: Tensor) -> Tensor:
-        total = torch.zeros((), device=tokens_BT.device)
-        for micro_BT in tokens_BT.chunk(n_micro):
-            loss = mean_loss(model, micro_BT) / n_micro
+    def accumulate(model: MiniLLM, batch: Batch) -> tuple[Tensor, Params]:
+        """The mean loss of all micro-batches and its gradients: sums and weights are added, then divided once."""
+        total_loss = total_weight = torch.zeros((), device=batch.tokens_BT.device)
+        for micro in micro_batches(batch, n_micro):
+            loss, weight = loss_sums(model, micro, remat=config.train.remat)
             loss.backward()
-            total = total + loss.detach()
-        return total
+            total_loss, total_weight = total_loss + loss.detach(), total_weight + weight
+        grads: Params = {path: param.grad for path, param in model.named_parameters()}
+        for grad in grads.values():
+            grad.div_(total_weight)
+        return total_loss / total_weight, grads
 
-    def step(state: TrainState, tokens_BT: np.ndarray, learning_rate: float) -> tuple[TrainState, StepMetrics]:
-        device = state.model.model.norm.weight.device
-        loss = accumulate(state.model, to_device(tokens_BT, device))
-        grads: Params = {path: param.grad for path, param in state.model.named_parameters()}
+    def step(state: TrainState, batch: Batch, learning_rate: float) -> tuple[TrainState, StepMetrics]:
+        loss, grads = accumulate(state.model, batch)
         _, grad_norm = clip_by_global_norm(grads, config.optim.grad_clip)
         apply_update(state.optimizer, learning_rate, torch.isfinite(loss) & torch.isfinite(grad_norm))
         updates = state.optimizer.state[next(state.model.parameters())]["step"].clone()
         return state, to_host({"loss": loss, "grad_norm": grad_norm, "updates": updates})
 
-    return step
+    def train_step(state: TrainState, batch: Batch, learning_rate: float) -> tuple[TrainState, StepMetrics]:
+        batch.check(config.model)
+        return step(state, to_device(batch, state.model.model.norm.weight.device), learning_rate)
+
+    return train_step
+
+
+def micro_batches(batch: Batch, n_micro: int) -> Iterator[Batch]:
+    """The rows of a batch in n_micro parts of equal size."""
+    parts = {
+        field.name: array.chunk(n_micro)
+        for field in dataclasses.fields(batch)
+        if (array := getattr(batch, field.name)) is not None
+    }
+    for i in range(n_micro):
+        yield Batch(**{name: chunks[i] for name, chunks in parts.items()})

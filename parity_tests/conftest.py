@@ -27,7 +27,7 @@ import torch
 import minillm_jax
 import minillm_torch
 from minillm_core.config import DataConfig, ModelConfig, OptimConfig, RopeScaling, RunConfig, TrainConfig
-from minillm_core.data.batches import PreparedData
+from minillm_core.data.batches import Batch, PreparedData
 from minillm_core.data.corpus import list_documents
 from minillm_core.data.prepare import prepare_data
 from minillm_core.errors import Interrupted
@@ -39,6 +39,7 @@ from minillm_core.training.checkpoints import TrainingState, read_info
 from minillm_core.training.metrics import read_metrics
 from minillm_core.training.train import train
 from minillm_jax.weights import Params, merge_model, split_model
+from minillm_torch.device import to_device
 
 BACKENDS: dict[str, Any] = {"jax": minillm_jax, "torch": minillm_torch}
 ROOT = Path(__file__).resolve().parent.parent
@@ -175,9 +176,11 @@ def jax_forward(
     tokens: jax.Array,
     cache: minillm_jax.KVCache | None,
     valid: jax.Array | None = None,
+    positions: jax.Array | None = None,
+    segments: jax.Array | None = None,
 ) -> tuple[jax.Array, minillm_jax.KVCache | None]:
     """The JAX model as one compiled function, shared by all tests of one shape."""
-    return merge_model(graphdef, params, rope)(tokens, cache, valid)
+    return merge_model(graphdef, params, rope)(tokens, cache, valid, positions, segments)
 
 
 @lru_cache
@@ -204,6 +207,11 @@ def pair(config: ModelConfig, tier: Tier) -> Pair:
 def to_torch(array: np.ndarray, dtype: torch.dtype | None = None) -> torch.Tensor:
     tensor = torch.from_numpy(np.asarray(array))
     return tensor.long() if dtype is None else tensor.to(dtype)
+
+
+def torch_batch(rows: np.ndarray) -> Batch:
+    """Rows (B, T + 1) as a batch of torch tensors, which predicts each token from those before it."""
+    return to_device(Batch.from_rows(rows), torch.device("cpu"))
 
 
 def to_numpy(array: jax.Array | torch.Tensor) -> np.ndarray:
@@ -311,7 +319,7 @@ def train_until(config: RunConfig, backend: Any, step: int) -> None:
     """Train, with a real SIGTERM sent during step `step`: the run saves that step and stops."""
     make_batch = PreparedData.batch
 
-    def batch(self: PreparedData, n: int, *arguments: Any) -> np.ndarray:
+    def batch(self: PreparedData, n: int, *arguments: Any) -> Batch:
         if n == step - 1:
             os.kill(os.getpid(), signal.SIGTERM)
         return make_batch(self, n, *arguments)

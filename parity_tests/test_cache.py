@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 import minillm_jax
 import minillm_torch
 from minillm_core.errors import InputError
+from minillm_core.model.mask import AttentionMask
 from minillm_jax.weights import split_model
 from parity_tests.conftest import (
     MODELS,
@@ -189,21 +190,25 @@ def test_overflow_raises(framework: str) -> None:
     check_overflow(make_pair(MODELS["gqa"], TIERS["float32"]), framework)
 
 
-def top_left(causal_mask: Callable[..., Any], framework: str) -> Callable[..., Any]:
-    """A causal mask aligned with the first key: positions are counted from the start of the call, not of the text."""
+def top_left(mask_bias: Callable[..., Any], framework: str) -> Callable[..., Any]:
+    """A causal mask aligned with the first key: places are counted from the start of the call, not of the text."""
 
-    def faulty(position: Any, n_keys: int, dtype: Any) -> Any:
-        return causal_mask(position - position[:, :1], n_keys, dtype)
+    def faulty(mask: AttentionMask, *rest: Any) -> Any:
+        index = mask.query_index_BT
+        index = None if index is None else index - index[:, :1]
+        return mask_bias(dataclasses.replace(mask, query_index_BT=index), *rest)
 
     return faulty
 
 
-def pad_attended(causal_mask: Callable[..., Any], framework: str) -> Callable[..., Any]:
+def pad_attended(mask_bias: Callable[..., Any], framework: str) -> Callable[..., Any]:
     """Every row sees as many keys as the longest row of the batch."""
 
-    def faulty(position: Any, n_keys: int, dtype: Any) -> Any:
-        longest = position.max(axis=0) if framework == "jax" else position.amax(dim=0)
-        return causal_mask(longest[None] + 0 * position, n_keys, dtype)
+    def faulty(mask: AttentionMask, *rest: Any) -> Any:
+        index = mask.query_index_BT
+        if index is not None:
+            index = (index.max(axis=0) if framework == "jax" else index.amax(dim=0))[None] + 0 * index
+        return mask_bias(dataclasses.replace(mask, query_index_BT=index), *rest)
 
     return faulty
 
@@ -228,10 +233,10 @@ def clamped_write(slots: Callable[..., Any], framework: str) -> Callable[..., An
 
 
 FAULTS = {
-    "top-left causal mask": ("model", "causal_mask", top_left, lambda pair, f: check_chunks(pair, f, [5, 1, 3], 16)),
+    "top-left causal mask": ("attention", "mask_bias", top_left, lambda pair, f: check_chunks(pair, f, [5, 1, 3], 16)),
     "pad attended to": (
-        "model",
-        "causal_mask",
+        "attention",
+        "mask_bias",
         pad_attended,
         lambda pair, f: check_ragged_rows(pair, f, [(5, 2), (1, 1)], 16),
     ),

@@ -84,25 +84,33 @@ def test_every_epoch_reads_every_window_once(data_config: DataConfig) -> None:
     seq_len = 50
     n_windows = (len(data.tokens["train"]) - 1) // seq_len
     expected = sorted(data.tokens["train"][i * seq_len : (i + 1) * seq_len + 1].tolist() for i in range(n_windows))
-    rows = [row.tolist() for n in range(2 * n_windows) for row in data.batch(n, 1, seq_len, seed=4)]
+
+    def rows_of(step: int, batch_size: int, seed: int = 4, rows: slice = slice(None)) -> np.ndarray:
+        batch = data.batch(step, batch_size, seq_len, seed, rows)
+        assert batch.tokens_BT.dtype == batch.targets_BT.dtype == np.int32
+        assert (batch.weights_BT == 1).all()
+        assert np.array_equal(batch.tokens_BT[:, 1:], batch.targets_BT[:, :-1])
+        return np.concatenate([batch.tokens_BT, batch.targets_BT[:, -1:]], axis=1)
+
+    rows = [row.tolist() for n in range(2 * n_windows) for row in rows_of(n, 1)]
     assert sorted(rows[:n_windows]) == expected
     assert sorted(rows[n_windows:]) == expected
     assert rows[:n_windows] != rows[n_windows:]
-    assert not np.array_equal(data.batch(0, 8, seq_len, seed=4), data.batch(0, 8, seq_len, seed=5))
-    whole = data.batch(3, 8, seq_len, seed=4)
-    assert whole.dtype == np.int32
-    assert np.array_equal(whole, np.concatenate([data.batch(n, 4, seq_len, seed=4) for n in (6, 7)]))
+    assert not np.array_equal(rows_of(0, 8), rows_of(0, 8, seed=5))
+    whole = rows_of(3, 8)
+    assert np.array_equal(whole, np.concatenate([rows_of(n, 4) for n in (6, 7)]))
+    assert np.array_equal(whole, np.concatenate([rows_of(3, 8, rows=slice(a, a + 2)) for a in (0, 2, 4, 6)]))
 
 
 def test_held_out_windows_cover_every_token_once(data_config: DataConfig) -> None:
     data = PreparedData(data_config.dir, TINY.vocab_size)
-    targets = [w.tokens[:, 1:][w.mask] for w in data.eval_batches("val", batch_size=7, seq_len=33)]
+    targets = [w.targets_BT[w.weights_BT == 1] for w in data.eval_batches("val", batch_size=7, seq_len=33)]
     assert np.concatenate(targets).tolist() == data.tokens["val"][1:].tolist()
     few = list(data.eval_batches("val", batch_size=3, seq_len=33, n_batches=2))
-    assert [w.tokens.shape for w in few] == [(3, 34)] * 2
+    assert [w.tokens_BT.shape for w in few] == [(3, 33)] * 2
     last_start = (len(data.tokens["val"]) - 2) // 33 * 33
-    assert few[0].tokens[0, 0] == data.tokens["val"][0]
-    assert few[-1].tokens[-1, 0] == data.tokens["val"][last_start], "the windows are not spread up to the last one"
+    assert few[0].tokens_BT[0, 0] == data.tokens["val"][0]
+    assert few[-1].tokens_BT[-1, 0] == data.tokens["val"][last_start], "the windows are not spread up to the last one"
     total = 2.0 * (len(data.tokens["val"]) - 1)  # nats, if every token costs 2
     expected = total / math.log(2) / data.meta["val"]["n_bytes"]
     assert perplexity(math.log(7)) == pytest.approx(7)

@@ -163,6 +163,7 @@ FILES: dict[str, tuple[str, str, Change]] = {
     "q8_0": ("rounding", "q8_0", weights_changed("_proj|embed", quantised)),
     "eps": ("norm-eps", "1e-06, not 1e-05", config_changed(norm_eps=1e-6)),
     "theta": ("rope-theta", "10000, not 50000", config_changed(rope_theta=10_000.0)),
+    "window": ("sliding-window", "is 20; it should be absent", config_changed(sliding_window=20)),
     "an uncommon theta": ("rope-theta", "77777, not 50000", config_changed(rope_theta=77_777.0)),
     "no rope_scaling": ("rope-scaling", "missing", config_changed(rope_scaling=None)),
     "wrong rope_scaling": ("rope-scaling", "factor=32", config_changed(rope_scaling=RopeScaling(32.0, 1.0, 4.0, 64))),

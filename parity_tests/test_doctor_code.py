@@ -173,7 +173,7 @@ def test_code_faults_are_named(fault: str, framework: str, float64: Tier, monkey
     ("words", "place", "make"),
     [
         ("output head's part", "layers.Embedding.attend", lambda xp, right: lambda self, x: stopped(self, right, x)),
-        ("2 times", "tracing.mean_loss", lambda xp, right: lambda model, tokens: 2 * right(model, tokens)),
+        ("2 times", "tracing.mean_loss", lambda xp, right: lambda model, batch: 2 * right(model, batch)),
     ],
     ids=["head cut off", "scaled"],
 )

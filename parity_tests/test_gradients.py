@@ -13,6 +13,7 @@ import torch
 import minillm_jax
 import minillm_torch
 from minillm_core.config import OptimConfig, RunConfig
+from minillm_core.data.batches import Batch
 from minillm_core.model.params import init_params
 from minillm_core.training.checkpoints import TrainingState
 from minillm_core.training.schedule import learning_rate
@@ -30,7 +31,7 @@ from parity_tests.conftest import (
     random_tokens,
     random_weights,
     run_config,
-    to_torch,
+    torch_batch,
 )
 
 RATE = 1e-2
@@ -38,20 +39,18 @@ RATE = 1e-2
 
 @partial(jax.jit, static_argnums=0)
 def _jax_gradient(
-    graphdef: Any, params: jax_weights.Params, rope: jax_weights.Params, tokens: jax.Array
+    graphdef: Any, params: jax_weights.Params, rope: jax_weights.Params, batch: Batch
 ) -> jax_weights.Params:
-    return jax.grad(lambda p: jax_mean_loss(jax_weights.merge_model(graphdef, p, rope), tokens))(params)
+    return jax.grad(lambda p: jax_mean_loss(jax_weights.merge_model(graphdef, p, rope), batch))(params)
 
 
 def gradients(pair: Pair, tokens: np.ndarray) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """d loss / d parameter by canonical name, both frameworks."""
     pair.torch.zero_grad()
-    torch_mean_loss(pair.torch, to_torch(tokens)).backward()
+    torch_mean_loss(pair.torch, torch_batch(tokens)).backward()
     theirs = {path: param.grad for path, param in pair.torch.named_parameters()}
-    return (
-        minillm_jax.to_canonical(pair.config, _jax_gradient(*jax_weights.split_model(pair.jax), tokens)),
-        minillm_torch.to_canonical(pair.config, theirs),
-    )
+    ours = _jax_gradient(*jax_weights.split_model(pair.jax), Batch.from_rows(tokens))
+    return minillm_jax.to_canonical(pair.config, ours), minillm_torch.to_canonical(pair.config, theirs)
 
 
 @pytest.mark.parametrize("length", [9, 300])
@@ -73,10 +72,10 @@ def test_gradient_against_finite_differences(float64: Tier) -> None:
         moved = {name: array + t * direction[name] for name, array in weights.items()}
         model = minillm_torch.build_model(config, moved, param_dtype=torch.float64, compute_dtype=torch.float64)
         with torch.no_grad():
-            return float(torch_mean_loss(model, to_torch(tokens)))
+            return float(torch_mean_loss(model, torch_batch(tokens)))
 
     model = minillm_torch.build_model(config, weights, param_dtype=torch.float64, compute_dtype=torch.float64)
-    torch_mean_loss(model, to_torch(tokens)).backward()
+    torch_mean_loss(model, torch_batch(tokens)).backward()
     exact = sum(float((param.grad.numpy() * direction[name]).sum()) for name, param in model.named_parameters())
     h = 1e-5
     measured = (8 * (loss_at(h) - loss_at(-h)) - (loss_at(2 * h) - loss_at(-2 * h))) / (12 * h)
@@ -94,7 +93,7 @@ def run_both(
         step = backend.make_train_step(config)
         losses, norms = [], []
         for n, tokens in enumerate(batches):
-            state, metrics = step(state, tokens, learning_rate(config.optim, n, len(batches)))
+            state, metrics = step(state, Batch.from_rows(tokens), learning_rate(config.optim, n, len(batches)))
             losses.append(float(metrics["loss"]))
             norms.append(float(metrics["grad_norm"]))
         results[backend.FRAMEWORK] = losses, norms, backend.export_state(config, state)
@@ -164,7 +163,7 @@ def test_accumulation_equals_one_large_batch(backend: object, float64: Tier) -> 
         state = backend.import_state(run, start, 0)
         step = backend.make_train_step(run)
         for tokens in batches:
-            state, metrics = step(state, tokens, 1e-3)
+            state, metrics = step(state, Batch.from_rows(tokens), 1e-3)
         results.append((float(metrics["loss"]), backend.export_state(run, state)))
     (whole_loss, whole), (split_loss, split) = results
     assert abs(whole_loss - split_loss) <= 1e-12
@@ -176,7 +175,7 @@ def test_train_state_is_donated() -> None:
     """JAX reuses the memory of the old state, which is deleted by the step."""
     config = run_config(MODELS["gqa"])
     state = minillm_jax.init_state(config)
-    minillm_jax.make_train_step(config)(state, random_tokens(config.model, 4, 33), 1e-3)
+    minillm_jax.make_train_step(config)(state, Batch.from_rows(random_tokens(config.model, 4, 33)), 1e-3)
     assert all(array.is_deleted() for array in jax.tree.leaves(state))
 
 
@@ -185,13 +184,13 @@ def test_save_in_progress_keeps_its_state(backend: object, tmp_path: Path) -> No
     """Training steps taken during the save do not change what is saved."""
     config = run_config(MODELS["gqa"])
     state, step = backend.init_state(config), backend.make_train_step(config)
-    state, _ = step(state, random_tokens(config.model, 4, 33), 1e-2)
+    state, _ = step(state, Batch.from_rows(random_tokens(config.model, 4, 33)), 1e-2)
     exported = backend.export_state(config, state)
     expected = {name: array.copy() for name, array in exported.weights.items()}
     moments = {name: array.copy() for name, array in exported.exp_avg.items()}
     finish = backend.start_payload(tmp_path, config, state)
     for seed in range(3):
-        state, _ = step(state, random_tokens(config.model, 4, 33, seed), 1e-2)
+        state, _ = step(state, Batch.from_rows(random_tokens(config.model, 4, 33, seed)), 1e-2)
     finish()
     saved = backend.read_payload(tmp_path, config)
     for name, array in expected.items():

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, MistralConfig
 
 from minillm_core.config import ModelConfig
 from minillm_core.errors import InputError
@@ -33,7 +33,9 @@ __all__ = ["without_casts"]
 def save_llama(config: ModelConfig, folder: Path, dtype: torch.dtype, shard: str = "40KB") -> LlamaForCausalLM:
     """Save a checkpoint with `transformers` itself, in shards."""
     fields = {k: v for k, v in to_hf_config(config, "float32").items() if k not in ("architectures", "model_type")}
-    llama = LlamaForCausalLM(LlamaConfig(**fields))
+    llama = AutoModelForCausalLM.from_config(
+        LlamaConfig(**fields) if config.sliding_window is None else MistralConfig(**fields)
+    )
     weights = {name: torch.from_numpy(array.copy()) for name, array in random_weights(config, sharpness=1.0).items()}
     missing, unexpected = llama.load_state_dict(weights, strict=False)
     assert not unexpected
@@ -203,6 +205,9 @@ GOOD: dict[str, Any] = to_hf_config(TINY, "float32")
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"num_local_experts": 8}, "num_local_experts"),
         ({"model_type": "mixtral"}, "model_type"),
+        ({"model_type": "mistral"}, "missing: sliding_window"),
+        ({"model_type": "mistral", "sliding_window": 0}, "sliding_window is out of range"),
+        ({"model_type": "mistral", "sliding_window": "none"}, "sliding_window: expected int"),
         ({"rope_interleaved": True}, "rope_interleaved"),
         ({"is_causal": False}, "is_causal"),
         ({"logit_scale": 0.0}, "logit_scale"),
@@ -253,6 +258,10 @@ def test_older_configurations() -> None:
     assert from_hf_config(new | unknown, "x") == from_hf_config(new, "x")
     nulls = {"rope_scaling": {"rope_type": None, "type": "default"}, "rope_parameters": None}
     assert from_hf_config(GOOD | nulls, "x") == from_hf_config(GOOD, "x")
+    for window in (None, 4096):
+        mistral = from_hf_config(GOOD | {"model_type": "mistral", "sliding_window": window}, "x")
+        assert mistral == replace(from_hf_config(GOOD, "x"), sliding_window=window)
+        assert window is None or from_hf_config(to_hf_config(mistral, "float32"), "x") == mistral
     bare = {key: GOOD[key] for key in ("model_type", "vocab_size", "hidden_size", "intermediate_size")}
     bare |= {"num_hidden_layers": 2, "num_attention_heads": 4}
     config, llama = from_hf_config(bare, "x"), LlamaConfig(**{k: v for k, v in bare.items() if k != "model_type"})

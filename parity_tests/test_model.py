@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from minillm_core.data.batches import Batch
 from minillm_core.model.params import init_params
 from minillm_jax import weights
 from minillm_jax.loss import mean_loss as jax_mean_loss
@@ -24,6 +25,7 @@ from parity_tests.conftest import (
     random_tokens,
     to_numpy,
     to_torch,
+    torch_batch,
 )
 
 
@@ -44,8 +46,9 @@ def test_mean_loss_predicts_the_next_token(tier: Tier) -> None:
     pair = make_pair(MODELS["gqa"], tier)
     tokens = random_tokens(pair.config, 2, 65)
     with torch.no_grad():
-        theirs = torch_mean_loss(pair.torch, to_torch(tokens))
-    assert_close("mean loss", to_numpy(jax_mean_loss(pair.jax, jnp.asarray(tokens))), to_numpy(theirs), tier.logits)
+        theirs = torch_mean_loss(pair.torch, torch_batch(tokens))
+    ours = to_numpy(jax_mean_loss(pair.jax, Batch.from_rows(tokens)))
+    assert_close("mean loss", ours, to_numpy(theirs), tier.logits)
     log_probs = torch.log_softmax(to_torch(pair.logits(tokens)[1], torch.float64), -1)
     expected = -np.mean([float(log_probs[b, t, tokens[b, t + 1]]) for b in range(2) for t in range(64)])
     assert abs(float(theirs) - expected) <= tier.logits
@@ -82,7 +85,7 @@ def test_initial_loss_equals_uniform_guessing(name: str) -> None:
     pair = pair_of(config, TIERS["float32"], init_params(config, seed=0))
     tokens = random_tokens(config, 4, 257)
     for framework, loss in (
-        ("jax", float(jax_mean_loss(pair.jax, jnp.asarray(tokens)))),
-        ("torch", float(torch_mean_loss(pair.torch, to_torch(tokens)).detach())),
+        ("jax", float(jax_mean_loss(pair.jax, Batch.from_rows(tokens)))),
+        ("torch", float(torch_mean_loss(pair.torch, torch_batch(tokens)).detach())),
     ):
         assert abs(loss - np.log(config.vocab_size)) < 0.05, f"{framework}: first loss {loss}"

@@ -2,6 +2,7 @@
 
 from operator import attrgetter
 from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from minillm_core.model.mask import AttentionMask
 from minillm_core.model.rope import rope_table
 from minillm_jax import attention as jax_attention
 from minillm_jax import layers as jax_layers
@@ -31,18 +33,27 @@ def both(pair: Pair, *shape: int, seed: int = 0) -> tuple[jax.Array, torch.Tenso
     return jnp.asarray(array, pair.tier.jax), to_torch(array, pair.tier.torch)
 
 
+CAUSAL = AttentionMask(window=None)
+
+
 def positions(module_pair: Pair) -> tuple[jax_attention.PositionContext, torch_attention.PositionContext]:
     table = [table[None, :LENGTH] for table in rope_table(module_pair.config)]
-    position = np.arange(LENGTH)[None]
     high_jax = jax_layers.at_least_float32(module_pair.tier.jax)
     high_torch = torch_layers.at_least_float32(module_pair.tier.torch)
-    mask_jax = jax_attention.causal_mask(jnp.asarray(position), LENGTH, module_pair.tier.jax)
-    mask_torch = torch_attention.causal_mask(to_torch(position), LENGTH, module_pair.tier.torch)
+    H = module_pair.config.resolved_head_dim
     ours = jax_attention.PositionContext(
-        *jax_layers.rotation(*(jnp.asarray(x, high_jax) for x in table)), mask_jax, None
+        *jax_layers.rotation(*(jnp.asarray(x, high_jax) for x in table)),
+        CAUSAL,
+        jax_attention.lower(CAUSAL, LENGTH, LENGTH, H, module_pair.tier.jax),
+        None,
     )
-    theirs = torch_layers.rotation(*(to_torch(x, high_torch) for x in table))
-    return ours, torch_attention.PositionContext(*theirs, mask_torch, None)
+    theirs = torch_attention.PositionContext(
+        *torch_layers.rotation(*(to_torch(x, high_torch) for x in table)),
+        CAUSAL,
+        torch_attention.lower(CAUSAL, LENGTH, LENGTH, H, module_pair.tier.torch, torch.device("cpu")),
+        None,
+    )
+    return ours, theirs
 
 
 def test_embedding(module_pair: Pair) -> None:
@@ -116,10 +127,10 @@ def test_attend(module_pair: Pair) -> None:
     )
     position = np.array([[0, 1, 2, 3, 4], [3, 4, 5, 6, 7]])
     k_j, v_j, k_t, v_t = k_j.swapaxes(1, 2), v_j.swapaxes(1, 2), k_t.transpose(1, 2), v_t.transpose(1, 2)
-    ours = to_numpy(jax_attention.attend(q_j, k_j, v_j, jax_attention.causal_mask(jnp.asarray(position), S, q_j.dtype)))
-    theirs = to_numpy(
-        torch_attention.attend(q_t, k_t, v_t, torch_attention.causal_mask(to_torch(position), S, q_t.dtype))
-    )
+    bias_j = jax_attention.mask_bias(AttentionMask(None, jnp.asarray(position)), T, S, q_j.dtype)
+    bias_t = torch_attention.mask_bias(AttentionMask(None, to_torch(position)), T, S, q_t.dtype)
+    ours = to_numpy(jax_attention.attend(q_j, k_j, v_j, bias_j))
+    theirs = to_numpy(torch_attention.attend(q_t, k_t, v_t, bias_t))
     agree(module_pair, "attend", ours, theirs)
     q, k, v = to_numpy(q_t), to_numpy(k_t), to_numpy(v_t)
     expected = np.zeros_like(q)
@@ -132,42 +143,72 @@ def test_attend(module_pair: Pair) -> None:
     agree(module_pair, "attend against loops", ours, expected)
 
 
-def test_fused_attention_equals_plain_attention(module_pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("window", [None, 1, 10])
+def test_fused_attention_equals_plain_attention(
+    window: int | None, module_pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Fused attention, used on GPUs, equals `attend`. JAX's cuDNN call runs here in XLA, with a float32 softmax."""
     c = module_pair.config
     heads = (c.n_heads, c.n_kv_heads, c.n_kv_heads)
     inputs = [both(module_pair, 2, 64, n, c.resolved_head_dim, seed=i) for i, n in enumerate(heads)]
     q, k, v = (theirs for _, theirs in inputs)
-    causal = torch_attention.causal_mask(torch.arange(64)[None], 64, q.dtype)
-    plain = to_numpy(torch_attention.attend(q, k.transpose(1, 2), v.transpose(1, 2), causal))
-    agree(module_pair, "torch", to_numpy(torch_attention.attend_fused(q, k, v)), plain)
+    mask = AttentionMask(window)
+    bias = torch_attention.mask_bias(mask, 64, 64, q.dtype)
+    plain = to_numpy(torch_attention.attend(q, k.transpose(1, 2), v.transpose(1, 2), bias))
+    if window is None:  # torch's fused kernel takes no window: test_packing.py
+        agree(module_pair, "torch", to_numpy(torch_attention.attend_fused(q, k, v, mask)), plain)
 
-    def in_xla(*args: jax.Array, implementation: str, **options: bool) -> jax.Array:
+    def in_xla(*args: jax.Array, implementation: str, **options: Any) -> jax.Array:
         assert implementation == "cudnn"
         return attention(*args, implementation="xla", **options)
 
     attention = jax.nn.dot_product_attention
     monkeypatch.setattr(jax.nn, "dot_product_attention", in_xla)
-    fused = to_numpy(jax_attention.attend_fused(*(ours for ours, _ in inputs)))
+    fused = to_numpy(jax_attention.attend_fused(*(ours for ours, _ in inputs), mask))
     assert_close("jax", fused, plain, max(module_pair.tier.module, 1e-5))
 
 
-@pytest.mark.parametrize(
-    ("shape", "dtype", "fits"),
-    [
-        ((2, 64, 4, 64), "bfloat16", True),
-        ((2, 63, 4, 64), "bfloat16", False),
-        ((2, 64, 4, 12), "bfloat16", False),
-        ((2, 64, 4, 256), "bfloat16", False),
-        ((2, 64, 4, 64), "float32", False),
-    ],
-)
-def test_can_fuse(shape: tuple[int, ...], dtype: str, fits: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not jax_attention.can_fuse(jnp.zeros(shape, dtype)), "there is no GPU here"
-    assert not torch_attention.can_fuse(torch.zeros(shape, dtype=getattr(torch, dtype)))
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(compute_capability="9.0")])
-    assert jax_attention.can_fuse(jnp.zeros(shape, dtype)) == fits
+IDS = np.zeros((2, 64), np.int32)
+WHY_NOT_FUSED = [
+    (CAUSAL, 64, 64, "bfloat16", 9.0, None, None),
+    (CAUSAL, 64, 128, "bfloat16", 8.0, None, None),
+    (CAUSAL, 63, 64, "bfloat16", 9.0, "the length 63 is odd", "the length 63 is odd"),
+    (CAUSAL, 64, 12, "bfloat16", 9.0, "head_dim 12 is not", "head_dim 12 is not"),
+    (CAUSAL, 64, 256, "bfloat16", 9.0, "head_dim 256 is not", "head_dim 256 is not"),
+    (CAUSAL, 64, 64, "float32", 9.0, "the dtype is float32", "the dtype is float32"),
+    (CAUSAL, 64, 64, "bfloat16", 7.5, "older than Ampere", "older than Ampere"),
+    (CAUSAL, 64, 64, "bfloat16", None, "not a GPU", "not a GPU"),
+    (AttentionMask(7), 64, 64, "bfloat16", 9.0, None, "a sliding window"),
+    (AttentionMask(None, None, IDS, IDS), 64, 64, "bfloat16", 9.0, "segments", "segments"),
+    (AttentionMask(None, IDS), 64, 64, "bfloat16", 9.0, "continue a cache", "continue a cache"),
+]
+
+
+@pytest.mark.parametrize(("mask", "T", "H", "dtype", "capability", "in_jax", "in_torch"), WHY_NOT_FUSED)
+def test_why_not_fused(
+    mask: AttentionMask,
+    T: int,
+    H: int,
+    dtype: str,
+    capability: float | None,
+    in_jax: str | None,
+    in_torch: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whether attention is fused is decided from the device, the inputs and the mask; `lower` follows the decision."""
+    device = torch.device("cpu" if capability is None else "cuda")
+    if capability is not None:
+        monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+        monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(compute_capability=str(capability))])
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: divmod(int(10 * capability), 10))
+    ours = jax_attention.why_not_fused(mask, T, H, jnp.dtype(dtype))
+    theirs = torch_attention.why_not_fused(mask, T, H, getattr(torch, dtype), device)
+    for why, expected in ((ours, in_jax), (theirs, in_torch)):
+        assert (why is None) == (expected is None)
+        assert expected is None or expected in why
+    assert (jax_attention.lower(mask, T, T, H, jnp.dtype(dtype)) is None) == (in_jax is None)
+    if in_torch is None:
+        assert torch_attention.lower(mask, T, T, H, getattr(torch, dtype), device) is None
 
 
 @pytest.mark.parametrize("layer", [0, 1])

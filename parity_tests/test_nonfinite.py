@@ -14,7 +14,7 @@ import torch
 import minillm_jax
 import minillm_torch
 from minillm_core.config import DataConfig, RunConfig
-from minillm_core.data.batches import PreparedData
+from minillm_core.data.batches import Batch, PreparedData
 from minillm_core.errors import InputError
 from minillm_core.training import loop
 from minillm_core.training.checkpoints import checkpoint_steps, read_info
@@ -41,21 +41,24 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> Callable[[float, set[int]], None]
         poisoned = TINY.vocab_size - 1  # a token that marks the batch
         make_batch = PreparedData.batch
 
-        def batch(self: PreparedData, n: int, *arguments: Any) -> np.ndarray:
-            tokens = make_batch(self, n, *arguments)
-            tokens[tokens == poisoned] = 0
+        def batch(self: PreparedData, n: int, *arguments: Any) -> Batch:
+            batch = make_batch(self, n, *arguments)
+            batch.tokens_BT[batch.tokens_BT == poisoned] = 0
             if n in steps:
-                tokens[-1, 3] = poisoned
-            return tokens
+                batch.tokens_BT[-1, 3] = poisoned
+            return batch
 
         monkeypatch.setattr(PreparedData, "batch", batch)
         for package, where in ((minillm_jax, jnp.where), (minillm_torch, torch.where)):
-            mean_loss = package.train.mean_loss
+            loss_sums = package.train.loss_sums
 
-            def bad_mean_loss(model: Any, tokens: Any, mean_loss: Any = mean_loss, where: Any = where) -> Any:
-                return mean_loss(model, tokens) * where((tokens == poisoned).any(), value, 1.0)
+            def bad_loss_sums(
+                model: Any, batch: Any, *, remat: bool, loss_sums: Any = loss_sums, where: Any = where
+            ) -> Any:
+                loss, weight = loss_sums(model, batch, remat=remat)
+                return loss * where((batch.tokens_BT == poisoned).any(), value, 1.0), weight
 
-            monkeypatch.setattr(package.train, "mean_loss", bad_mean_loss)
+            monkeypatch.setattr(package.train, "loss_sums", bad_loss_sums)
 
     return apply
 
@@ -105,8 +108,13 @@ def test_nonfinite_loss_with_finite_gradient(
 ) -> None:
     """Infinity added to the loss does not reach the gradient, but the update is still not applied."""
     backend, config = BACKENDS[framework], text_run(data_config, tmp_path)
-    mean_loss = backend.train.mean_loss
-    monkeypatch.setattr(backend.train, "mean_loss", lambda *arguments: mean_loss(*arguments) + np.inf)
+    loss_sums = backend.train.loss_sums
+
+    def infinite(*arguments: Any, **options: Any) -> Any:
+        loss, weight = loss_sums(*arguments, **options)
+        return loss + np.inf, weight
+
+    monkeypatch.setattr(backend.train, "loss_sums", infinite)
     data, step = PreparedData(data_config.dir, TINY.vocab_size), backend.make_train_step(config)
     state = backend.init_state(config)
     before = copy.deepcopy(backend.export_state(config, state))

@@ -70,9 +70,10 @@ def independent_run(config: RunConfig) -> tuple[list[dict[str, float]], dict[str
     rows = []
     for step in range(STEPS):
         batch = data.batch(step, 4, 32, config.train.seed)
-        for row in batch:
+        read = np.concatenate([batch.tokens_BT, batch.targets_BT[:, -1:]], axis=1)
+        for row in read:
             windows.remove(tuple(row))  # a window of the text, not seen before
-        tokens = torch.from_numpy(batch.astype(np.int64))
+        tokens = torch.from_numpy(read.astype(np.int64))
         logits = llama(tokens[:, :-1]).logits.reshape(-1, 512)
         loss = torch.nn.functional.cross_entropy(logits, tokens[:, 1:].reshape(-1))
         loss.backward()

@@ -1,13 +1,15 @@
-"""A third implementation: LlamaForCausalLM of transformers, loaded from the files of a torch checkpoint."""
+"""A third implementation: LlamaForCausalLM (with a sliding window MistralForCausalLM) of transformers, loaded from the
+files of a torch checkpoint."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import minillm_torch
 from minillm_cli.transformers_engine import without_casts as lift_casts
@@ -52,7 +54,8 @@ def random_config(seed: int) -> ModelConfig:
     )
 
 
-CONFIGS = {**MODELS, **{f"random-{seed}": random_config(seed) for seed in range(8)}}
+WINDOW = replace(MODELS["gqa"], sliding_window=37)
+CONFIGS = {**MODELS, "window": WINDOW, **{f"random-{seed}": random_config(seed) for seed in range(8)}}
 
 
 @pytest.fixture(params=CONFIGS)
@@ -63,7 +66,7 @@ def any_config(request: pytest.FixtureRequest) -> ModelConfig:
 def load_llama(config: ModelConfig, weights: Tensors, folder: Path, dtype: torch.dtype) -> LlamaForCausalLM:
     """Load the payload of a torch checkpoint with `transformers`."""
     minillm_torch.write_payload(folder, run_config(config), TrainingState(weights, {}, {}))
-    model, report = LlamaForCausalLM.from_pretrained(
+    model, report = AutoModelForCausalLM.from_pretrained(
         folder, dtype=dtype, attn_implementation="sdpa", output_loading_info=True
     )
     assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))

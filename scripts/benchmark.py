@@ -25,7 +25,7 @@ import minillm_jax
 import minillm_torch
 from minillm_cli.console import parse_run_config, run, say
 from minillm_core.config import RunConfig
-from minillm_core.data.batches import PreparedData
+from minillm_core.data.batches import Batch, PreparedData
 from minillm_core.data.prepare import prepare_data
 from minillm_core.errors import InputError
 from minillm_core.model.params import forward_flops, init_params
@@ -118,12 +118,13 @@ def parity(config: BenchmarkConfig, dtype: str) -> list[Check]:
     settings = replace(config.train, compute_dtype=dtype, batch_size=2, seq_len=length, grad_accum=1)
     one = replace(config, train=settings)
     weights = init_params(one.model, one.train.seed)
-    tokens = np.random.default_rng(0).integers(0, one.model.vocab_size, (2, settings.seq_len + 1)).astype(np.int32)
+    rows = np.random.default_rng(0).integers(0, one.model.vocab_size, (2, settings.seq_len + 1)).astype(np.int32)
+    batch = Batch.from_rows(rows)
     logits, grads = {}, {}
     for backend in BACKENDS:
         state = backend.import_state(one, TrainingState(weights, {}, {}), 0)
-        logits[backend.FRAMEWORK] = forward(backend, backend.model_of(one, state), tokens[:, :-1])
-        state, metrics = backend.make_train_step(one)(state, tokens, 0.0)
+        logits[backend.FRAMEWORK] = forward(backend, backend.model_of(one, state), batch.tokens_BT)
+        state, metrics = backend.make_train_step(one)(state, batch, 0.0)
         grads[backend.FRAMEWORK] = unclipped(one, backend.export_state(one, state), float(metrics["grad_norm"]))
         free_memory()
     ours, theirs = torch.from_numpy(logits["jax"]), torch.from_numpy(logits["torch"])
@@ -174,11 +175,11 @@ def training_rates(config: BenchmarkConfig) -> list[str]:
         say(f"training, {backend.FRAMEWORK}")
         step, state = backend.make_train_step(config), backend.init_state(config)
         batches = [data.batch(n, c.batch_size, c.seq_len, c.seed) for n in range(config.steps + 2)]
-        for n, tokens in enumerate(batches):
+        for n, batch in enumerate(batches):
             if n == 2:
                 backend.export_state(config, state)  # waits for the device
                 started = time.perf_counter()
-            state, metrics = step(state, tokens, learning_rate(config.optim, n, c.steps))
+            state, metrics = step(state, batch, learning_rate(config.optim, n, c.steps))
         losses.append(float(metrics["loss"]))
         speeds.append(config.steps * c.batch_size * c.seq_len / (time.perf_counter() - started))
         saves.append(saving_times(backend, config, state, data))

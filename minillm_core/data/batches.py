@@ -6,18 +6,20 @@ There is no iterator state: a resumed run asks for the batch of its next step.
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from minillm_core.config import ModelConfig
 from minillm_core.errors import InputError
 from minillm_core.files import hash_file
 from minillm_core.text.tokenizer import Tokenizer
 
 SPLITS = ("train", "val")
 FORMAT_VERSION = 1
+ALL_ROWS = slice(None)
 
 
 def redo_hint(folder: Path) -> str:
@@ -25,12 +27,72 @@ def redo_hint(folder: Path) -> str:
     return f"remove {folder} or choose a different --data.dir, then prepare the data again"
 
 
-@dataclass(frozen=True)
-class EvalBatch:
-    """A batch of the held-out text: tokens int32 (B, S + 1), and which of the S targets count, bool (B, S)."""
+Array = Any
+"""An array of numpy or of a framework."""
 
-    tokens: np.ndarray
-    mask: np.ndarray
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows of tokens, the token that each must predict, and how much each prediction counts: all (B, T).
+
+    On the host the arrays are numpy's; each framework copies them to its device.
+    """
+
+    tokens_BT: Array
+    """Token ids, int32."""
+    targets_BT: Array
+    """The token that follows each, int32."""
+    weights_BT: Array
+    """The factor of each target's loss, float32. The loss of a batch is the weighted mean. 0 leaves a target out."""
+    positions_BT: Array | None = None
+    """The position of each token in its document, int32. None: 0 to T - 1 in every row."""
+    segments_BT: Array | None = None
+    """The document of each token, int32. Tokens of one row that are in different segments do not see each other. None:
+    every row is one document."""
+
+    @classmethod
+    def from_rows(cls, rows: np.ndarray) -> "Batch":
+        """From rows of T + 1 tokens: each token is predicted from those before it, all with weight 1."""
+        return cls(rows[:, :-1], rows[:, 1:], np.ones((len(rows), rows.shape[1] - 1), np.float32))
+
+    @classmethod
+    def within(cls, tokens_BT: np.ndarray) -> "Batch":
+        """From rows of T tokens: the same, but the last token of each row is read too and predicts nothing."""
+        weights_BT = np.ones(tokens_BT.shape, np.float32)
+        weights_BT[:, -1] = 0
+        return cls(tokens_BT, np.roll(tokens_BT, -1, axis=1), weights_BT)
+
+    def check(self, config: ModelConfig) -> None:
+        """Checks a batch on the host.
+
+        Raises:
+            InputError: shapes or dtypes do not fit; ids outside the vocabulary; positions outside the context; weights
+                that are negative, not finite, or all zero.
+        """
+        names = ("tokens_BT", "targets_BT", "weights_BT", "positions_BT", "segments_BT")
+        arrays = {name: np.asarray(array) for name in names if (array := getattr(self, name)) is not None}
+        shape = arrays["tokens_BT"].shape
+        for name, array in arrays.items():
+            kind = np.floating if name == "weights_BT" else np.integer
+            if array.shape != shape or array.ndim != 2 or not np.issubdtype(array.dtype, kind):
+                expected = f"{kind.__name__} {shape if len(shape) == 2 else '(B, T)'}"
+                raise InputError(
+                    f"{name} does not fit the batch", expected=expected, found=f"{array.dtype} {array.shape}"
+                )
+        limits = {
+            "tokens_BT": config.vocab_size,
+            "targets_BT": config.vocab_size,
+            "positions_BT": config.context_length,
+        }
+        for name, limit in limits.items():
+            if name in arrays and arrays[name].size and not (arrays[name].min() >= 0 and arrays[name].max() < limit):
+                found = f"{arrays[name].min()} to {arrays[name].max()}"
+                raise InputError(f"{name} is out of range", expected=f"0 to {limit - 1}", found=found)
+        weights_BT = arrays["weights_BT"]
+        if not (np.isfinite(weights_BT).all() and weights_BT.min(initial=0) >= 0 and weights_BT.any()):
+            found = f"from {weights_BT.min(initial=np.inf)} to {weights_BT.max(initial=-np.inf)}"
+            expected = "finite numbers of 0 or more, at least one above 0"
+            raise InputError("weights_BT is out of range", expected=expected, found=found)
 
 
 class PreparedData:
@@ -97,25 +159,26 @@ class PreparedData:
         """Predicted tokens per byte of the split's text: the factor from nats per token to nats per byte."""
         return (len(self.tokens[split]) - 1) / self.meta[split]["n_bytes"]
 
-    def batch(self, step: int, batch_size: int, seq_len: int, seed: int) -> np.ndarray:
-        """The training batch of one step, int32 (batch_size, seq_len + 1): inputs [:, :-1], targets [:, 1:].
+    def batch(self, step: int, batch_size: int, seq_len: int, seed: int, rows: slice = ALL_ROWS) -> Batch:
+        """The training batch of one step, (batch_size, seq_len), all weights 1.
 
         The split is cut into windows of seq_len tokens; each epoch visits every window once, in an order drawn from
         (seed, epoch). Memory does not grow with the size of the data.
+
+        Args:
+            rows: the rows of the batch to return, for example those of one of several processes.
         """
         n_windows = self._count_windows("train", seq_len)
-        position = np.arange(step * batch_size, (step + 1) * batch_size)
+        position = np.arange(step * batch_size, (step + 1) * batch_size)[rows]
         epoch, index = position // n_windows, position % n_windows
         for e in np.unique(epoch):
             index[epoch == e] = permute(index[epoch == e], n_windows, (seed, int(e)))
-        return self._read("train", index * seq_len, seq_len)
+        return Batch.from_rows(self._read("train", index * seq_len, seq_len))
 
-    def eval_batches(
-        self, split: str, batch_size: int, seq_len: int, n_batches: int | None = None
-    ) -> Iterator[EvalBatch]:
+    def eval_batches(self, split: str, batch_size: int, seq_len: int, n_batches: int | None = None) -> Iterator[Batch]:
         """The split in order, every token except the first predicted once; or `n_batches` spread evenly over it.
 
-        Each window starts without context. The last batch is padded; the mask excludes the padding.
+        Each window starts without context. The last batch is padded; the padding has weight 0.
         """
         tokens = self.tokens[split]
         n_targets = len(tokens) - 1
@@ -125,8 +188,9 @@ class PreparedData:
         for first in range(0, len(starts), batch_size):
             rows = starts[first : first + batch_size]
             rows = np.concatenate([rows, np.full(batch_size - len(rows), n_targets)])
-            mask = rows[:, None] + np.arange(seq_len) < n_targets
-            yield EvalBatch(self._read(split, rows, seq_len), mask)
+            is_target_BT = rows[:, None] + np.arange(seq_len) < n_targets
+            batch = Batch.from_rows(self._read(split, rows, seq_len))
+            yield replace(batch, weights_BT=is_target_BT.astype(np.float32))
 
     def _count_windows(self, split: str, seq_len: int) -> int:
         n_windows = (len(self.tokens[split]) - 1) // seq_len
@@ -141,18 +205,19 @@ class PreparedData:
         return n_windows
 
     def _read(self, split: str, starts: np.ndarray, seq_len: int) -> np.ndarray:
+        """Windows of seq_len + 1 tokens, int32, from each start."""
         tokens = self.tokens[split]
         index = np.minimum(starts[:, None] + np.arange(seq_len + 1), len(tokens) - 1)
-        batch = tokens[index].astype(np.int32)
-        if batch.max() >= self.vocab_size:
+        windows = tokens[index].astype(np.int32)
+        if windows.max() >= self.vocab_size:
             raise InputError(
                 "token id outside the vocabulary",
                 expected=f"below {self.vocab_size}",
-                found=int(batch.max()),
+                found=int(windows.max()),
                 where=self.dir / f"{split}.bin",
                 hint="the file is damaged; prepare the data again",
             )
-        return batch
+        return windows
 
 
 def permute(index: np.ndarray, n: int, key: tuple[int, ...]) -> np.ndarray:

@@ -76,8 +76,8 @@ class BaseGenerator(RequestReader, ABC):
         """
 
     @abstractmethod
-    def _losses(self, tokens_BT: np.ndarray) -> np.ndarray:
-        """Negative log-likelihood in nats (B, T - 1) of every token except the first."""
+    def _losses(self, rows: np.ndarray) -> np.ndarray:
+        """Negative log-likelihood in nats (B, T) of every token except the first, of rows (B, T + 1)."""
 
     @overload
     def generate(
@@ -183,8 +183,8 @@ class BaseGenerator(RequestReader, ABC):
             width = bucket(len(ids[order[-1]]) - 1, self.config.context_length)
             n_rows = max(1, SCORE_TOKENS // width)
             group, order = order[-n_rows:], order[:-n_rows]
-            tokens_BT = _padded([ids[i] for i in group], _batch_size(len(group)), width + 1)
-            for i, losses in zip(group, self._losses(tokens_BT), strict=False):
+            rows = _padded([ids[i] for i in group], _batch_size(len(group)), width + 1)
+            for i, losses in zip(group, self._losses(rows), strict=False):
                 scores[i] = -losses[: len(ids[i]) - 1]
                 _check_finite(scores[i], f"text {i + 1}")
         return scores

@@ -34,7 +34,12 @@ def score_split(generator: BaseGenerator, data: PreparedData, split: str, seq_le
         raise InputError("seq_len is out of range", expected=f"1 to {limit}, the context length", found=seq_len)
     sums, n_scored = [], 0
     for batch in data.eval_batches(split, ROWS, seq_len):
-        rows = [tokens[: n + 1] for tokens, n in zip(batch.tokens, batch.mask.sum(axis=1), strict=True) if n]
+        counts = batch.weights_BT.astype(int).sum(axis=1)
+        rows = [
+            [*tokens[:n], targets[n - 1]]
+            for tokens, targets, n in zip(batch.tokens_BT, batch.targets_BT, counts, strict=True)
+            if n
+        ]
         scores = np.concatenate(generator.score(rows))
         sums.append(float(scores.sum(dtype=np.float64)))
         n_scored += len(scores)

@@ -155,10 +155,12 @@ def _explain_configuration(a: Subject, b: Subject, tokens_BT: np.ndarray) -> lis
         f"head_dim is {y.resolved_head_dim} ({y.n_heads} query and {y.n_kv_heads} KV heads), not {x.resolved_head_dim}"
     )
     scaling = "missing" if y.rope_scaling is None else f"{y.rope_scaling}, not {x.rope_scaling}"
+    window = f"{y.sliding_window or 'missing'}; it should be {x.sliding_window or 'absent'}"
     fields: list[tuple[str, str, dict[str, Any]]] = [
         ("norm-eps", f"norm_eps is {y.norm_eps:g}, not {x.norm_eps:g}", {"norm_eps": x.norm_eps}),
         ("rope-theta", f"rope_theta is {y.rope_theta:g}, not {x.rope_theta:g}", {"rope_theta": x.rope_theta}),
         ("rope-scaling", f"rope_scaling is {scaling}", {"rope_scaling": x.rope_scaling}),
+        ("sliding-window", f"the sliding window is {window}", {"sliding_window": x.sliding_window}),
         ("head-shape", says, heads),
     ]
     findings = []

@@ -226,6 +226,15 @@ def _mask(model: Reference, hints: ModelConfig) -> Iterator[Variant]:
     yield "the causal mask is missing: attention sees later tokens", replace(model, sees_future=True)
 
 
+def _window(model: Reference, hints: ModelConfig) -> Iterator[Variant]:
+    window = model.config.sliding_window
+    near = (window - 1, window + 1) if window is not None else ()
+    for other in dict.fromkeys((hints.sliding_window, None, *near)):
+        if other != window and other != 0:
+            says = f"the sliding window is {other or 'missing'}; it should be {window or 'absent'}"
+            yield says, replace(model, config=replace(model.config, sliding_window=other))
+
+
 FAULTS = (
     Fault("rope-layout", _interleaved_rope),
     Fault("rope-direction", _rope_direction),
@@ -241,6 +250,7 @@ FAULTS = (
     Fault("norm-weights", _norm_weights),
     Fault("scale", _scale),
     Fault("causal-mask", _mask),
+    Fault("sliding-window", _window),
     Fault("activation", _activation),
 )
 """In the order in which they are tried: if two faults explain the same numbers, the first one is named."""

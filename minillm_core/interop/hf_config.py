@@ -1,4 +1,5 @@
-"""Converts a Hugging Face config.json of the Llama architecture to a ModelConfig, and back.
+"""Converts a Hugging Face config.json of the Llama architecture to a ModelConfig, and back. With a sliding window it is
+the Mistral architecture, which is otherwise the same.
 
 Features that this architecture cannot express are refused by name: a key of config.json is ignored only if it is known
 to change no logits.
@@ -78,6 +79,8 @@ LARGEST = 1 << 24
 
 
 REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+MISTRAL_REQUIRED = ("num_key_value_heads", "max_position_embeddings", "sliding_window")
+"""Their defaults in transformers are those of Mistral 7B."""
 
 
 def from_hf_config(data: Any, where: object) -> ModelConfig:
@@ -90,12 +93,14 @@ def from_hf_config(data: Any, where: object) -> ModelConfig:
     if not isinstance(data, dict):
         found, hint = type(data).__name__, "get the file again"
         raise InputError("not a configuration", expected="a JSON object", found=found, where=where, hint=hint)
-    problems = [f"missing: {key}" for key in REQUIRED if key not in data]
-    if data.get("model_type") != "llama":
-        problems.append(f"model_type: expected 'llama', found {data.get('model_type')!r}")
+    is_mistral = data.get("model_type") == "mistral"
+    required = REQUIRED + MISTRAL_REQUIRED if is_mistral else REQUIRED
+    problems = [f"missing: {key}" for key in required if key not in data]
+    if not is_mistral and data.get("model_type") != "llama":
+        problems.append(f"model_type: expected 'llama' or 'mistral', found {data.get('model_type')!r}")
     if data.get("hidden_act", "silu") != "silu":
         problems.append(f"hidden_act: expected 'silu', found {data['hidden_act']!r}")
-    for key in sorted(data.keys() - HARMLESS):
+    for key in sorted(data.keys() - HARMLESS - ({"sliding_window"} if is_mistral else set())):
         value = data[key]
         all_full = key == "layer_types" and isinstance(value, list) and all(x == "full_attention" for x in value)
         if not (value is None or all_full or (value is False and key in OFF) or (value is True and key == "is_causal")):
@@ -126,9 +131,12 @@ def from_hf_config(data: Any, where: object) -> ModelConfig:
         "head_dim": number("head_dim", 0, int) or None,
         "hidden": number("intermediate_size", None, int),
         "tie_embeddings": number("tie_word_embeddings", False, bool),
+        "sliding_window": None,
         "norm_eps": number("rms_norm_eps", 1e-6, float),
         "init_std": number("initializer_range", 0.02, float),
     }
+    if is_mistral and data.get("sliding_window") is not None:
+        fields["sliding_window"] = number("sliding_window", None, int)
     if problems:
         hint = "use a model of the Llama architecture; if this is one, correct its config.json"
         raise InputError(listed("the configuration cannot be read as a Llama model", problems), where=where, hint=hint)
@@ -180,7 +188,8 @@ def _rope(data: dict[str, Any], problems: list[str]) -> tuple[float, RopeScaling
 
 
 def to_hf_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
-    """The `config.json` from which `transformers` builds the same model (LlamaForCausalLM)."""
+    """The `config.json` from which `transformers` builds the same model: LlamaForCausalLM, or MistralForCausalLM if it
+    has a sliding window."""
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
     if config.rope_scaling is not None:
         rope |= {
@@ -190,9 +199,10 @@ def to_hf_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
             "high_freq_factor": config.rope_scaling.high_freq_factor,
             "original_max_position_embeddings": config.rope_scaling.original_context_length,
         }
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+    window = {} if config.sliding_window is None else {"sliding_window": config.sliding_window}
+    return window | {
+        "architectures": ["LlamaForCausalLM" if config.sliding_window is None else "MistralForCausalLM"],
+        "model_type": "llama" if config.sliding_window is None else "mistral",
         "vocab_size": config.vocab_size,
         "max_position_embeddings": config.context_length,
         "hidden_size": config.width,

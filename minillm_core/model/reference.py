@@ -112,6 +112,8 @@ class Reference:
         v_BK1SH = v_BTx.reshape(B, T, K, H).transpose(0, 2, 1, 3)[:, :, None]
         scale = H**-0.5 if self.attention_scale is None else self.attention_scale
         visible_TS = np.tri(T, dtype=bool) | self.sees_future
+        if (window := self.config.sliding_window) is not None:
+            visible_TS &= ~np.tri(T, k=-window, dtype=bool)
         scores_BKGTS = np.where(visible_TS, q_BKGTH @ k_BK1HS * scale, -np.inf)
         weights_BKGTS = np.exp(scores_BKGTS - scores_BKGTS.max(axis=-1, keepdims=True))
         weights_BKGTS /= weights_BKGTS.sum(axis=-1, keepdims=True)

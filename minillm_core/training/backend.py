@@ -8,6 +8,7 @@ from typing import Any, Protocol, SupportsFloat, cast
 import numpy as np
 
 from minillm_core.config import ModelConfig, RunConfig
+from minillm_core.data.batches import Batch
 from minillm_core.errors import InputError, missing_package
 from minillm_core.model.stages import Trace
 from minillm_core.tensors import LazyTensors, Tensors
@@ -20,15 +21,16 @@ StepMetrics = Mapping[str, SupportsFloat]
 """Metrics of one step: `loss` (nats per token), `grad_norm` (before clipping) and `updates` (Adam's count). `float`
 waits for that step, but not for steps dispatched after it."""
 
-TrainStep = Callable[[State, np.ndarray, float], tuple[State, StepMetrics]]
-"""(state, tokens (batch_size, seq_len + 1), learning rate) -> new state, metrics. If the loss or the gradient norm
-is not finite, the parameters, the moments and Adam's count do not change. The old state must not be used again."""
+TrainStep = Callable[[State, Batch, float], tuple[State, StepMetrics]]
+"""(state, batch on the host, learning rate) -> new state, metrics. If the loss or the gradient norm is not finite, the
+parameters, the moments and Adam's count do not change. The old state must not be used again. A batch that fails
+`Batch.check` is refused with an InputError."""
 
 Model = Any
 """A framework's MiniLLM."""
 
-EvalStep = Callable[[np.ndarray], Any]
-"""tokens (B, S + 1) -> the loss in nats of every token except the first (B, S), at least float32, as an array that
+EvalStep = Callable[[Batch], Any]
+"""batch on the host -> the loss in nats of every target (B, T), without its weight, at least float32, as an array that
 numpy can read."""
 
 
@@ -52,6 +54,7 @@ class Backend(Protocol):
     def trace(self, config: ModelConfig, weights: Tensors, tokens_BT: np.ndarray, dtype: str) -> Trace: ...
     def count_params(self, config: ModelConfig) -> int: ...
     def count_forward_flops(self, config: ModelConfig, batch: int, seq_len: int) -> int: ...
+    def describe_attention(self, config: RunConfig) -> str: ...
     def auto_dtype(self) -> str: ...
     def describe_device(self) -> str: ...
 

@@ -18,15 +18,15 @@ def evaluate(
     n_batches: int | None = None,
     check: Callable[[], None] = lambda: None,
 ) -> float:
-    """Mean loss in nats per token over a whole split, or over `n_batches` micro-batches spread evenly over it.
+    """Weighted mean loss in nats per token over a whole split, or over `n_batches` micro-batches spread evenly over it.
 
     Args:
         check: called before each micro-batch; it stops the evaluation by raising an exception.
     """
-    sums, n_targets = [], 0
+    losses, weights = [], []
     for batch in data.eval_batches(split, config.batch_size // config.grad_accum, config.seq_len, n_batches):
         check()
-        losses_BS = np.asarray(eval_step(batch.tokens), np.float64)
-        sums.append(float(losses_BS[batch.mask].sum()))
-        n_targets += int(batch.mask.sum())
-    return math.fsum(sums) / n_targets
+        losses_BT, weights_BT = np.asarray(eval_step(batch), np.float64), np.asarray(batch.weights_BT, np.float64)
+        losses.append(float((losses_BT * weights_BT)[weights_BT > 0].sum()))  # padding may have any loss, even NaN
+        weights.append(float(weights_BT.sum()))
+    return math.fsum(losses) / math.fsum(weights)

@@ -133,7 +133,8 @@ class _Loop:
         train_step = self.backend.make_train_step(self.config)
         logger.info(
             f"training {count_params(self.config.model):,} parameters for {c.steps - self.step} steps "
-            f"of {c.batch_size} x {c.seq_len} tokens, {c.compute_dtype}, {self.backend.describe_device()}"
+            f"of {c.batch_size} x {c.seq_len} tokens, {c.compute_dtype}, {self.backend.describe_device()}, "
+            f"{self.backend.describe_attention(self.config)}"
         )
         for n in range(self.step, c.steps):
             self.stop.check()

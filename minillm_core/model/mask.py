@@ -1,0 +1,28 @@
+"""The attention mask as a description: which keys a query may see.
+
+A mask is never an array that is passed through the model. Each framework turns a description into what its kernels
+understand, in one function (`lower` in attention.py); a kernel that cannot express a mask refuses it.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+Array = Any
+"""An array of numpy or of a framework."""
+
+
+@dataclass(frozen=True)
+class AttentionMask:
+    """A query sees the keys at its own place in the row and before it. Each field that is not None restricts it more.
+
+    The place of a token is its index in the row or in the cache; it differs from its position (the RoPE angle) if
+    several documents share a row.
+    """
+
+    window: int | None
+    """Only the nearest `window` keys, the query's own included (sliding window)."""
+    query_index_BT: Array | None = None
+    """The place of every query, integers (B, T) or (1, T). None: 0 to T - 1, the places of the keys."""
+    query_segments_BT: Array | None = None
+    key_segments_BS: Array | None = None
+    """The document of every query and key, integers: a query sees only keys of its own segment. Both or neither."""

@@ -1,0 +1,170 @@
+"""The loss: weights, chunks of the output head, recomputed blocks, accumulation over micro-batches, and bad batches."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+import minillm_jax.train
+import minillm_torch.train
+from minillm_core.config import RunConfig
+from minillm_core.data.batches import Batch
+from minillm_core.errors import InputError
+from minillm_core.tensors import Tensors
+from parity_tests.conftest import (
+    BACKENDS,
+    MODELS,
+    TINY,
+    Tier,
+    assert_close_norm,
+    random_tokens,
+    run_config,
+)
+
+B, T = 4, 31
+
+
+def weighted_batch() -> Batch:
+    """Random weights: some 0, and very different sums in the micro-batches."""
+    rng = np.random.default_rng(0)
+    weights = rng.uniform(0, 2, (B, T)) * (rng.random((B, T)) < 0.7) * np.array([[1], [0.01], [3], [0.2]])
+    rows = random_tokens(TINY, B, T + 1)
+    return replace(Batch.from_rows(rows), weights_BT=weights.astype(np.float32))
+
+
+def config_of(dtype: str = "float64", **train: Any) -> RunConfig:
+    return run_config(TINY, compute_dtype=dtype, batch_size=B, seq_len=T, **train)
+
+
+def step_of(framework: str, config: RunConfig, batch: Batch) -> tuple[float, Tensors]:
+    """Loss and gradients of one train step: Adam's first moment is (1 - beta1) times the clipped gradient."""
+    backend = BACKENDS[framework]
+    state, metrics = backend.make_train_step(config)(backend.init_state(config), batch, 1e-3)
+    factor = min(1.0, config.optim.grad_clip / (float(metrics["grad_norm"]) + 1e-6)) * (1 - config.optim.beta1)
+    moments = backend.export_state(config, state).exp_avg
+    return float(metrics["loss"]), {name: moment / factor for name, moment in moments.items()}
+
+
+def assert_same_step(ours: tuple[float, Tensors], theirs: tuple[float, Tensors], tier: Tier) -> None:
+    assert ours[0] == pytest.approx(theirs[0], rel=1e-12), f"loss: differs by {abs(ours[0] - theirs[0]):.1e}"
+    for name, grad in theirs[1].items():
+        assert_close_norm(name, ours[1][name], grad, tier.gradient)
+
+
+@pytest.fixture(scope="module")
+def plain() -> dict[str, tuple[float, Tensors]]:
+    """The step without chunks, recomputation and accumulation."""
+    with jax.enable_x64(True):
+        return {framework: step_of(framework, config_of(), weighted_batch()) for framework in BACKENDS}
+
+
+@pytest.mark.parametrize("framework", BACKENDS)
+@pytest.mark.parametrize("rows", [1, 31, 40, 123, 124])
+def test_chunks_of_the_head(
+    framework: str, rows: int, plain: Any, float64: Tier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """124 tokens in chunks of several sizes, most of which do not divide them, equal all tokens at once."""
+    logits = []
+    module, token_losses = BACKENDS[framework].loss, BACKENDS[framework].loss.token_losses
+
+    def seen(logits_BTV: Any, targets_BT: Any) -> Any:
+        logits.append(logits_BTV.size if framework == "jax" else logits_BTV.numel())
+        return token_losses(logits_BTV, targets_BT)
+
+    monkeypatch.setattr(module, "LOGITS_PER_CHUNK", rows * TINY.vocab_size + TINY.vocab_size // 2)
+    monkeypatch.setattr(module, "token_losses", seen)
+    assert_same_step(step_of(framework, config_of(), weighted_batch()), plain[framework], float64)
+    assert max(logits) <= rows * TINY.vocab_size, "logits of more tokens than a chunk"
+
+
+@pytest.mark.parametrize("framework", BACKENDS)
+def test_recomputed_blocks(framework: str, plain: Any, float64: Tier, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`train.remat` runs the attention of every block once more, and changes nothing."""
+    calls, module = [], BACKENDS[framework].attention
+    attend = module.attend
+    monkeypatch.setattr(module, "attend", lambda *arguments: calls.append(1) or attend(*arguments))
+    for remat in (False, True):
+        assert_same_step(step_of(framework, config_of(remat=remat), weighted_batch()), plain[framework], float64)
+    if framework == "torch":  # JAX's calls are traced, and its recomputation is seen in the compiled program
+        assert len(calls) == TINY.n_layers * 3
+
+
+@pytest.mark.parametrize("framework", BACKENDS)
+@pytest.mark.parametrize("grad_accum", [2, 4])
+def test_micro_batches_with_different_weights(framework: str, grad_accum: int, plain: Any, float64: Tier) -> None:
+    """Sums and weights are added and divided once."""
+    config = config_of(grad_accum=grad_accum, remat=True)
+    assert_same_step(step_of(framework, config, weighted_batch()), plain[framework], float64)
+
+
+def test_weights_against_the_definition(plain: Any) -> None:
+    """The loss is the weighted mean of the losses of single targets, and both frameworks agree."""
+    batch, config = weighted_batch(), config_of()
+    for backend in BACKENDS.values():
+        with jax.enable_x64(True):
+            model = backend.model_of(config, backend.init_state(config))
+            losses = np.asarray(backend.make_eval_step(model)(batch))
+        expected = np.average(losses, weights=batch.weights_BT)
+        assert plain[backend.FRAMEWORK][0] == pytest.approx(expected, rel=1e-12)
+    assert_same_step(plain["jax"], plain["torch"], Tier("float64", 0, 0, 1e-11, 0))
+
+
+def mean_of_means(loss_sums: Callable[..., Any]) -> Callable[..., Any]:
+    def mean(*arguments: Any, **options: Any) -> Any:
+        loss, weight = loss_sums(*arguments, **options)
+        return loss / weight, weight / weight
+
+    return mean
+
+
+def weights_ignored(loss_sums: Callable[..., Any]) -> Callable[..., Any]:
+    def unweighted(model: Any, batch: Batch, **options: Any) -> Any:
+        return loss_sums(model, replace(batch, weights_BT=batch.weights_BT * 0 + 1), **options)
+
+    return unweighted
+
+
+@pytest.mark.parametrize("framework", BACKENDS)
+@pytest.mark.parametrize("plant", [mean_of_means, weights_ignored])
+def test_planted_mistakes_are_caught(
+    framework: str, plant: Callable[..., Any], plain: Any, float64: Tier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train = {"jax": minillm_jax.train, "torch": minillm_torch.train}[framework]
+    monkeypatch.setattr(train, "loss_sums", plant(train.loss_sums))
+    with pytest.raises(AssertionError, match="differs by"):
+        assert_same_step(step_of(framework, config_of(grad_accum=2), weighted_batch()), plain[framework], float64)
+
+
+ones = np.ones((2, 5), np.float32)
+ids = random_tokens(MODELS["gqa"], 2, 5)
+BAD = {
+    "negative weight": ({"weights_BT": ones - 2}, "weights_BT is out of range"),
+    "no weight": ({"weights_BT": ones * 0}, "weights_BT is out of range"),
+    "NaN weight": ({"weights_BT": ones * np.nan}, "weights_BT is out of range"),
+    "infinite weight": ({"weights_BT": ones * np.inf}, "weights_BT is out of range"),
+    "whole weights": ({"weights_BT": ids}, "weights_BT does not fit the batch"),
+    "rows missing": ({"segments_BT": ids[:1]}, "segments_BT does not fit the batch"),
+    "a token too many": ({"tokens_BT": np.zeros((2, 6), np.int32)}, "targets_BT does not fit the batch"),
+    "segments that are not whole": ({"segments_BT": ones}, "segments_BT does not fit the batch"),
+    "one row without an axis": (dict.fromkeys(("tokens_BT", "targets_BT", "weights_BT"), ids[0]), r"\(B, T\)"),
+    "ignored target of -100": ({"targets_BT": ids * 0 - 100}, r"targets_BT is out of range[^$]*0 to 511[^$]*-100"),
+    "token above the vocabulary": ({"tokens_BT": ids * 0 + 512}, "tokens_BT is out of range"),
+    "position above the context": ({"positions_BT": ids * 0 + 320}, r"positions_BT is out of range[^$]*0 to 319"),
+}
+
+
+@pytest.mark.parametrize("framework", BACKENDS)
+@pytest.mark.parametrize("case", BAD)
+def test_bad_batches_are_refused(case: str, framework: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the train step and by the evaluation step, before any computing."""
+    changes, message = BAD[case]
+    backend, config = BACKENDS[framework], run_config(TINY)
+    batch = replace(Batch(ids, ids, ones), **changes)
+    state = backend.init_state(config)
+    with pytest.raises(InputError, match=message):
+        backend.make_train_step(config)(state, batch, 1e-3)
+    with pytest.raises(InputError, match=message):
+        backend.make_eval_step(backend.model_of(config, state))(batch)
