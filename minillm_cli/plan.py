@@ -21,7 +21,8 @@ def plan(
     """Prints one line per configuration. Each installed framework builds an abstract model, whose counts must agree.
 
     GFLOP/token is for training one token (forward and backward). Training memory is float32 weights, gradients and two
-    moments, without activations. The KV cache holds one full context in bfloat16.
+    moments. Activations are what PyTorch keeps of one micro-batch in bfloat16 with fused attention. The KV cache holds
+    one full context in bfloat16.
 
     Args:
         names: presets or .yaml files (default: every preset).
@@ -30,11 +31,11 @@ def plan(
     backends = [load_backend(name) for name in frameworks]
     print(
         f"{'configuration':<16} {'parameters':>15} {'GFLOP/token':>12} "
-        f"{'weights':>12} {'training':>12} {'KV cache':>12}"
+        f"{'weights':>12} {'training':>12} {'activations':>12} {'KV cache':>12}"
     )
     for name in names or preset_names():
         cost = compute_plan(load_config(name), backends)
-        sizes = (cost.weights_bytes, cost.training_bytes, cost.cache_bytes)
+        sizes = (cost.weights_bytes, cost.training_bytes, cost.activation_bytes, cost.cache_bytes)
         columns = " ".join(f"{size / 1e9:>9,.2f} GB" for size in sizes)
         print(f"{name:<16} {cost.n_params:>15,} {cost.flops_per_token / 1e9:>12,.3f} {columns}")
     print(f"parameters and operations agree with: {', '.join(frameworks)}")

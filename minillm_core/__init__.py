@@ -18,7 +18,7 @@ if TYPE_CHECKING:
         TrainConfig,
         load_config,
     )
-    from minillm_core.data.batches import PreparedData
+    from minillm_core.data.batches import Batch, PreparedData
     from minillm_core.data.prepare import prepare_data
     from minillm_core.decoding.generation import Completion
     from minillm_core.decoding.sampling import SamplingConfig
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Backend",
+    "Batch",
     "Completion",
     "Conversion",
     "DataConfig",
@@ -63,6 +64,7 @@ __all__ = [
 
 _MODULES = {
     "Backend": "training.backend",
+    "Batch": "data.batches",
     "Completion": "decoding.generation",
     "Conversion": "interop.conversion",
     "DataConfig": "config",

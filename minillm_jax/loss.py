@@ -23,8 +23,8 @@ jax.tree_util.register_dataclass(
     meta_fields=[],
 )
 
-LOGITS_PER_CHUNK = 1 << 28
-"""1 GiB of float32."""
+LOGITS_PER_CHUNK = 1 << 26
+"""256 MiB of float32."""
 
 
 def token_losses(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:

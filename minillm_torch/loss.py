@@ -13,8 +13,8 @@ from minillm_torch.device import to_device, use_deterministic_algorithms
 from minillm_torch.model import MiniLLM, check_tokens
 from minillm_torch.precision import at_least_float32
 
-LOGITS_PER_CHUNK = 1 << 28
-"""1 GiB of float32."""
+LOGITS_PER_CHUNK = 1 << 26
+"""256 MiB of float32."""
 
 
 def token_losses(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:

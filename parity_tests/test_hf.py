@@ -25,7 +25,7 @@ from minillm_core.text.tokenizer import Tokenizer
 from minillm_core.text.tokenizer_json import load_tokenizer
 from minillm_core.training.checkpoints import read_info
 from parity_tests.conftest import BACKENDS, MODELS, TIERS, TINY, Tier, assert_close, random_tokens, random_weights
-from parity_tests.test_transformers import CONFIGS, llama_logits, without_casts
+from parity_tests.test_transformers import WITH_WINDOW, llama_logits, without_casts
 
 __all__ = ["without_casts"]
 
@@ -55,13 +55,13 @@ def logits_of(framework: str, checkpoint: Path, dtype: str, tokens: np.ndarray) 
     return np.asarray(logits)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", WITH_WINDOW)
 def test_imported_model_matches_transformers(
     name: str, tmp_path: Path, float64: Tier, without_casts: Callable[[ModelConfig], None]
 ) -> None:
     """A sharded checkpoint of transformers gives its logits in both frameworks: float32 unmodified, float64 without
     transformers' casts. Greedy decoding with a cache gives its tokens."""
-    config = CONFIGS[name]
+    config = WITH_WINDOW[name]
     llama = save_llama(config, tmp_path / "hf", torch.float32)
     shards = list((tmp_path / "hf").glob("*.safetensors"))
     assert len(shards) > 1

@@ -1,0 +1,114 @@
+"""The memory of a train step: what PyTorch keeps for the backward pass, and what XLA allocates."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import pytest
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+
+from minillm_core.config import ModelConfig, RunConfig, load_config
+from minillm_core.data.batches import Batch
+from minillm_core.training.plan import activation_bytes
+from minillm_jax import loss as jax_loss
+from minillm_jax.model import abstract_model
+from minillm_jax.weights import Params, merge_model, model_structure, split_model
+from minillm_torch import attention as torch_attention
+from minillm_torch import loss as torch_loss
+from minillm_torch.model import MiniLLM
+from parity_tests.conftest import MODELS, run_config
+
+GB = 1e9
+
+
+@contextmanager
+def recording_saved_bytes() -> Iterator[dict[int, torch.UntypedStorage]]:
+    """The storages that are saved for the backward pass; each is counted once."""
+    storages: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storages[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
+        return tensor
+
+    with saved_tensors_hooks(keep, lambda tensor: tensor):
+        yield storages
+
+
+def saved_bytes(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Bytes that the forward pass of a micro-batch keeps, in bfloat16, without the weights and their casts.
+
+    PyTorch's fused attention runs on a CPU too, and keeps the same tensors as on a GPU.
+    """
+    monkeypatch.setattr(torch_attention, "why_not_fused", lambda *_: None)
+    model = MiniLLM(config.model, param_dtype=torch.float32, compute_dtype=torch.bfloat16)
+    ids = torch.zeros((config.train.batch_size, config.train.seq_len), dtype=torch.int64)
+    batch = Batch(ids, ids, torch.ones(ids.shape))
+    with recording_saved_bytes() as storages:
+        torch_loss.loss_sums(model, batch, remat=config.train.remat)
+    casts = {cast for p in model.parameters() if p.ndim == 2 for cast in (p.numel() * 2, p.numel() * 4)}
+    norms = {p.numel() * 4 for p in model.parameters() if p.ndim == 1}
+    return sum(s.nbytes() for s in storages.values() if s.nbytes() not in casts | norms)
+
+
+SMALL = {
+    "gqa": MODELS["gqa"],
+    "wide heads, untied": MODELS["gqa-wide-heads-untied"],
+    "mha": replace(MODELS["mha"], n_layers=5, hidden=224),
+}
+
+
+@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize("name", SMALL)
+def test_torch_keeps_what_the_plan_says(name: str, remat: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bytes per token: the difference between two lengths, in which everything that does not grow cancels."""
+    monkeypatch.setattr(torch_loss, "LOGITS_PER_CHUNK", 64 * SMALL[name].vocab_size)
+    per_token, planned = (
+        (count(512) - count(256)) / (3 * 256)
+        for count in (
+            lambda T: saved_bytes(run_config(SMALL[name], batch_size=3, seq_len=T, remat=remat), monkeypatch),
+            lambda T: activation_bytes(run_config(SMALL[name], batch_size=3, seq_len=T, remat=remat)),
+        )
+    )
+    if remat:  # the plan also counts the block that is being recomputed, which the forward pass does not show
+        one = activation_bytes(run_config(replace(SMALL[name], n_layers=1), batch_size=1, seq_len=1))
+        planned -= one - 10 * SMALL[name].width - 4
+    # The plan leaves out ids, weights and log-sum-exps of the loss: 8 + 8 + 4 + 4 bytes per token, and RoPE's factors.
+    assert per_token == pytest.approx(planned, rel=0.02), "bytes per token"  # measured: up to 1.3 % off
+
+
+def test_the_preset_fits_its_gpu() -> None:
+    """mini-llm-50m as shipped, in PyTorch: weights, gradients, moments, activations and chunks of logits in 80 GB."""
+    config = load_config("mini-llm-50m")
+    n_params = 50_049_408
+    chunks = 4 * 4 * torch_loss.LOGITS_PER_CHUNK
+    whole = 16 * n_params + 2 * n_params + activation_bytes(config) + chunks
+    assert whole < 40 * GB
+    whole_batch = replace(config, train=replace(config.train, grad_accum=1))
+    assert activation_bytes(whole_batch) > 80 * GB, "the step was made to fit by its micro-batches"
+
+
+def temporaries(config: ModelConfig, rows: int) -> int:
+    """Bytes of temporary memory that XLA:CPU needs for loss and gradients of rows of 64 tokens, in float32."""
+    graphdef, rope = model_structure(config, param_dtype=jnp.float32, compute_dtype=jnp.float32)
+    _, params, _ = split_model(abstract_model(config))
+    ids = jax.ShapeDtypeStruct((rows, 64), jnp.int32)
+    batch = Batch(ids, ids, jax.ShapeDtypeStruct(ids.shape, jnp.float32))
+
+    def loss(params: Params, batch: Batch) -> jax.Array:
+        return jax_loss.loss_sums(merge_model(graphdef, params, rope), batch)[0]
+
+    return jax.jit(jax.grad(loss)).lower(params, batch).compile().memory_analysis().temp_size_in_bytes
+
+
+def test_jax_does_not_keep_the_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The logits of 512 tokens take 67 MB in float32 with a vocabulary of 32,768. In chunks they are never held."""
+    config = replace(MODELS["gqa"], n_layers=1, vocab_size=32_768)
+    whole = 4 * 512 * config.vocab_size
+    assert temporaries(config, 8) > 2 * whole, "the logits and their gradient"
+    monkeypatch.setattr(jax_loss, "LOGITS_PER_CHUNK", 64 * config.vocab_size)
+    in_chunks = temporaries(config, 8)
+    assert in_chunks < whole
+    assert temporaries(config, 16) - in_chunks < whole / 4, "memory grows with tokens x vocabulary"
