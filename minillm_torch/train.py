@@ -87,7 +87,7 @@ def make_train_step(config: RunConfig) -> TrainStep:
     def accumulate(model: MiniLLM, batch: Batch) -> tuple[Tensor, Params]:
         """The mean loss of all micro-batches and its gradients: sums and weights are added, then divided once."""
         total_loss = total_weight = torch.zeros((), device=batch.tokens_BT.device)
-        for micro in micro_batches(batch, n_micro):
+        for micro in _micro_batches(batch, n_micro):
             loss, weight = loss_sums(model, micro, remat=config.train.remat)
             loss.backward()
             total_loss, total_weight = total_loss + loss.detach(), total_weight + weight
@@ -110,7 +110,7 @@ def make_train_step(config: RunConfig) -> TrainStep:
     return train_step
 
 
-def micro_batches(batch: Batch, n_micro: int) -> Iterator[Batch]:
+def _micro_batches(batch: Batch, n_micro: int) -> Iterator[Batch]:
     """The rows of a batch in n_micro parts of equal size."""
     parts = {
         field.name: array.chunk(n_micro)
