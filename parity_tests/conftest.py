@@ -4,11 +4,15 @@ import logging
 import math
 import os
 import signal
+import sys
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in the background of a shell: children would ignore it too
     signal.signal(signal.SIGINT, signal.default_int_handler)
-os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the suite needs no GPU; scripts/benchmark.py compares on a GPU
-os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+if "gpu" in sys.argv:  # pytest -m gpu
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # both frameworks share the GPU
+else:
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # JAX and torch share the cores: see minillm_cli/backends.py
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's threads busy-wait and slow down the other worker
 
