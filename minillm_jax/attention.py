@@ -12,6 +12,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from minillm_core.config import ModelConfig
+from minillm_jax.device import target_device
 from minillm_jax.kv_cache import LayerCache, Slots, append
 from minillm_jax.layers import Linear, apply_rope
 from minillm_jax.precision import at_least_float32, precision_of
@@ -61,7 +62,8 @@ def can_fuse(q_BTNH: jax.Array) -> bool:
     is a multiple of 8 and at most 128."""
     _, T, _, H = q_BTNH.shape
     fits = q_BTNH.dtype.itemsize == 2 and H % 8 == 0 and H <= 128 and T % 2 == 0
-    return fits and jax.default_backend() == "gpu" and float(jax.devices()[0].compute_capability) >= 8.0
+    device = target_device()
+    return fits and device.platform == "gpu" and float(device.compute_capability) >= 8.0
 
 
 class Attention(nnx.Module):

@@ -77,6 +77,13 @@ def model_of(config: RunConfig, state: TrainState) -> MiniLLM:
 
 def make_train_step(config: RunConfig) -> TrainStep:
     """The compiled step: loss -> accumulated gradients -> clip -> AdamW. See core's TrainStep for its signature."""
+    step, rope = jit_train_step(config)
+    return lambda state, tokens_BT, learning_rate: step(state, rope, tokens_BT, learning_rate)
+
+
+def jit_train_step(config: RunConfig) -> tuple[Any, Params]:
+    """The step as `jax.jit` returns it, before it is compiled, and the model's constants, which are its second
+    argument."""
     dtype = resolve_dtype(config.train.compute_dtype)
     graphdef, rope = model_structure(config.model, param_dtype=param_dtype(dtype), compute_dtype=dtype)
     optimizer = make_optimizer(config.optim, config.model)
@@ -106,4 +113,4 @@ def make_train_step(config: RunConfig) -> TrainStep:
         params, opt_state = apply_update(optimizer, state.params, grads, state.opt_state, learning_rate, finite)
         return TrainState(params, opt_state), {"loss": loss, "grad_norm": grad_norm, "updates": opt_state[0].count}
 
-    return lambda state, tokens_BT, learning_rate: step(state, rope, tokens_BT, learning_rate)
+    return step, rope
