@@ -6,12 +6,12 @@ The tests marked `compiled` need the extra `cuda`: pytest parity_tests/test_comp
 import importlib.util
 import json
 import os
-import re
 import subprocess
 import sys
 from dataclasses import replace
 from functools import lru_cache
 from math import prod
+from typing import Any
 
 import jax._src.cudnn.fused_attention_stablehlo as cudnn
 import pytest
@@ -19,6 +19,7 @@ import pytest
 from minillm_core.config import RunConfig, load_config, preset_names
 from minillm_core.errors import InputError
 from minillm_jax.compiled import CARDS, Program, card_device, compile_programs, compile_train_step, materialised
+from minillm_jax.compiled.card import standing_in_for
 from minillm_jax.compiled.hlo import Costs, read_costs
 from minillm_jax.device import target_device
 from parity_tests.conftest import ROOT
@@ -32,16 +33,22 @@ for_cuda = pytest.mark.parametrize("preset", [pytest.param(name, marks=needs_cud
 
 
 def checked_config(preset: str) -> RunConfig:
-    """A preset as it is, except that the deepest models have 8 equal layers instead of 80 and 92 (which take minutes to
-    compile), and that the sequence is shortened until no array but a (T, T) one can have the shape of one."""
+    """A preset as it is, with two exceptions. Models of more than 16 layers get 4, as 80 layers take minutes to compile.
+    The sequence is shortened until no size of the model is a multiple of it, so that the shape of a (T, T) array tells
+    what it is."""
     config = load_config(preset)
     model, seq_len = config.model, config.train.seq_len
     heads = {n * model.resolved_head_dim for n in (1, model.n_heads, model.n_kv_heads)}
     sizes = {model.width, model.hidden, 2 * model.hidden, model.vocab_size} | heads
     while any(size % seq_len == 0 for size in sizes):
         seq_len = seq_len * 3 // 4
-    n_layers = model.n_layers if model.n_layers <= 32 else 8
+    n_layers = model.n_layers if model.n_layers <= 16 else 4
     return replace(config, model=replace(model, n_layers=n_layers), train=replace(config.train, seq_len=seq_len))
+
+
+def one_layer(**train: Any) -> RunConfig:
+    config = checked_config("quickstart")
+    return replace(config, model=replace(config.model, n_layers=1), train=replace(config.train, **train))
 
 
 @lru_cache
@@ -61,7 +68,7 @@ def scores_or_masks(config: RunConfig) -> list[str]:
     return [
         f"{dtype}{dims}"
         for dtype, dims in arrays(train_step(config))
-        if T in dims and any(dim % T == 0 for dim in (dims[: dims.index(T)] + dims[dims.index(T) + 1 :]) if dim)
+        if T in dims and sum(dim > 0 and dim % T == 0 for dim in dims) >= 2
     ]
 
 
@@ -112,19 +119,16 @@ def test_memory_of_mini_llm(batch_size: int, seq_len: int, limit: float) -> None
 @needs_cuda[1]
 def test_plain_attention_is_seen() -> None:
     """cuDNN has no float32 attention, so a float32 run shows what these tests must find."""
-    config = checked_config("quickstart")
-    config = replace(config, train=replace(config.train, compute_dtype="float32"))
+    config = one_layer(compute_dtype="float32")
     assert train_step(config).fused_attention_calls == 0
     assert scores_or_masks(config) != []
     assert logits_of_all_tokens(config) != []
 
 
-@pytest.mark.parametrize("card", [pytest.param(card, marks=needs_cuda) for card in CARDS])
+@pytest.mark.parametrize("card", [pytest.param(card, marks=needs_cuda) for card in CARDS if card != "h100"])
 def test_cards(card: str) -> None:
-    """The compiler accepts the figures of every card, and cuDNN's attention is available on all of them."""
-    config = checked_config("quickstart")
-    program = compile_train_step(replace(config, model=replace(config.model, n_layers=1)), card)
-    assert program.fused_attention_calls == 2
+    """The compiler accepts the figures of the other cards, and cuDNN's attention is available on all of them."""
+    assert compile_train_step(one_layer(), card).fused_attention_calls == 2
 
 
 @pytest.mark.compiled
@@ -144,10 +148,16 @@ def test_command() -> None:
 @pytest.mark.compiled
 @needs_cuda[1]
 def test_nothing_is_left_behind() -> None:
+    """The device, and the answers to JAX's questions about it, hold while a program is compiled, and no longer."""
+    card = card_device("a100")
     before = cudnn.check_cudnn_version, cudnn.check_compute_capability, target_device()
-    train_step(checked_config("quickstart"))
+    with pytest.raises(KeyboardInterrupt), standing_in_for(card):
+        assert target_device() is card
+        assert cudnn.check_cudnn_version() == 91000
+        assert cudnn.check_compute_capability("8.0")
+        assert not cudnn.check_compute_capability("9.0")
+        raise KeyboardInterrupt
     assert before == (cudnn.check_cudnn_version, cudnn.check_compute_capability, target_device())
-    assert target_device().platform == "cpu"
 
 
 def test_unknown_card() -> None:
@@ -201,4 +211,3 @@ def test_costs_of_a_program(trips: str, n: int) -> None:
     row, index, call = 8 * 4, 4, 4 * 16 * 2
     assert read_costs(hlo) == Costs(n * (2 * row + index) + 2 * call, n + 1, 1)
     assert materialised(hlo) == {"f32[100,8]": 1, "bf16[4,16]": 1, "u8[0]": 1}
-    assert re.search("TRIPS", hlo) is None

@@ -1,5 +1,6 @@
 """The package's own train step, prefill and decode step, compiled for a card and measured. No array is allocated."""
 
+import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -117,7 +118,10 @@ def _compile(function: Any, device: jax.Device, *arguments: Any, static: tuple[A
     def placed(x: Any) -> Any:
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here) if hasattr(x, "shape") else x
 
-    compiled = function.lower(*static, *jax.tree.map(placed, arguments)).compile(OPTIONS)
+    with warnings.catch_warnings():
+        # JAX's persistent cache, if it is on, stores such a program and cannot load it, so it is compiled again.
+        warnings.filterwarnings("ignore", "Error reading persistent compilation cache entry", UserWarning)
+        compiled = function.lower(*static, *jax.tree.map(placed, arguments)).compile(OPTIONS)
     memory, hlo = compiled.memory_analysis(), compiled.as_text()
     costs = read_costs(hlo)
     return Program(
