@@ -57,7 +57,7 @@ def succeeds(minillm: Path, *arguments: str, cwd: Path) -> subprocess.CompletedP
 
 
 def test_wheel_contents(wheel: Path) -> None:
-    """The wheel has the four packages with their type markers, the presets, the figures of the GPUs, and nothing else."""
+    """The wheel has the four packages with their type markers, the presets, the cards, and nothing else."""
     names = zipfile.ZipFile(wheel).namelist()
     packages = {"minillm_core", "minillm_jax", "minillm_torch", "minillm_cli"}
     (metadata,) = {name.split("/")[0] for name in names} - packages
