@@ -12,6 +12,7 @@ import torch
 from minillm_core.model.rope import rope_table
 from minillm_jax import attention as jax_attention
 from minillm_jax import layers as jax_layers
+from minillm_jax.device import compiling_for
 from minillm_torch import attention as torch_attention
 from minillm_torch import layers as torch_layers
 from parity_tests.conftest import Pair, assert_close, assert_close_norm, random_tokens, to_numpy, to_torch
@@ -162,12 +163,11 @@ def test_fused_attention_equals_plain_attention(module_pair: Pair, monkeypatch: 
         ((2, 64, 4, 64), "float32", False),
     ],
 )
-def test_can_fuse(shape: tuple[int, ...], dtype: str, fits: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_can_fuse(shape: tuple[int, ...], dtype: str, fits: bool) -> None:
     assert not jax_attention.can_fuse(jnp.zeros(shape, dtype)), "there is no GPU here"
     assert not torch_attention.can_fuse(torch.zeros(shape, dtype=getattr(torch, dtype)))
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(compute_capability="9.0")])
-    assert jax_attention.can_fuse(jnp.zeros(shape, dtype)) == fits
+    with compiling_for(SimpleNamespace(platform="gpu", compute_capability="9.0")):
+        assert jax_attention.can_fuse(jnp.zeros(shape, dtype)) == fits
 
 
 @pytest.mark.parametrize("layer", [0, 1])
