@@ -14,6 +14,7 @@ from jax.typing import DTypeLike
 from minillm_core.config import ModelConfig, RunConfig
 from minillm_core.errors import InputError
 from minillm_core.model.mask import AttentionMask
+from minillm_jax.device import target_device
 from minillm_jax.kv_cache import LayerCache, Slots, append
 from minillm_jax.layers import Linear, apply_rope
 from minillm_jax.precision import at_least_float32, precision_of, resolve_dtype
@@ -98,9 +99,10 @@ def _inexpressible(mask: AttentionMask) -> str | None:
 def why_not_fused(mask: AttentionMask, n_queries: int, head_dim: int, dtype: DTypeLike) -> str | None:
     """Why the fused kernel cannot compute this attention; None if it can. It needs an Ampere or later GPU, 16-bit
     inputs, an even number of queries, and a head_dim that is a multiple of 8 and at most 128."""
-    if jax.default_backend() != "gpu":
+    device = target_device()
+    if device.platform != "gpu":
         return "the device is not a GPU"
-    if float(jax.devices()[0].compute_capability) < 8.0:
+    if float(device.compute_capability) < 8.0:
         return "the GPU is older than Ampere"
     if jnp.dtype(dtype).itemsize != 2:
         return f"the dtype is {jnp.dtype(dtype)}, not bfloat16"

@@ -19,6 +19,7 @@ from minillm_core.data.batches import Batch
 from minillm_core.decoding.generation import BaseGenerator
 from minillm_core.decoding.sampling import SamplingConfig
 from minillm_core.text.tokenizer import Tokenizer
+from minillm_jax.device import target_device
 from minillm_jax.kv_cache import KVCache, init_cache, take_rows
 from minillm_jax.loss import make_eval_step, token_losses
 from minillm_jax.model import MiniLLM
@@ -40,14 +41,14 @@ class Generator(BaseGenerator):
         self._dtype = model.compute_dtype
         self._eval_step = make_eval_step(model)
         graphdef, self._params, self._rope = split_model(model)
-        self._run_prefill = _compiled_prefill(graphdef)
+        self._run_prefill = jit_prefill(graphdef, target_device())
         self._one_row = self._several_rows = self._params
-        if jax.default_backend() == "cpu":
+        if target_device().platform == "cpu":
             graphdef, self._one_row, self._several_rows = _laid_out_for_cpu(self.config, self._params, self._dtype)
-        self._run_decode = _compiled_decode(graphdef)
+        self._run_decode = jit_decode(graphdef, target_device())
 
     def _new_state(self, n_rows: int, capacity: int) -> DecodeState:
-        return _new_state(self.config, n_rows, capacity, self._dtype)
+        return new_state(self.config, n_rows, capacity, self._dtype)
 
     def _take_rows(self, state: DecodeState, rows_B: np.ndarray, capacity: int) -> DecodeState:
         return _take_rows(state, rows_B, capacity)
@@ -99,7 +100,8 @@ def _turned(params: Params) -> Params:
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _new_state(config: ModelConfig, n_rows: int, capacity: int, dtype: DTypeLike) -> DecodeState:
+def new_state(config: ModelConfig, n_rows: int, capacity: int, dtype: DTypeLike) -> DecodeState:
+    """The decoding state of empty rows."""
     return jnp.zeros((n_rows, config.vocab_size), dtype), init_cache(config, n_rows, capacity, dtype)
 
 
@@ -110,16 +112,19 @@ def _take_rows(state: DecodeState, rows_B: jax.Array, capacity: int) -> DecodeSt
 
 
 @lru_cache
-def _compiled_prefill(graphdef: Any) -> Callable[..., DecodeState]:
-    """`_prefill` bound to a model structure: hashing it at every call would take longer than a small step."""
+def jit_prefill(graphdef: Any, device: jax.Device) -> Callable[..., DecodeState]:
+    """`_prefill` bound to a model structure: hashing it at every call would take longer than a small step. What it
+    traces depends on the device."""
     return jax.jit(partial(_prefill, graphdef), donate_argnums=2)
 
 
 @lru_cache
-def _compiled_decode(graphdef: Any) -> Callable[..., Any]:
+def jit_decode(graphdef: Any, device: jax.Device) -> Callable[..., Any]:
+    """`_decode` bound to a model structure and a device."""
+    on_cpu = device.platform == "cpu"
     # YNN, XLA:CPU's default library for matrix products, computes small ones on one core; Eigen uses all cores.
-    options = {"xla_cpu_experimental_ynn_fusion_type": ""} if jax.default_backend() == "cpu" else None
-    return jax.jit(partial(_decode, graphdef), static_argnums=0, donate_argnums=3, compiler_options=options)
+    options = {"xla_cpu_experimental_ynn_fusion_type": ""} if on_cpu else None
+    return jax.jit(partial(_decode, graphdef, on_cpu), static_argnums=0, donate_argnums=3, compiler_options=options)
 
 
 def _prefill(
@@ -135,6 +140,7 @@ def _prefill(
 
 def _decode(
     graphdef: Any,
+    on_cpu: bool,
     greedy: bool,
     params: Params,
     rope: Params,
@@ -147,7 +153,7 @@ def _decode(
     """Samples n_tokens tokens, one model step each. One compilation serves all values of n_tokens and the filters."""
     B, N = uniforms_BN.shape
     rows_B = jnp.arange(B)
-    turned = B == 1 and jax.default_backend() == "cpu"
+    turned = B == 1 and on_cpu
 
     def body(i: jax.Array, carry: Any) -> Any:
         # Inside the loop, transposing only changes how XLA reads the kernels; outside, XLA would copy them.

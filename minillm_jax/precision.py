@@ -5,11 +5,12 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from minillm_core.errors import InputError
+from minillm_jax.device import target_device
 
 
 def auto_dtype() -> str:
     """What `train.compute_dtype: auto` means on this machine: bfloat16 on a GPU, float32 on a CPU."""
-    return "bfloat16" if jax.default_backend() == "gpu" else "float32"
+    return "bfloat16" if target_device().platform == "gpu" else "float32"
 
 
 DTYPES = ("float32", "bfloat16", "float64")

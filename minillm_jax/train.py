@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -77,6 +78,18 @@ def model_of(config: RunConfig, state: TrainState) -> MiniLLM:
 
 def make_train_step(config: RunConfig) -> TrainStep:
     """The compiled step: losses -> accumulated gradients -> clip -> AdamW. See core's TrainStep for its signature."""
+    step, rope = jit_train_step(config)
+
+    def train_step(state: TrainState, batch: Batch, learning_rate: float) -> tuple[TrainState, StepMetrics]:
+        batch.check(config.model)
+        return step(state, rope, batch, learning_rate)
+
+    return train_step
+
+
+def jit_train_step(config: RunConfig) -> tuple[Any, Params]:
+    """The step as `jax.jit` returns it, before it is compiled, and the model's constants, which are its second
+    argument."""
     dtype = resolve_dtype(config.train.compute_dtype)
     graphdef, rope = model_structure(config.model, param_dtype=param_dtype(dtype), compute_dtype=dtype)
     optimizer = make_optimizer(config.optim, config.model)
@@ -113,8 +126,4 @@ def make_train_step(config: RunConfig) -> TrainStep:
         params, opt_state = apply_update(optimizer, state.params, grads, state.opt_state, learning_rate, finite)
         return TrainState(params, opt_state), {"loss": loss, "grad_norm": grad_norm, "updates": opt_state[0].count}
 
-    def train_step(state: TrainState, batch: Batch, learning_rate: float) -> tuple[TrainState, StepMetrics]:
-        batch.check(config.model)
-        return step(state, rope, batch, learning_rate)
-
-    return train_step
+    return step, rope

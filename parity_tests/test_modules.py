@@ -14,6 +14,7 @@ from minillm_core.model.mask import AttentionMask
 from minillm_core.model.rope import rope_table
 from minillm_jax import attention as jax_attention
 from minillm_jax import layers as jax_layers
+from minillm_jax.device import compiling_for
 from minillm_torch import attention as torch_attention
 from minillm_torch import layers as torch_layers
 from parity_tests.conftest import Pair, assert_close, assert_close_norm, random_tokens, to_numpy, to_torch
@@ -198,15 +199,16 @@ def test_why_not_fused(
     """Whether attention is fused is decided from the device, the inputs and the mask; `lower` follows the decision."""
     device = torch.device("cpu" if capability is None else "cuda")
     if capability is not None:
-        monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-        monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(compute_capability=str(capability))])
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: divmod(int(10 * capability), 10))
-    ours = jax_attention.why_not_fused(mask, T, H, jnp.dtype(dtype))
+    platform = "cpu" if capability is None else "gpu"
+    with compiling_for(SimpleNamespace(platform=platform, compute_capability=str(capability))):
+        ours = jax_attention.why_not_fused(mask, T, H, jnp.dtype(dtype))
+        is_fused = jax_attention.lower(mask, T, T, H, jnp.dtype(dtype)) is None
     theirs = torch_attention.why_not_fused(mask, T, H, getattr(torch, dtype), device)
     for why, expected in ((ours, in_jax), (theirs, in_torch)):
         assert (why is None) == (expected is None)
         assert expected is None or expected in why
-    assert (jax_attention.lower(mask, T, T, H, jnp.dtype(dtype)) is None) == (in_jax is None)
+    assert is_fused == (in_jax is None)
     if in_torch is None:
         assert torch_attention.lower(mask, T, T, H, getattr(torch, dtype), device) is None
 

@@ -12,6 +12,7 @@ import pytest
 
 from minillm_core.config import preset_names
 from minillm_core.version import __version__
+from minillm_jax.compiled import CARDS
 from parity_tests.conftest import ROOT
 from parity_tests.test_docs import TINY_MODEL
 
@@ -56,7 +57,7 @@ def succeeds(minillm: Path, *arguments: str, cwd: Path) -> subprocess.CompletedP
 
 
 def test_wheel_contents(wheel: Path) -> None:
-    """The wheel has the four packages with their type markers, the presets, and nothing else."""
+    """The wheel has the four packages with their type markers, the presets, the cards, and nothing else."""
     names = zipfile.ZipFile(wheel).namelist()
     packages = {"minillm_core", "minillm_jax", "minillm_torch", "minillm_cli"}
     (metadata,) = {name.split("/")[0] for name in names} - packages
@@ -64,6 +65,8 @@ def test_wheel_contents(wheel: Path) -> None:
     assert {name for name in names if name.endswith("py.typed")} == {f"{package}/py.typed" for package in packages}
     presets = {Path(name).stem for name in names if name.startswith("minillm_core/configs/")}
     assert presets == {*preset_names()}
+    cards = {Path(name).stem for name in names if name.startswith("minillm_jax/compiled/cards/")}
+    assert cards == {*CARDS}
     in_checkout = {str(path.relative_to(ROOT)) for package in packages for path in (ROOT / package).rglob("*.py")}
     assert {name for name in names if name.endswith(".py")} == in_checkout
 

@@ -67,7 +67,11 @@ ONE_SIDED = {
     # XLA's precision is an argument, torch's a setting; XLA compiles away a cast to the same dtype
     "precision.py": {"precision_of", "cast"},
     # JAX has a default device, takes numpy arrays and returns numbers that are read when asked for
-    "device.py": {"default_device", "to_device", "to_host", "compiler_options", "use_deterministic_algorithms"},
+    "device.py": {"default_device", "to_device", "to_host", "compiler_options", "use_deterministic_algorithms"}
+    | {"target_device", "compiling_for"},  # JAX also compiles for a device that is not there
+    # the jitted functions before they are compiled, for minillm_jax/compiled
+    "train.py": {"jit_train_step"},
+    "generate.py": {"jit_prefill", "jit_decode", "new_state"},
     "kv_cache.py": {"writable"},  # torch writes in place
     "weights.py": {"model_structure", "merge_model", "split_model"},  # torch modules hold their own structure
 }
