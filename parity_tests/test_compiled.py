@@ -43,7 +43,8 @@ def checked_config(preset: str) -> RunConfig:
     """
     config = load_config(preset)
     model, seq_len = config.model, config.train.seq_len
-    heads = {n * model.resolved_head_dim for n in (1, model.n_heads, model.n_kv_heads)}
+    N, K = model.n_heads, model.n_kv_heads
+    heads = {n * model.resolved_head_dim for n in (1, N, K, N + K, N + 2 * K)}
     sizes = {model.width, model.hidden, 2 * model.hidden, model.vocab_size} | heads
     while any(size % seq_len == 0 for size in sizes):
         seq_len = seq_len * 3 // 4
@@ -78,10 +79,14 @@ def scores_or_masks(config: RunConfig) -> list[str]:
 
 
 def logits_of_all_tokens(config: RunConfig) -> list[str]:
-    """The stored float32 arrays that are as large as the logits of one micro-batch."""
+    """The stored float32 arrays, other than weights, that are as large as the logits of one micro-batch."""
     n_tokens = config.train.batch_size // config.train.grad_accum * config.train.seq_len
-    size = n_tokens * config.model.vocab_size
-    return [f"{dtype}{dims}" for dtype, dims in arrays(train_step(config)) if dtype == "f32" and prod(dims) >= size]
+    V, D = config.model.vocab_size, config.model.width
+    return [
+        f"{dtype}{dims}"
+        for dtype, dims in arrays(train_step(config))
+        if dtype == "f32" and prod(dims) >= n_tokens * V and {*dims} != {V, D}
+    ]
 
 
 @for_cuda

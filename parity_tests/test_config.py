@@ -42,8 +42,8 @@ def test_original_settings() -> None:
         norm_eps=1e-6,
     )
     assert config.optim.eps == 1e-8
-    assert config.train.batch_size * config.train.seq_len == 524_288
-    assert (config.train.steps, config.train.grad_accum, config.optim.warmup_steps) == (10_000, 4, 1000)
+    assert config.train.batch_size * config.train.seq_len == 524_288  # in more micro-batches than the original's 4
+    assert (config.train.steps, config.optim.warmup_steps) == (10_000, 1000)
     assert (config.optim.learning_rate, config.optim.min_learning_rate) == (6e-4, 6e-5)
     assert (config.optim.weight_decay, config.optim.beta1, config.optim.beta2, config.optim.grad_clip) == (
         0.1,
