@@ -15,6 +15,8 @@ from minillm_core.version import __version__
 from parity_tests.conftest import ROOT
 from parity_tests.test_docs import TINY_MODEL
 
+pytestmark = pytest.mark.extended
+
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
