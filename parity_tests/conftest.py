@@ -85,6 +85,15 @@ MODELS = {
 LENGTHS = (1, 2, 7, 64, 257, 600)
 
 
+LONGEST = ("gradients", "generate", "cache", "state", "scripts", "doctor_code", "docs", "model", "packing", "modules")
+"""The test files that take longest; each is run by one worker, so they start first."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {f"test_{name}.py": n for n, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Share compiled programs between tests, for this session only: many tests compile the same tiny model."""

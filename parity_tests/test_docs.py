@@ -73,7 +73,10 @@ def test_command_list_is_complete() -> None:
 
 @pytest.mark.parametrize(
     "command",
-    [pytest.param(c, marks=[pytest.mark.long] if "benchmark" in c else []) for c in commands_of("commands.md")],
+    [
+        pytest.param(c, marks=pytest.mark.long if "benchmark" in c else pytest.mark.extended)
+        for c in commands_of("commands.md")
+    ],
 )
 def test_commands(command: str, home: Path, corpus: Path) -> None:
     """The commands run in the order of docs/commands.md, in one folder."""
@@ -83,6 +86,7 @@ def test_commands(command: str, home: Path, corpus: Path) -> None:
     assert done.stdout.strip() or done.stderr.strip()
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize("script", sorted(path.stem for path in (ROOT / "scripts").glob("[!b]*.py")))
 def test_options_exist(script: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """If a page shows an option of a script, the option is in the help of the script."""
@@ -100,6 +104,7 @@ def test_options_exist(script: str, monkeypatch: pytest.MonkeyPatch, capsys: pyt
                 assert not [option for option in options if option not in known], f"{page}: {command}"
 
 
+@pytest.mark.extended
 def test_python(home: Path, tmp_path: Path) -> None:
     """The Python of the pages, on the run that the commands made, in one process."""
     for name, target in {

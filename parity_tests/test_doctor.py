@@ -56,6 +56,7 @@ def test_reference_matches_both_frameworks(config: ModelConfig, float64: Tier) -
             assert_close(f"{framework} {name}", trace.stages[name], stage, 1e-12)
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
 def test_equal_models_are_reported_equal(dtype: str, float64: Tier) -> None:
     for config in (CONFIG, MODELS["gqa"]):
@@ -176,6 +177,7 @@ FILES: dict[str, tuple[str, str, Change]] = {
 # fmt: on
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize("fault", FILES)
 def test_file_faults_are_named(fault: str, float64: Tier) -> None:
     name, words, plant = FILES[fault]
@@ -195,6 +197,7 @@ def test_file_faults_are_named(fault: str, float64: Tier) -> None:
         assert_close("logits", pair.logits(TOKENS)[1], logits, TIERS["float64"].logits)
 
 
+@pytest.mark.extended
 def test_several_faults_at_once_are_named(float64: Tier) -> None:
     """Faults in the weights and in the configuration at the same time."""
     weights = random_weights(CONFIG)
@@ -206,6 +209,7 @@ def test_several_faults_at_once_are_named(float64: Tier) -> None:
     assert named == {"rope-layout", "swapped", "rounding", "norm-eps", "rope-scaling"}
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize(
     ("faults_of_a", "faults_of_b", "evidence"),
     [
@@ -247,6 +251,7 @@ def test_evidence_says_what_was_checked(
         assert found[fault].startswith(f"applying this change {words} ("), found
 
 
+@pytest.mark.extended
 def test_fault_that_a_short_prompt_misses(float64: Tier) -> None:
     """A missing rope_scaling changes only the low frequencies: 5 tokens agree in float32, 500 do not."""
     config = replace(CONFIG, rope_theta=1e8, rope_scaling=RopeScaling(8.0, 1.0, 4.0, 5_000_000))
@@ -260,6 +265,7 @@ def test_fault_that_a_short_prompt_misses(float64: Tier) -> None:
         assert [finding.fault for finding in report.findings] == ["rope-scaling"]
 
 
+@pytest.mark.extended
 def test_unused_embedding_row_is_compared(float64: Tier) -> None:
     """In an untied model, a changed embedding row is found even if no token of the test reads it."""
     weights = random_weights(CONFIG)
@@ -274,6 +280,7 @@ def test_unused_embedding_row_is_compared(float64: Tier) -> None:
         assert f"in rows [{unseen}]" in report.findings[0].evidence
 
 
+@pytest.mark.extended
 def test_further_training_is_not_reported_as_rounding(float64: Tier) -> None:
     weights = random_weights(CONFIG)
     rng = np.random.default_rng(7)
@@ -284,6 +291,7 @@ def test_further_training_is_not_reported_as_rounding(float64: Tier) -> None:
     assert [(f.fault, f.place) for f in report.findings] == [("unknown", "weights")]
 
 
+@pytest.mark.extended
 def test_tied_and_untied_copies_are_equal(float64: Tier) -> None:
     """Both compute the same function, so they are equal. The gradients of embedding and head are added first."""
     tied = replace(CONFIG, tie_embeddings=True)
@@ -295,6 +303,7 @@ def test_tied_and_untied_copies_are_equal(float64: Tier) -> None:
         assert "tie_embeddings" in report.configuration
 
 
+@pytest.mark.extended
 def test_nan_is_never_equal(float64: Tier) -> None:
     weights = random_weights(TINY)
     broken = weights | {"model.norm.weight": np.full(TINY.width, np.nan)}
@@ -302,6 +311,7 @@ def test_nan_is_never_equal(float64: Tier) -> None:
         assert not report_of(subject("torch", TINY, broken), subject("jax", TINY, b), random_tokens(TINY, 1, 8)).equal
 
 
+@pytest.mark.extended
 def test_weights_differing_in_the_last_bits(float64: Tier) -> None:
     """The files differ, so the doctor reports the weights and says nothing about the code."""
     weights = random_weights(TINY)

@@ -22,6 +22,8 @@ from parity_tests.conftest import (
 )
 from parity_tests.test_doctor import CONFIG, H, report_of, subject
 
+pytestmark = pytest.mark.extended
+
 Make = Callable[[Any, Any], Any]
 
 

@@ -363,6 +363,7 @@ def test_truncation(framework: str, tokenizer: Tokenizer) -> None:
     assert cut == tokens_of(generator, [ids[-300:], [5]], max_new_tokens=20, temperature=0.0)
 
 
+@pytest.mark.extended
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.compile's own
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 @pytest.mark.parametrize("framework", BACKENDS)

@@ -39,7 +39,7 @@ from parity_tests.conftest import (
 from parity_tests.llama_cpp import LlamaCpp, quantise
 from parity_tests.test_hf import text_checkpoint
 from parity_tests.test_scripts import fails, succeeds
-from parity_tests.test_transformers import CONFIGS, llama_logits
+from parity_tests.test_transformers import CONFIGS, llama_logits, named
 
 __all__ = ["text_checkpoint"]
 
@@ -74,7 +74,7 @@ def mean_kl(logits: np.ndarray, other: np.ndarray) -> float:
     return float((np.exp(log_p) * (log_p - log_q)).sum(-1).mean())
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", named(CONFIGS))
 def test_logits_match_llama_cpp(name: str, tmp_path: Path) -> None:
     config = CONFIGS[name]
     weights = random_weights(config, sharpness=1.0)
@@ -104,6 +104,7 @@ FAULTS = {
 }
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize("fault", FAULTS)
 def test_planted_faults_exceed_the_bound(fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each fault exceeds the bound at least tenfold."""
@@ -115,6 +116,7 @@ def test_planted_faults_exceed_the_bound(fault: str, tmp_path: Path, monkeypatch
         assert_close("", logits, torch_logits(config, weights, tokens), 10 * FLOAT32)
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize("dtype", ROUNDED)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_rounded_weights(name: str, dtype: str, tmp_path: Path) -> None:
@@ -173,7 +175,7 @@ def test_round_trip_is_bit_exact(
     assert again.read_bytes() == file.read_bytes()
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", named(CONFIGS))
 def test_every_configuration_round_trips(name: str, tmp_path: Path) -> None:
     """Also numbers that are not exact in float32 (1e-6), Llama 3's RoPE scaling, and norm weights away from 1."""
     config = replace(CONFIGS[name], init_std=0.0123)
@@ -201,6 +203,7 @@ def test_numbers_beyond_float32_precision(tmp_path: Path) -> None:
     assert open_gguf(tmp_path / "changed.gguf").config.rope_theta == 1e4
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize("name", [name for name, config in CONFIGS.items() if config.rope_scaling is None])
 def test_transformers_reads_exported_gguf(name: str, tmp_path: Path) -> None:
     """Only without RoPE scaling: the GGUF loader of transformers does not read `rope_freqs`."""
@@ -230,6 +233,7 @@ QUANTISED = {
 QUANTISED |= {"q6_k": 18, "iq4_nl": 25, "iq4_xs": 30}
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize("kind", QUANTISED)
 def test_files_quantised_by_llama_cpp(kind: str, tmp_path: Path) -> None:
     """Files that llama.cpp quantised to a dozen types are dequantised to the same bits as by llama.cpp. Its q8_0 blocks
@@ -324,6 +328,7 @@ def test_nothing_is_overwritten_or_left_behind(
     fails("a path is missing.*no run directory", "convert", "gguf->torch", str(file), cwd=tmp_path)
 
 
+@pytest.mark.extended
 def test_commands(text_checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
     """The default file name, and the same text from the imported file."""
     text_checkpoint("torch")

@@ -24,6 +24,8 @@ from parity_tests.conftest import (
 )
 from parity_tests.test_gguf import EMBEDDING, NORM, write
 
+pytestmark = pytest.mark.extended
+
 Fields = dict[str, Any]
 
 

@@ -32,6 +32,8 @@ from parity_tests.llama_cpp import LlamaCpp
 from parity_tests.test_hf import text_checkpoint
 from parity_tests.test_hf_tokenizer import HARD, byte_level
 
+pytestmark = pytest.mark.extended
+
 __all__ = ["text_checkpoint"]
 
 V = TINY.vocab_size

@@ -25,7 +25,7 @@ from minillm_core.text.tokenizer import Tokenizer
 from minillm_core.text.tokenizer_json import load_tokenizer
 from minillm_core.training.checkpoints import read_info
 from parity_tests.conftest import BACKENDS, MODELS, TIERS, TINY, Tier, assert_close, random_tokens, random_weights
-from parity_tests.test_transformers import WITH_WINDOW, llama_logits, without_casts
+from parity_tests.test_transformers import WITH_WINDOW, llama_logits, named, without_casts
 
 __all__ = ["without_casts"]
 
@@ -55,7 +55,7 @@ def logits_of(framework: str, checkpoint: Path, dtype: str, tokens: np.ndarray) 
     return np.asarray(logits)
 
 
-@pytest.mark.parametrize("name", WITH_WINDOW)
+@pytest.mark.parametrize("name", named(WITH_WINDOW))
 def test_imported_model_matches_transformers(
     name: str, tmp_path: Path, float64: Tier, without_casts: Callable[[ModelConfig], None]
 ) -> None:
@@ -113,6 +113,7 @@ def test_round_trip_is_bit_exact(framework: str, dtype: str, tmp_path: Path) -> 
         assert torch.equal(tensor.view(torch.uint8), after[name].view(torch.uint8)), name
 
 
+@pytest.mark.extended
 def test_transformers_reads_exported_shards(tmp_path: Path) -> None:
     """transformers reads the shards and the index that we write."""
     config = MODELS["gqa"]
@@ -145,6 +146,7 @@ def text_checkpoint(tokenizer: Tokenizer, tmp_path: Path) -> Callable[[str], Pat
     return make
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize("framework", BACKENDS)
 def test_export_works_with_auto_classes(
     framework: str, text_checkpoint: Callable[[str], Path], tmp_path: Path, tokenizer: Tokenizer
@@ -377,6 +379,7 @@ def test_nothing_is_overwritten(text_checkpoint: Callable[[str], Path], tmp_path
     assert not list(tmp_path.glob(".*.partial"))
 
 
+@pytest.mark.extended
 def test_damaged_files_never_crash(tmp_path: Path) -> None:
     """1,200 mutations of the header, the data and the JSON files: each is read or refused with an InputError."""
     folder = tmp_path / "hf"

@@ -22,6 +22,8 @@ from parity_tests.conftest import BACKENDS, TINY
 from parity_tests.llama_cpp import LlamaCpp
 from parity_tests.test_hf import rewrite, save_llama
 
+pytestmark = pytest.mark.extended
+
 HARD = [
     *(
         "",

@@ -32,6 +32,8 @@ from minillm_core.text.tokenizer_json import load_tokenizer, sentencepiece_to_js
 from parity_tests.conftest import BACKENDS, TIERS, Tier, assert_close
 from parity_tests.test_hf import logits_of
 
+pytestmark = pytest.mark.extended
+
 ARGS = {
     "dim": 48,
     "n_layers": 3,

@@ -16,6 +16,8 @@ from minillm_jax.compiled import CARDS
 from parity_tests.conftest import ROOT
 from parity_tests.test_docs import TINY_MODEL
 
+pytestmark = pytest.mark.extended
+
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:

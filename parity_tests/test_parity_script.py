@@ -31,6 +31,8 @@ from parity_tests.conftest import BACKENDS, MODELS, TINY, Tier, random_tokens, r
 from parity_tests.test_doctor import CONFIG, subject
 from parity_tests.test_hf import save_llama
 
+pytestmark = pytest.mark.extended
+
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Path:

@@ -1,4 +1,4 @@
-"""generate.py as a process: a file of prompts, killed and resumed; a stream interrupted by Ctrl-C."""
+"""generate.py: a file of prompts, killed and resumed; a stream interrupted by Ctrl-C; bad requests."""
 
 import json
 import os
@@ -15,6 +15,7 @@ from minillm_core.errors import InputError
 from minillm_core.text.tokenizer import Tokenizer
 from parity_tests.conftest import BACKENDS, ROOT, train_until
 from parity_tests.test_generate import complete
+from parity_tests.test_scripts import fails
 
 OPTIONS = ["--max-new-tokens", "12", "--temperature", "0.9", "--seed", "4", "--stop", "the", "--stop-ids", "7"]
 
@@ -48,6 +49,7 @@ def rows_of(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
+@pytest.mark.extended
 def test_prompt_file(run: Path, prompts: Path, tmp_path: Path) -> None:
     """Results in the order of the prompts; the same in both frameworks, any batch size, after a kill, and in Python."""
     outputs = {}
@@ -100,6 +102,7 @@ def test_prompt_file(run: Path, prompts: Path, tmp_path: Path) -> None:
                 assert c.logprobs == pytest.approx(row["logprobs"], abs=1e-4)
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize("framework", BACKENDS)
 def test_ctrl_c_ends_a_stream(framework: str, run: Path, tmp_path: Path) -> None:
     """The text decoded so far stays on stdout, in whole characters; no traceback; exit status 130."""
@@ -143,10 +146,8 @@ def test_foreign_partial_output_is_refused(run: Path, tmp_path: Path) -> None:
     (tmp_path / "p.txt").write_text("one\ntwo\n")
     for content in ("my own notes", "line\nline\n", '{"index": 3}\n'):
         (tmp_path / "o.jsonl.partial").write_text(content)
-        arguments = ("--prompts", "p.txt", "--output", "o.jsonl")
-        done = subprocess.run(command(run, "torch", *arguments), cwd=tmp_path, capture_output=True, text=True)
-        assert done.returncode == 2, done.stderr
-        assert "cannot resume from this file" in done.stderr
+        arguments = (str(run / "torch"), "--backend", "torch", "--prompts", "p.txt", "--output", "o.jsonl")
+        fails("cannot resume from this file", "generate", *arguments, cwd=tmp_path)
         assert (tmp_path / "o.jsonl.partial").read_text() == content
 
 
@@ -167,8 +168,5 @@ def test_foreign_partial_output_is_refused(run: Path, tmp_path: Path) -> None:
 )
 def test_bad_arguments(arguments: list[str], message: str, run: Path, tmp_path: Path) -> None:
     (tmp_path / "p.txt").write_text("one\ntwo\n")
-    done = subprocess.run(command(run, "jax", *arguments), cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 2, done.stderr
-    assert message in done.stderr
-    assert "Traceback" not in done.stderr
+    fails(message, "generate", str(run / "jax"), "--backend", "jax", *arguments, cwd=tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["p.txt"]

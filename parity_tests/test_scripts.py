@@ -1,4 +1,5 @@
-"""The commands as a user runs them: real processes, real files, and the messages when something is wrong."""
+"""The commands with real files, and the messages when something is wrong. Most run in this process; the processes of a
+user are in the extended tests (here, test_docs.py, test_package.py)."""
 
 import contextlib
 import io
@@ -37,6 +38,12 @@ def environment() -> dict[str, str]:
 
 def succeeds(name: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     done = script(name, *arguments, cwd=cwd)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def succeeds_here(name: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    done = script_here(name, *arguments, cwd=cwd)
     assert done.returncode == 0, done.stderr
     return done
 
@@ -83,7 +90,7 @@ def home(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
     )
     (folder / "tiny.yaml").write_text(yaml.safe_dump(to_dict(config)))
     for framework in BACKENDS:
-        done = succeeds(f"train_{framework}", "tiny.yaml", cwd=folder)
+        done = succeeds_here(f"train_{framework}", "tiny.yaml", cwd=folder)
         assert ("prepared" if framework == "jax" else "found prepared data") in done.stderr
         assert done.stdout.startswith("The state of the Union is")
         assert "python scripts/generate.py runs/tiny" in done.stderr
@@ -133,6 +140,7 @@ def test_compare_runs(home: Path, tmp_path: Path) -> None:
     assert done.stderr.endswith(f"converted checkpoint\ndrew {tmp_path / 'c.png'}\n")
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize("framework", BACKENDS)
 def test_finished_run_is_not_repeated(home: Path, framework: str) -> None:
     before = (home / "runs/tiny" / framework / "metrics.jsonl").read_bytes()
@@ -152,7 +160,7 @@ def payload(checkpoint: Path, framework: str) -> TrainingState:
 def test_convert_round_trip(home: Path, source: str, target: str, tmp_path: Path) -> None:
     """There and back, weights and both moments are the same bits, and the converted model gives the same logits."""
     there, back = str(tmp_path / "there"), str(tmp_path / "back")
-    done = succeeds("convert", f"{source}->{target}", "runs/tiny", there, cwd=home)
+    done = succeeds_here("convert", f"{source}->{target}", "runs/tiny", there, cwd=home)
     converted = Path(done.stdout.strip())
     assert converted == Path(there) / target / "checkpoints" / str(STEPS)
     verify_checkpoint(converted)
@@ -172,6 +180,7 @@ def test_convert_round_trip(home: Path, source: str, target: str, tmp_path: Path
     assert np.abs(logits[0] - logits[1]).max() <= 5e-5
 
 
+@pytest.mark.extended
 def test_convert_without_paths_and_quotes(home: Path, tmp_path: Path) -> None:
     """`convert.py torch->jax` on the default run: the shell redirects stdout to `jax`, and nothing is overwritten."""
     folder = tmp_path / "runs" / "quickstart"
@@ -201,7 +210,7 @@ def test_convert_without_paths_and_quotes(home: Path, tmp_path: Path) -> None:
 def test_convert_keeps_an_existing_run(home: Path) -> None:
     """The run was trained in both frameworks, so the converted checkpoint goes to a directory next to it."""
     before = (home / "runs/tiny/jax/checkpoints/6/manifest.json").read_bytes()
-    done = succeeds("convert", "torch->jax", "runs/tiny", cwd=home)
+    done = succeeds_here("convert", "torch->jax", "runs/tiny", cwd=home)
     assert done.stdout.strip() == "runs/tiny-from-torch/jax/checkpoints/6"
     assert (home / "runs/tiny/jax/checkpoints/6/manifest.json").read_bytes() == before
     fails("holds a different checkpoint of this step", "convert", "torch->jax", "runs/tiny", "runs/tiny", cwd=home)
@@ -211,7 +220,7 @@ def test_generated_text_is_the_same(home: Path) -> None:
     convert("torch->jax", home / "runs/tiny", home / "runs/same")
     options = ("--prompt", "We the people", "--max-new-tokens", "40", "--seed", "5", "--top-k", "50", "--top-p", "0.9")
     texts = [
-        succeeds("generate", path, "--backend", framework, *options, cwd=home).stdout
+        succeeds_here("generate", path, "--backend", framework, *options, cwd=home).stdout
         for framework, path in (("torch", "runs/tiny"), ("jax", "runs/same"))
     ]
     assert texts[0] == texts[1]
@@ -221,7 +230,7 @@ def test_generated_text_is_the_same(home: Path) -> None:
 
 @pytest.mark.parametrize("framework", BACKENDS)
 def test_evaluate_repeats_the_final_evaluation(home: Path, framework: str) -> None:
-    done = succeeds("evaluate", "runs/tiny", "--backend", framework, cwd=home)
+    done = succeeds_here("evaluate", "runs/tiny", "--backend", framework, cwd=home)
     values = {line.split()[0]: float(line.split()[1]) for line in done.stdout.splitlines()}
     last = read_metrics(home / "runs/tiny" / framework / "metrics.jsonl")[-1]
     for name in ("loss", "perplexity", "bits_per_byte"):
@@ -240,7 +249,7 @@ def test_prepare_data_reuses_existing_data(home: Path) -> None:
 
 
 def test_plan(home: Path) -> None:
-    done = succeeds("plan", "mini-llm-50m", cwd=home)  # every preset: test_docs.py, test_params.py
+    done = succeeds_here("plan", "mini-llm-50m", cwd=home)  # every preset: test_docs.py, test_params.py
     assert "50,049,408" in done.stdout
     assert "agree with: jax, torch" in done.stdout
 
@@ -386,6 +395,7 @@ def test_load_with_given_dtype(home: Path, framework: str, dtype: str) -> None:
     assert model.config == TINY
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize("command", [["train_torch"], ["generate", "--backend", "torch"]], ids=["train", "generate"])
 def test_without_torch(command: list[str], home: Path, tmp_path: Path) -> None:
     """If only JAX is installed, asking for torch gives a message that says what to install."""

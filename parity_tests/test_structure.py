@@ -42,8 +42,35 @@ def test_libraries_do_not_mention_scripts() -> None:
             assert "python scripts/" not in path.read_text(), path
 
 
+def signature_of(function: ast.FunctionDef) -> list[str]:
+    """One line per argument (how it is passed, its name, type and default), then the type of the result."""
+    given = function.args
+    positional = [*given.posonlyargs, *given.args]
+    defaults: list[ast.expr | None] = [None] * (len(positional) - len(given.defaults))
+    kinds = [
+        ("positional", positional, [*defaults, *given.defaults]),
+        ("keyword", given.kwonlyargs, given.kw_defaults),
+        ("rest", [a for a in (given.vararg, given.kwarg) if a], [None, None]),
+    ]
+    lines = []
+    for kind, arguments, values in kinds:
+        for argument, value in zip(arguments, values, strict=kind != "rest"):
+            if argument.arg not in TORCH_ARGUMENTS:
+                default = f" = {ast.unparse(value)}" if value else ""
+                lines.append(f"{kind} {argument.arg}: {type_of(argument.annotation)}{default}")
+    return [*lines, f"-> {type_of(function.returns)}"]
+
+
+def type_of(annotation: ast.expr | None) -> str:
+    """An annotation, with the same name for the arrays and for the dtypes of both frameworks."""
+    text = ast.unparse(annotation) if annotation else "none given"
+    return re.sub(
+        r"\b(jnp\.dtype|DTypeLike|torch\.dtype)\b", "dtype", re.sub(r"\b(jax\.Array|Tensor)\b", "array", text)
+    )
+
+
 def public_names(path: Path) -> dict[str, list[str]]:
-    """Public functions and classes of a file with their public methods, and the arguments of each."""
+    """Public functions and classes of a file with their public methods, and the signature of each."""
     names = {}
     for node in ast.parse(path.read_text()).body:
         members = [node]
@@ -57,8 +84,7 @@ def public_names(path: Path) -> dict[str, list[str]]:
             if isinstance(function, ast.FunctionDef) and (
                 not function.name.startswith("_") or function.name in ("__init__", "__call__")
             ):
-                arguments = [a.arg for a in (*function.args.args, *function.args.kwonlyargs)]
-                names[f"{owner.name}.{function.name}" if owner else function.name] = arguments
+                names[f"{owner.name}.{function.name}" if owner else function.name] = signature_of(function)
     return names
 
 
@@ -76,28 +102,41 @@ ONE_SIDED = {
     "weights.py": {"model_structure", "merge_model", "split_model"},  # torch modules hold their own structure
 }
 TORCH_ARGUMENTS = {"device", "compile"}  # JAX has a default device, and always compiles
+SIGNATURES_DIFFER = {
+    "make_optimizer",  # torch.optim holds parameters and gradients itself
+    "apply_update",
+    "start_writing",  # Orbax takes jax arrays
+}
 
 
 def test_same_files_and_public_names() -> None:
+    """And the same arguments in the same order, with the same types and defaults."""
     ours = {path.name for path in (ROOT / "minillm_jax").glob("*.py")}
     theirs = {path.name for path in (ROOT / "minillm_torch").glob("*.py")}
     assert ours == theirs
     assert minillm_jax.__all__ == minillm_torch.__all__
+    compared = 0
     for name in sorted(ours):
         jax_names = public_names(ROOT / "minillm_jax" / name)
         torch_names = public_names(ROOT / "minillm_torch" / name)
-        jax_names = {name.replace(".__call__", ".forward"): arguments for name, arguments in jax_names.items()}
-        jax_public, torch_public = set(jax_names), set(torch_names)
-        assert jax_public ^ torch_public == ONE_SIDED.get(name, set()), name
-        for function in jax_public & torch_public:
-            if function.rsplit(".")[-1] in SIGNATURES_DIFFER:
-                continue
-            arguments = [a for a in torch_names[function] if a not in TORCH_ARGUMENTS]
-            assert jax_names[function] == arguments, f"{name}: {function}"
+        jax_names = {name.replace(".__call__", ".forward"): signature for name, signature in jax_names.items()}
+        assert set(jax_names) ^ set(torch_names) == ONE_SIDED.get(name, set()), name
+        for function in (set(jax_names) & set(torch_names)) - SIGNATURES_DIFFER:
+            assert jax_names[function] == torch_names[function], f"{name}: {function}"
+            compared += sum(" = " in line for line in jax_names[function])
+    assert compared, "no default was compared"
 
 
-# torch.optim holds parameters and gradients itself.
-SIGNATURES_DIFFER = {"make_optimizer", "apply_update"}
+@pytest.mark.parametrize("difference", ["c: int = 2", "c: float = 1", "c: int", "*, c: int = 1", "d: int = 1"])
+def test_signatures_that_differ(difference: str) -> None:
+    """A different default, type, kind or name of an argument is seen."""
+    signatures = []
+    for line in ("c: int = 1", difference, "c: int = 1, device: str = 'cpu'"):
+        (function,) = ast.parse(f"def f(a: Tensor, {line}) -> int: ...").body
+        assert isinstance(function, ast.FunctionDef)
+        signatures.append(signature_of(function))
+    assert signatures[0] != signatures[1]
+    assert signatures[0] == signatures[2]
 
 
 SHARED_CODE = {"write_payload", "read_payload", "open_weights", "_open_group"}

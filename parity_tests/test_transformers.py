@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -56,6 +57,11 @@ def random_config(seed: int) -> ModelConfig:
 
 CONFIGS = {**MODELS, **{f"random-{seed}": random_config(seed) for seed in range(8)}}
 WITH_WINDOW = {**CONFIGS, "window": replace(MODELS["gqa"], sliding_window=37)}
+
+
+def named(configs: dict[str, ModelConfig]) -> list[Any]:
+    """The names of configurations for a test of file formats; the random ones belong to the extended tests."""
+    return [name if "random" not in name else pytest.param(name, marks=pytest.mark.extended) for name in configs]
 
 
 @pytest.fixture(params=WITH_WINDOW)
