@@ -4,7 +4,9 @@ Shapes: B batch, T query time, S key time, D width, N query heads, K key/value h
 runs in at least float32.
 """
 
+import logging
 from dataclasses import dataclass
+from functools import lru_cache
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +20,8 @@ from minillm_jax.device import target_device
 from minillm_jax.kv_cache import LayerCache, Slots, append
 from minillm_jax.layers import Linear, apply_rope
 from minillm_jax.precision import at_least_float32, precision_of, resolve_dtype
+
+logger = logging.getLogger(__name__)
 
 jax.tree_util.register_dataclass(
     AttentionMask,
@@ -42,8 +46,11 @@ class PositionContext:
 
 def lower(mask: AttentionMask, n_queries: int, n_keys: int, head_dim: int, dtype: DTypeLike) -> jax.Array | None:
     """None if the fused kernel can compute this mask, else what the plain implementation adds to the scores."""
-    if why_not_fused(mask, n_queries, head_dim, dtype) is None:
+    why = why_not_fused(mask, n_queries, head_dim, dtype)
+    if why is None:
         return None
+    if why == _inexpressible(mask) and mask.query_index_BT is None:  # it would have been fused without this part
+        _say_plain(why)
     return mask_bias(mask, n_queries, n_keys, dtype)
 
 
@@ -57,6 +64,12 @@ def mask_bias(mask: AttentionMask, n_queries: int, n_keys: int, dtype: DTypeLike
     if mask.query_segments_BT is not None and mask.key_segments_BS is not None:
         hidden_BTS = hidden_BTS | (mask.query_segments_BT[:, :, None] != mask.key_segments_BS[:, None])
     return jnp.where(hidden_BTS, -jnp.inf, 0).astype(dtype)
+
+
+@lru_cache
+def _say_plain(why: str) -> None:
+    """Once per reason."""
+    logger.info(f"plain attention, which is slower and needs more memory: the fused kernel cannot compute {why}")
 
 
 def attend(q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, bias_BTS: jax.Array) -> jax.Array:

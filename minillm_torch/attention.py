@@ -4,7 +4,9 @@ Shapes: B batch, T query time, S key time, D width, N query heads, K key/value h
 least float32.
 """
 
+import logging
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +19,8 @@ from minillm_torch.device import default_device
 from minillm_torch.kv_cache import LayerCache, Slots, append
 from minillm_torch.layers import Linear, apply_rope
 from minillm_torch.precision import resolve_dtype
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -36,8 +40,11 @@ def lower(
     mask: AttentionMask, n_queries: int, n_keys: int, head_dim: int, dtype: torch.dtype, device: torch.device
 ) -> Tensor | None:
     """None if the fused kernel can compute this mask, else what the plain implementation adds to the scores."""
-    if why_not_fused(mask, n_queries, head_dim, dtype, device) is None:
+    why = why_not_fused(mask, n_queries, head_dim, dtype, device)
+    if why is None:
         return None
+    if why == _inexpressible(mask) and mask.query_index_BT is None:  # it would have been fused without this part
+        _say_plain(why)
     return mask_bias(mask, n_queries, n_keys, dtype, device)
 
 
@@ -53,6 +60,12 @@ def mask_bias(
     if mask.query_segments_BT is not None and mask.key_segments_BS is not None:
         hidden_BTS = hidden_BTS | (mask.query_segments_BT[:, :, None] != mask.key_segments_BS[:, None])
     return torch.zeros(hidden_BTS.shape, dtype=dtype, device=device).masked_fill(hidden_BTS, -torch.inf)
+
+
+@lru_cache
+def _say_plain(why: str) -> None:
+    """Once per reason."""
+    logger.info(f"plain attention, which is slower and needs more memory: the fused kernel cannot compute {why}")
 
 
 def attend(q_BTNH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, bias_BTS: Tensor) -> Tensor:

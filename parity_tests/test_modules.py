@@ -1,5 +1,6 @@
 """Every submodule, compared by name: the same inputs give the same outputs in both frameworks."""
 
+import logging
 from operator import attrgetter
 from types import SimpleNamespace
 from typing import Any
@@ -195,20 +196,24 @@ def test_why_not_fused(
     in_jax: str | None,
     in_torch: str | None,
     monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Whether attention is fused is decided from the device, the inputs and the mask; `lower` follows the decision."""
     device = torch.device("cpu" if capability is None else "cuda")
     if capability is not None:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: divmod(int(10 * capability), 10))
     platform = "cpu" if capability is None else "gpu"
+    jax_attention._say_plain.cache_clear()
     with compiling_for(SimpleNamespace(platform=platform, compute_capability=str(capability))):
         ours = jax_attention.why_not_fused(mask, T, H, jnp.dtype(dtype))
-        is_fused = jax_attention.lower(mask, T, T, H, jnp.dtype(dtype)) is None
+        with caplog.at_level(logging.INFO, "minillm_jax"):
+            is_fused = [jax_attention.lower(mask, T, T, H, jnp.dtype(dtype)) is None for _ in range(2)]
     theirs = torch_attention.why_not_fused(mask, T, H, getattr(torch, dtype), device)
     for why, expected in ((ours, in_jax), (theirs, in_torch)):
         assert (why is None) == (expected is None)
         assert expected is None or expected in why
-    assert is_fused == (in_jax is None)
+    assert is_fused == [in_jax is None] * 2
+    assert caplog.text.count("cannot compute segments") == (in_jax == "segments")  # said once
     if in_torch is None:
         assert torch_attention.lower(mask, T, T, H, getattr(torch, dtype), device) is None
 
