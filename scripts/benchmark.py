@@ -107,6 +107,7 @@ def header(config: BenchmarkConfig) -> list[str]:
         "",
         f"- {minillm_jax.describe_device()}; {minillm_torch.describe_device()}; Python {platform.python_version()}",
         f"- {platform.system()} {platform.machine()}, {os.cpu_count()} CPU cores",
+        f"- jax: {minillm_jax.describe_attention(config)}; torch: {minillm_torch.describe_attention(config)}",
         f"- training: {c.batch_size} x {c.seq_len} tokens in {c.grad_accum} micro-batches, {c.compute_dtype} precision",
     ]
 
