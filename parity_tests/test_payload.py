@@ -17,6 +17,7 @@ from transformers import LlamaForCausalLM
 import minillm_jax
 import minillm_torch
 from minillm_core.config import ModelConfig
+from minillm_core.data.batches import Batch
 from minillm_core.errors import InputError
 from minillm_core.model.params import param_table
 from minillm_core.tensors import Tensors
@@ -150,7 +151,8 @@ def test_states_come_back(framework: str, dtype: str, config: ModelConfig, has_m
 
 @pytest.mark.parametrize("framework", BACKENDS)
 def test_checkpoint_of_an_earlier_version(framework: str) -> None:
-    """A checkpoint that an earlier 0.1.0 wrote, with the state of `random_state`: the same bits, the same function."""
+    """A checkpoint that an earlier 0.1.0 wrote, with the state of `random_state`: the same bits, the same function, and
+    the run continues."""
     run = ROOT / "parity_tests/checkpoints_0.1"
     checkpoint = find_checkpoint(run, framework)
     verify_checkpoint(checkpoint)
@@ -160,10 +162,19 @@ def test_checkpoint_of_an_earlier_version(framework: str) -> None:
     assert_same_bits(BACKENDS[framework].read_payload(checkpoint, info.config), state)
     tokens = random_tokens(info.config.model, 1, 9)
     logits, _ = BACKENDS[framework].load(run)(jnp.asarray(tokens) if framework == "jax" else to_torch(tokens))
-    expected = minillm_torch.build_model(
-        info.config.model, state.weights, param_dtype=torch.float32, compute_dtype=torch.float32
-    )(to_torch(tokens))[0]
+    dtypes = {"param_dtype": torch.float32, "compute_dtype": torch.float32}
+    exact = minillm_torch.build_model(info.config.model, state.weights, **dtypes).requires_grad_(False)
+    expected = exact(to_torch(tokens))[0]
     assert_close(framework, to_numpy(logits), to_numpy(expected), TIERS["float32"].logits)
+    backend, config = BACKENDS[framework], info.config
+    assert not config.train.remat  # a field that the checkpoint does not know
+    batch = Batch.from_rows(random_tokens(config.model, config.train.batch_size, config.train.seq_len + 1))
+    before = backend.import_state(config, backend.read_payload(checkpoint, config), info.updates)
+    _, metrics = backend.make_train_step(config)(before, batch, 1e-3)
+    assert float(metrics["updates"]) == info.updates + 1
+    log_probs = torch.log_softmax(exact(to_torch(batch.tokens_BT))[0].double(), -1)
+    loss = -torch.gather(log_probs, -1, to_torch(batch.targets_BT)[..., None]).mean()
+    assert float(metrics["loss"]) == pytest.approx(float(loss), rel=1e-5)
 
 
 @pytest.mark.parametrize("framework", BACKENDS)
