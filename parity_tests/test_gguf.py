@@ -294,6 +294,14 @@ def test_weights_out_of_range_are_refused(tmp_path: Path) -> None:
     )
 
 
+def test_a_sliding_window_is_refused(tmp_path: Path) -> None:
+    """llama.cpp would ignore it."""
+    config = replace(TINY, sliding_window=8)
+    with pytest.raises(InputError, match=r"no sliding window[^$]*sliding_window 8[^$]*Hugging Face"):
+        write_gguf(tmp_path / "x.gguf", config, random_weights(config), "float32", NO_TOKENIZER)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_nothing_is_overwritten_or_left_behind(
     text_checkpoint: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -296,7 +296,7 @@ def write_gguf(
     """
     if config.sliding_window is not None:
         found, hint = f"model.sliding_window {config.sliding_window}", "export a Hugging Face folder instead"
-        raise InputError("llama.cpp's Llama has no sliding window", found=found, where=path.name, hint=hint)
+        raise InputError("llama.cpp's Llama has no sliding window", found=found, hint=hint)
     gguf = gguf_package()
     kinds = {"float32": gguf.GGMLQuantizationType.F32, "float16": gguf.GGMLQuantizationType.F16}
     kinds |= {"bfloat16": gguf.GGMLQuantizationType.BF16, "q8_0": gguf.GGMLQuantizationType.Q8_0}
