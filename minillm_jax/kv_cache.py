@@ -76,11 +76,13 @@ def append(cache: LayerCache, k_BTKH: jax.Array, v_BTKH: jax.Array, slots: Slots
     )
 
 
-def append_segments(cache: KVCache, segments_BT: jax.Array, index_BT: jax.Array) -> jax.Array:
-    """The segments of all keys, (B, S), after new tokens at these places of the rows."""
-    assert cache.segments_BS is not None  # by `check_room`
+def append_segments(cache: KVCache, segments_BT: jax.Array | None, index_BT: jax.Array) -> KVCache:
+    """The cache with the segments of new tokens at these places of the rows; itself if it has no segments."""
+    if segments_BT is None or cache.segments_BS is None:  # both or neither: `check_room`
+        return cache
     rows_B1 = jnp.arange(len(segments_BT))[:, None]
-    return cache.segments_BS.at[rows_B1, index_BT].set(segments_BT, mode="drop")
+    segments_BS = cache.segments_BS.at[rows_B1, index_BT].set(segments_BT, mode="drop")
+    return KVCache(cache.layers, cache.length_B, segments_BS)
 
 
 def take_rows(cache: KVCache, rows_B: jax.Array, capacity: int) -> KVCache:

@@ -69,12 +69,10 @@ class Decoder(nnx.Module):
         position_BT = index_BT if positions_BT is None else positions_BT
         x_BTD = self.embed_tokens(tokens_BT)
         if cache is None:
-            n_keys, segments_BS, mask_index_BT = T, segments_BT, None
+            mask, n_keys = AttentionMask(self.window, None, segments_BT, segments_BT), T
         else:
-            n_keys, segments_BS, mask_index_BT = cache.capacity, cache.segments_BS, index_BT
-            if segments_BT is not None:
-                segments_BS = append_segments(cache, segments_BT, index_BT)
-        mask = AttentionMask(self.window, mask_index_BT, segments_BT, segments_BS)
+            cache = append_segments(cache, segments_BT, index_BT)
+            mask, n_keys = AttentionMask(self.window, index_BT, segments_BT, cache.segments_BS), cache.capacity
         positions = PositionContext(
             *rotation(self.cos_SH[...][position_BT], self.sin_SH[...][position_BT]),
             mask,
@@ -91,7 +89,7 @@ class Decoder(nnx.Module):
                 layer_caches.append(layer_cache)
         if cache is not None:
             length_B = cache.length_B + (T if valid_B is None else valid_B)
-            cache = KVCache(tuple(layer_caches), length_B, segments_BS)
+            cache = KVCache(tuple(layer_caches), length_B, cache.segments_BS)
         return self.norm(x_BTD), cache
 
 

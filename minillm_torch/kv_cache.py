@@ -86,10 +86,11 @@ def append(cache: LayerCache, k_BTKH: Tensor, v_BTKH: Tensor, slots: Slots) -> L
     return cache
 
 
-def append_segments(cache: KVCache, segments_BT: Tensor, index_BT: Tensor) -> Tensor:
-    """The segments of all keys, (B, S), after new tokens at these places of the rows."""
-    assert cache.segments_BS is not None  # by `check_room`
-    return cache.segments_BS.scatter_(1, index_BT, segments_BT)
+def append_segments(cache: KVCache, segments_BT: Tensor | None, index_BT: Tensor) -> KVCache:
+    """The cache with the segments of new tokens at these places of the rows; itself if it has no segments."""
+    if segments_BT is not None and cache.segments_BS is not None:  # both or neither: `check_room`
+        cache.segments_BS.scatter_(1, index_BT, segments_BT)
+    return cache
 
 
 def take_rows(cache: KVCache, rows_B: Tensor, capacity: int) -> KVCache:

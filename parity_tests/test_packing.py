@@ -248,7 +248,7 @@ def places_forgotten(mask_bias: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def segments_not_stored(append_segments: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda cache, segments_BT, index_BT: cache.segments_BS
+    return lambda cache, segments_BT, index_BT: cache
 
 
 def position_not_restarted(check_like: Callable[..., Any]) -> Callable[..., Any]:
