@@ -1,8 +1,12 @@
 """numpy tensors by canonical name: the form that both frameworks, files and conversions exchange."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
 
 import numpy as np
+
+Array = Any
+"""An array of numpy or of a framework."""
 
 Tensors = dict[str, np.ndarray]
 """Tensors by canonical name, in canonical (out, in) layout."""

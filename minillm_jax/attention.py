@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 
 from minillm_core.config import ModelConfig, RunConfig
 from minillm_core.errors import InputError
-from minillm_core.model.mask import AttentionMask
+from minillm_core.model.mask import AttentionMask, effective_window
 from minillm_jax.device import target_device
 from minillm_jax.kv_cache import LayerCache, Slots, append
 from minillm_jax.layers import Linear, apply_rope
@@ -46,11 +46,11 @@ class PositionContext:
 
 def lower(mask: AttentionMask, n_queries: int, n_keys: int, head_dim: int, dtype: DTypeLike) -> jax.Array | None:
     """None if the fused kernel can compute this mask, else what the plain implementation adds to the scores."""
-    why = why_not_fused(mask, n_queries, head_dim, dtype)
-    if why is None:
+    limit, part = _kernel_limit(n_queries, head_dim, dtype), _inexpressible(mask)
+    if limit is None and part is None:
         return None
-    if why == _inexpressible(mask) and mask.query_index_BT is None:  # it would have been fused without this part
-        _say_plain(why)
+    if limit is None and mask.query_index_BT is None:  # with a cache, attention is always plain
+        _say_plain(part)
     return mask_bias(mask, n_queries, n_keys, dtype)
 
 
@@ -67,9 +67,9 @@ def mask_bias(mask: AttentionMask, n_queries: int, n_keys: int, dtype: DTypeLike
 
 
 @lru_cache
-def _say_plain(why: str) -> None:
-    """Once per reason."""
-    logger.info(f"plain attention, which is slower and needs more memory: the fused kernel cannot compute {why}")
+def _say_plain(part: str | None) -> None:
+    """Says once for each part why attention is not fused."""
+    logger.info(f"plain attention, which is slower and needs more memory: the fused kernel cannot compute {part}")
 
 
 def attend(q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, bias_BTS: jax.Array) -> jax.Array:
@@ -110,7 +110,12 @@ def _inexpressible(mask: AttentionMask) -> str | None:
 
 
 def why_not_fused(mask: AttentionMask, n_queries: int, head_dim: int, dtype: DTypeLike) -> str | None:
-    """Why the fused kernel cannot compute this attention; None if it can. It needs an Ampere or later GPU, 16-bit
+    """Why the fused kernel cannot compute this attention; None if it can."""
+    return _kernel_limit(n_queries, head_dim, dtype) or _inexpressible(mask)
+
+
+def _kernel_limit(n_queries: int, head_dim: int, dtype: DTypeLike) -> str | None:
+    """Why cuDNN's attention cannot take these inputs, whatever the mask: it needs an Ampere or later GPU, 16-bit
     inputs, an even number of queries, and a head_dim that is a multiple of 8 and at most 128."""
     device = target_device()
     if device.platform != "gpu":
@@ -121,15 +126,15 @@ def why_not_fused(mask: AttentionMask, n_queries: int, head_dim: int, dtype: DTy
         return f"the dtype is {jnp.dtype(dtype)}, not bfloat16"
     if head_dim % 8 or head_dim > 128:
         return f"head_dim {head_dim} is not a multiple of 8 up to 128"
-    if n_queries % 2:
-        return f"the length {n_queries} is odd"
-    return _inexpressible(mask)
+    return f"the length {n_queries} is odd" if n_queries % 2 else None
 
 
 def describe_attention(config: RunConfig) -> str:
     """The attention that a run uses, for the log."""
     model, dtype = config.model, resolve_dtype(config.train.compute_dtype)
-    why = why_not_fused(AttentionMask(model.sliding_window), config.train.seq_len, model.resolved_head_dim, dtype)
+    T = config.train.seq_len
+    mask = AttentionMask(effective_window(model.sliding_window, T))
+    why = why_not_fused(mask, T, model.resolved_head_dim, dtype)
     return "fused attention (cuDNN)" if why is None else f"plain attention: {why}"
 
 

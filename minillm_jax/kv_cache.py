@@ -78,8 +78,9 @@ def append(cache: LayerCache, k_BTKH: jax.Array, v_BTKH: jax.Array, slots: Slots
 
 def append_segments(cache: KVCache, segments_BT: jax.Array | None, index_BT: jax.Array) -> KVCache:
     """The cache with the segments of new tokens at these places of the rows; itself if it has no segments."""
-    if segments_BT is None or cache.segments_BS is None:  # both or neither: `check_room`
+    if segments_BT is None:
         return cache
+    assert cache.segments_BS is not None  # both or neither: `check_room`
     rows_B1 = jnp.arange(len(segments_BT))[:, None]
     segments_BS = cache.segments_BS.at[rows_B1, index_BT].set(segments_BT, mode="drop")
     return KVCache(cache.layers, cache.length_B, segments_BS)

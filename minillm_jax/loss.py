@@ -3,6 +3,7 @@
 Shapes: B batch, T time, D width, V vocabulary, C chunks, R rows of a chunk.
 """
 
+import dataclasses
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
@@ -12,19 +13,20 @@ import jax.numpy as jnp
 
 from minillm_core.data.batches import Batch
 from minillm_core.training.backend import EvalStep
-from minillm_jax.device import compiler_options
+from minillm_jax.device import compiler_options, target_device
 from minillm_jax.model import MiniLLM, check_tokens
 from minillm_jax.precision import at_least_float32
 from minillm_jax.weights import Params, merge_model, split_model
 
 jax.tree_util.register_dataclass(
     Batch,
-    data_fields=["tokens_BT", "targets_BT", "weights_BT", "positions_BT", "segments_BT"],
+    data_fields=[field.name for field in dataclasses.fields(Batch)],
     meta_fields=[],
 )
 
-LOGITS_PER_CHUNK = 1 << 26
-"""256 MiB of float32."""
+TOKENS_PER_CHUNK = 2048
+"""The float32 logits of a chunk take 262 MB with a vocabulary of 32,000. Every chunk also reads the head and adds to
+its gradient, so chunks must not be small."""
 
 
 def token_losses(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
@@ -37,14 +39,13 @@ def token_losses(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
 def head_losses(model: MiniLLM, x_BTD: jax.Array, targets_BT: jax.Array) -> jax.Array:
     """`token_losses` of the output head's logits, (B, T), without ever holding all logits.
 
-    The tokens are cut into chunks of at most LOGITS_PER_CHUNK logits. The backward pass computes the logits of each
-    chunk a second time. Memory does not grow with B x T x V; a batch of one chunk is computed directly.
+    The tokens are cut into chunks. The backward pass computes the logits of each chunk a second time, so memory does
+    not grow with B x T x V. A batch of one chunk is computed directly.
     """
     B, T, D = x_BTD.shape
-    rows = max(1, LOGITS_PER_CHUNK // model.config.vocab_size)
-    if rows >= B * T:
+    if B * T <= TOKENS_PER_CHUNK:
         return token_losses(model.head(x_BTD), targets_BT)
-    n_chunks = -(-B * T // rows)
+    n_chunks = -(-B * T // TOKENS_PER_CHUNK)
     rows = -(-B * T // n_chunks)  # chunks of nearly equal size
     padding = n_chunks * rows - B * T
     x_CRD = jnp.pad(x_BTD.reshape(-1, D), ((0, padding), (0, 0))).reshape(n_chunks, rows, D)
@@ -61,7 +62,8 @@ def head_losses(model: MiniLLM, x_BTD: jax.Array, targets_BT: jax.Array) -> jax.
 def batch_losses(model: MiniLLM, batch: Batch, *, remat: bool = False) -> jax.Array:
     """The loss of every target of a batch in nats, without its weight, (B, T)."""
     tokens_BT = check_tokens(model.config, batch.tokens_BT)
-    x_BTD, _ = model.model(tokens_BT, None, None, batch.positions_BT, batch.segments_BT, remat)
+    places = {"positions_BT": batch.positions_BT, "segments_BT": batch.segments_BT}
+    x_BTD, _ = model.model(tokens_BT, None, **places, remat=remat)
     return head_losses(model, x_BTD, batch.targets_BT)
 
 
@@ -84,7 +86,7 @@ def mean_loss(model: MiniLLM, batch: Batch) -> jax.Array:
 def make_eval_step(model: MiniLLM, *, deterministic: bool = False) -> EvalStep:
     """The compiled function that returns the losses of a batch. See core's EvalStep for its signature."""
     graphdef, params, rope = split_model(model)
-    losses = _jit_losses(graphdef, deterministic)
+    losses = _jit_losses(graphdef, deterministic, target_device())
 
     def eval_step(batch: Batch) -> jax.Array:
         batch.check(model.config)
@@ -94,7 +96,9 @@ def make_eval_step(model: MiniLLM, *, deterministic: bool = False) -> EvalStep:
 
 
 @lru_cache
-def _jit_losses(graphdef: Any, deterministic: bool) -> Callable[..., jax.Array]:
+def _jit_losses(graphdef: Any, deterministic: bool, device: jax.Device) -> Callable[..., jax.Array]:
+    """The device decides which attention is compiled, so it is part of the key of the cache."""
+
     def losses(params: Params, rope: Params, batch: Batch) -> jax.Array:
         return batch_losses(merge_model(graphdef, params, rope), batch)
 

@@ -79,9 +79,10 @@ def model_of(config: RunConfig, state: TrainState) -> MiniLLM:
 def make_train_step(config: RunConfig) -> TrainStep:
     """The compiled step: losses -> accumulated gradients -> clip -> AdamW. See core's TrainStep for its signature."""
     step, rope = jit_train_step(config)
+    n_micro = config.train.grad_accum
 
     def train_step(state: TrainState, batch: Batch, learning_rate: float) -> tuple[TrainState, StepMetrics]:
-        batch.check(config.model)
+        batch.check(config.model, n_micro)
         return step(state, rope, batch, learning_rate)
 
     return train_step

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from minillm_core.config import ModelConfig, RunConfig
 from minillm_core.errors import InputError
-from minillm_core.model.mask import AttentionMask
+from minillm_core.model.mask import AttentionMask, effective_window
 from minillm_torch.device import default_device
 from minillm_torch.kv_cache import LayerCache, Slots, append
 from minillm_torch.layers import Linear, apply_rope
@@ -40,17 +40,15 @@ def lower(
     mask: AttentionMask, n_queries: int, n_keys: int, head_dim: int, dtype: torch.dtype, device: torch.device
 ) -> Tensor | None:
     """None if the fused kernel can compute this mask, else what the plain implementation adds to the scores."""
-    why = why_not_fused(mask, n_queries, head_dim, dtype, device)
-    if why is None:
+    limit, part = _kernel_limit(n_queries, head_dim, dtype, device), _inexpressible(mask)
+    if limit is None and part is None:
         return None
-    if why == _inexpressible(mask) and mask.query_index_BT is None:  # it would have been fused without this part
-        _say_plain(why)
+    if limit is None and mask.query_index_BT is None:  # with a cache, attention is always plain
+        _say_plain(part)
     return mask_bias(mask, n_queries, n_keys, dtype, device)
 
 
-def mask_bias(
-    mask: AttentionMask, n_queries: int, n_keys: int, dtype: torch.dtype, device: torch.device | str = "cpu"
-) -> Tensor:
+def mask_bias(mask: AttentionMask, n_queries: int, n_keys: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """The term added to the scores, (B, T, S) or (1, T, S): 0 for the keys that a query sees, else -inf."""
     query_T, key_S = torch.arange(n_queries, device=device), torch.arange(n_keys, device=device)
     query_BT1 = (query_T[None] if mask.query_index_BT is None else mask.query_index_BT)[:, :, None]
@@ -63,9 +61,9 @@ def mask_bias(
 
 
 @lru_cache
-def _say_plain(why: str) -> None:
-    """Once per reason."""
-    logger.info(f"plain attention, which is slower and needs more memory: the fused kernel cannot compute {why}")
+def _say_plain(part: str | None) -> None:
+    """Says once for each part why attention is not fused."""
+    logger.info(f"plain attention, which is slower and needs more memory: the fused kernel cannot compute {part}")
 
 
 def attend(q_BTNH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, bias_BTS: Tensor) -> Tensor:
@@ -101,8 +99,13 @@ def _inexpressible(mask: AttentionMask) -> str | None:
 def why_not_fused(
     mask: AttentionMask, n_queries: int, head_dim: int, dtype: torch.dtype, device: torch.device
 ) -> str | None:
-    """Why the fused kernel cannot compute this attention; None if it can. It needs an Ampere or later GPU, 16-bit
-    inputs, an even number of queries, and a head_dim that is a multiple of 8 and at most 128."""
+    """Why the fused kernel cannot compute this attention; None if it can."""
+    return _kernel_limit(n_queries, head_dim, dtype, device) or _inexpressible(mask)
+
+
+def _kernel_limit(n_queries: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why the fused kernel is not used for these inputs, whatever the mask: the conditions of JAX's cuDNN call, so that
+    both packages take the same path. (PyTorch's kernels accept odd lengths and a head_dim up to 256, too.)"""
     if device.type != "cuda":
         return "the device is not a GPU"
     if torch.cuda.get_device_capability(device) < (8, 0):
@@ -111,16 +114,15 @@ def why_not_fused(
         return f"the dtype is {str(dtype).removeprefix('torch.')}, not bfloat16"
     if head_dim % 8 or head_dim > 128:
         return f"head_dim {head_dim} is not a multiple of 8 up to 128"
-    if n_queries % 2:
-        return f"the length {n_queries} is odd"
-    return _inexpressible(mask)
+    return f"the length {n_queries} is odd" if n_queries % 2 else None
 
 
 def describe_attention(config: RunConfig) -> str:
     """The attention that a run uses, for the log."""
     model, dtype = config.model, resolve_dtype(config.train.compute_dtype)
-    mask = AttentionMask(model.sliding_window)
-    why = why_not_fused(mask, config.train.seq_len, model.resolved_head_dim, dtype, default_device())
+    T = config.train.seq_len
+    mask = AttentionMask(effective_window(model.sliding_window, T))
+    why = why_not_fused(mask, T, model.resolved_head_dim, dtype, default_device())
     return "fused attention (SDPA)" if why is None else f"plain attention: {why}"
 
 

@@ -88,8 +88,10 @@ def append(cache: LayerCache, k_BTKH: Tensor, v_BTKH: Tensor, slots: Slots) -> L
 
 def append_segments(cache: KVCache, segments_BT: Tensor | None, index_BT: Tensor) -> KVCache:
     """The cache with the segments of new tokens at these places of the rows; itself if it has no segments."""
-    if segments_BT is not None and cache.segments_BS is not None:  # both or neither: `check_room`
-        cache.segments_BS.scatter_(1, index_BT, segments_BT)
+    if segments_BT is None:
+        return cache
+    assert cache.segments_BS is not None  # both or neither: `check_room`
+    cache.segments_BS.scatter_(1, index_BT, segments_BT)
     return cache
 
 

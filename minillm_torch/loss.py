@@ -13,8 +13,9 @@ from minillm_torch.device import to_device, use_deterministic_algorithms
 from minillm_torch.model import MiniLLM, check_tokens
 from minillm_torch.precision import at_least_float32
 
-LOGITS_PER_CHUNK = 1 << 26
-"""256 MiB of float32."""
+TOKENS_PER_CHUNK = 2048
+"""The float32 logits of a chunk take 262 MB with a vocabulary of 32,000. Every chunk also reads the head and adds to
+its gradient, so chunks must not be small."""
 
 
 def token_losses(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
@@ -27,27 +28,28 @@ def token_losses(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
 def head_losses(model: MiniLLM, x_BTD: Tensor, targets_BT: Tensor) -> Tensor:
     """`token_losses` of the output head's logits, (B, T), without ever holding all logits.
 
-    The tokens are cut into chunks of at most LOGITS_PER_CHUNK logits. The backward pass computes the logits of each
-    chunk a second time. Memory does not grow with B x T x V; a batch of one chunk is computed directly.
+    The tokens are cut into chunks. The backward pass computes the logits of each chunk a second time, so memory does
+    not grow with B x T x V. A batch of one chunk is computed directly.
     """
     B, T, D = x_BTD.shape
-    rows = max(1, LOGITS_PER_CHUNK // model.config.vocab_size)
-    if rows >= B * T:
+    if B * T <= TOKENS_PER_CHUNK:
         return token_losses(model.head(x_BTD), targets_BT)
-    n_chunks = -(-B * T // rows)
+    n_chunks = -(-B * T // TOKENS_PER_CHUNK)
     rows = -(-B * T // n_chunks)  # chunks of nearly equal size
     chunks = zip(x_BTD.reshape(-1, D).split(rows), targets_BT.reshape(-1).split(rows), strict=True)
 
     def losses_of(x_RD: Tensor, targets_R: Tensor) -> Tensor:
         return token_losses(model.head(x_RD), targets_R)
 
-    return torch.cat([checkpoint(losses_of, *chunk, use_reentrant=False) for chunk in chunks]).reshape(B, T)
+    losses = [checkpoint(losses_of, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
+    return torch.cat(losses).reshape(B, T)
 
 
 def batch_losses(model: MiniLLM, batch: Batch, *, remat: bool = False) -> Tensor:
     """The loss of every target of a batch in nats, without its weight, (B, T)."""
     tokens_BT = check_tokens(model.config, batch.tokens_BT)
-    x_BTD, _ = model.model(tokens_BT, None, None, batch.positions_BT, batch.segments_BT, remat)
+    places = {"positions_BT": batch.positions_BT, "segments_BT": batch.segments_BT}
+    x_BTD, _ = model.model(tokens_BT, None, **places, remat=remat)
     return head_losses(model, x_BTD, batch.targets_BT)
 
 

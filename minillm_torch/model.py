@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from minillm_core.config import ModelConfig
 from minillm_core.errors import InputError
-from minillm_core.model.mask import AttentionMask
+from minillm_core.model.mask import AttentionMask, effective_window
 from minillm_torch.attention import Attention, PositionContext, lower
 from minillm_torch.kv_cache import KVCache, LayerCache, append_segments, check_room, slots, writable
 from minillm_torch.layers import MLP, Embedding, Linear, RMSNorm, rotation
@@ -71,20 +71,25 @@ class Decoder(nn.Module):
         position_BT = index_BT if positions_BT is None else positions_BT
         x_BTD = self.embed_tokens(tokens_BT)
         if cache is None:
-            mask, n_keys = AttentionMask(self.window, None, segments_BT, segments_BT), T
+            mask = AttentionMask(effective_window(self.window, T), None, segments_BT, segments_BT)
         else:
+            assert not remat
             cache = append_segments(cache, segments_BT, index_BT)
-            mask, n_keys = AttentionMask(self.window, index_BT, segments_BT, cache.segments_BS), cache.capacity
+            window = effective_window(self.window, cache.capacity)
+            mask = AttentionMask(window, index_BT, segments_BT, cache.segments_BS)
+        n_keys = T if cache is None else cache.capacity
+        cos_BT1H, sin_BT1H = rotation(self.cos_SH[position_BT], self.sin_SH[position_BT])
         positions = PositionContext(
-            *rotation(self.cos_SH[position_BT], self.sin_SH[position_BT]),
-            mask,
-            lower(mask, T, n_keys, self.head_dim, x_BTD.dtype, x_BTD.device),
-            None if cache is None else slots(cache, index_BT),
+            cos_BT1H=cos_BT1H,
+            sin_BT1H=sin_BT1H,
+            mask=mask,
+            bias_BTS=lower(mask, T, n_keys, self.head_dim, x_BTD.dtype, x_BTD.device),
+            slots=None if cache is None else slots(cache, index_BT),
         )
         layer_caches: list[LayerCache] = []
         for i, block in enumerate(self.layers):
             if remat:
-                x_BTD, _ = checkpoint(block, x_BTD, positions, None, use_reentrant=False)
+                x_BTD, _ = checkpoint(block, x_BTD, positions, None, use_reentrant=False, preserve_rng_state=False)
                 continue
             x_BTD, layer_cache = block(x_BTD, positions, None if cache is None else cache.layers[i])
             if layer_cache is not None:

@@ -86,6 +86,7 @@ def make_train_step(config: RunConfig) -> TrainStep:
 
     def accumulate(model: MiniLLM, batch: Batch) -> tuple[Tensor, Params]:
         """The mean loss of all micro-batches and its gradients: sums and weights are added, then divided once."""
+        model.zero_grad(set_to_none=True)  # of a step that failed, or of the user's own backward pass
         total_loss = total_weight = torch.zeros((), device=batch.tokens_BT.device)
         for micro in _micro_batches(batch, n_micro):
             loss, weight = loss_sums(model, micro, remat=config.train.remat)
@@ -104,7 +105,7 @@ def make_train_step(config: RunConfig) -> TrainStep:
         return state, to_host({"loss": loss, "grad_norm": grad_norm, "updates": updates})
 
     def train_step(state: TrainState, batch: Batch, learning_rate: float) -> tuple[TrainState, StepMetrics]:
-        batch.check(config.model)
+        batch.check(config.model, n_micro)
         return step(state, to_device(batch, state.model.model.norm.weight.device), learning_rate)
 
     return train_step
@@ -112,10 +113,7 @@ def make_train_step(config: RunConfig) -> TrainStep:
 
 def _micro_batches(batch: Batch, n_micro: int) -> Iterator[Batch]:
     """The rows of a batch in n_micro parts of equal size."""
-    parts = {
-        field.name: array.chunk(n_micro)
-        for field in dataclasses.fields(batch)
-        if (array := getattr(batch, field.name)) is not None
-    }
+    given = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
+    parts = {name: x.reshape(n_micro, -1, x.shape[1]) for name, x in given.items() if x is not None}
     for i in range(n_micro):
-        yield Batch(**{name: chunks[i] for name, chunks in parts.items()})
+        yield Batch(**{name: part[i] for name, part in parts.items()})

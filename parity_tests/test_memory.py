@@ -64,7 +64,7 @@ SMALL = {
 @pytest.mark.parametrize("name", SMALL)
 def test_torch_keeps_what_the_plan_says(name: str, remat: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bytes per token: the difference between two lengths, in which everything that does not grow cancels."""
-    monkeypatch.setattr(torch_loss, "LOGITS_PER_CHUNK", 64 * SMALL[name].vocab_size)
+    monkeypatch.setattr(torch_loss, "TOKENS_PER_CHUNK", 64)
     per_token, planned = (
         (count(512) - count(256)) / (3 * 256)
         for count in (
@@ -80,10 +80,11 @@ def test_torch_keeps_what_the_plan_says(name: str, remat: bool, monkeypatch: pyt
 
 
 def test_the_preset_fits_its_gpu() -> None:
-    """mini-llm-50m as shipped, in PyTorch: weights, gradients, moments, activations and chunks of logits in 80 GB."""
+    """mini-llm-50m as shipped, in PyTorch: weights, gradients, moments, activations and chunks of logits take less than
+    half of 80 GB."""
     config = load_config("mini-llm-50m")
     n_params = 50_049_408
-    chunks = 4 * 4 * torch_loss.LOGITS_PER_CHUNK
+    chunks = 4 * 4 * torch_loss.TOKENS_PER_CHUNK * config.model.vocab_size
     whole = 16 * n_params + 2 * n_params + activation_bytes(config) + chunks
     assert whole < 40 * GB
     whole_batch = replace(config, train=replace(config.train, grad_accum=1))
@@ -108,7 +109,7 @@ def test_jax_does_not_keep_the_logits(monkeypatch: pytest.MonkeyPatch) -> None:
     config = replace(MODELS["gqa"], n_layers=1, vocab_size=32_768)
     whole = 4 * 512 * config.vocab_size
     assert temporaries(config, 8) > 2 * whole, "the logits and their gradient"
-    monkeypatch.setattr(jax_loss, "LOGITS_PER_CHUNK", 64 * config.vocab_size)
+    monkeypatch.setattr(jax_loss, "TOKENS_PER_CHUNK", 64)
     in_chunks = temporaries(config, 8)
     assert in_chunks < whole
     assert temporaries(config, 16) - in_chunks < whole / 4, "memory grows with tokens x vocabulary"

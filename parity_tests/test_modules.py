@@ -130,7 +130,7 @@ def test_attend(module_pair: Pair) -> None:
     position = np.array([[0, 1, 2, 3, 4], [3, 4, 5, 6, 7]])
     k_j, v_j, k_t, v_t = k_j.swapaxes(1, 2), v_j.swapaxes(1, 2), k_t.transpose(1, 2), v_t.transpose(1, 2)
     bias_j = jax_attention.mask_bias(AttentionMask(None, jnp.asarray(position)), T, S, q_j.dtype)
-    bias_t = torch_attention.mask_bias(AttentionMask(None, to_torch(position)), T, S, q_t.dtype)
+    bias_t = torch_attention.mask_bias(AttentionMask(None, to_torch(position)), T, S, q_t.dtype, q_t.device)
     ours = to_numpy(jax_attention.attend(q_j, k_j, v_j, bias_j))
     theirs = to_numpy(torch_attention.attend(q_t, k_t, v_t, bias_t))
     agree(module_pair, "attend", ours, theirs)
@@ -155,7 +155,7 @@ def test_fused_attention_equals_plain_attention(
     inputs = [both(module_pair, 2, 64, n, c.resolved_head_dim, seed=i) for i, n in enumerate(heads)]
     q, k, v = (theirs for _, theirs in inputs)
     mask = AttentionMask(window)
-    bias = torch_attention.mask_bias(mask, 64, 64, q.dtype)
+    bias = torch_attention.mask_bias(mask, 64, 64, q.dtype, q.device)
     plain = to_numpy(torch_attention.attend(q, k.transpose(1, 2), v.transpose(1, 2), bias))
     if window is None:  # torch's fused kernel takes no window: test_packing.py
         agree(module_pair, "torch", to_numpy(torch_attention.attend_fused(q, k, v, mask)), plain)

@@ -219,7 +219,7 @@ def test_mask_bias_equals_its_description(mask: AttentionMask) -> None:
     ours = jax_attention.mask_bias(mask, T, S, jnp.float32)
     arrays = (mask.query_index_BT, mask.query_segments_BT, mask.key_segments_BS)
     on_torch = AttentionMask(mask.window, *(None if x is None else to_torch(x) for x in arrays))
-    theirs = torch_attention.mask_bias(on_torch, T, S, torch.float32)
+    theirs = torch_attention.mask_bias(on_torch, T, S, torch.float32, torch.device("cpu"))
     index = np.broadcast_to(np.arange(T) if mask.query_index_BT is None else mask.query_index_BT, (2, T))
     for b, t, s in np.ndindex(ours.shape):
         sees = s <= index[b, t]

@@ -3,6 +3,7 @@
 There is no iterator state: a resumed run asks for the batch of its next step.
 """
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ import numpy as np
 from minillm_core.config import ModelConfig
 from minillm_core.errors import InputError
 from minillm_core.files import hash_file
+from minillm_core.tensors import Array
 from minillm_core.text.tokenizer import Tokenizer
 
 SPLITS = ("train", "val")
@@ -27,15 +29,12 @@ def redo_hint(folder: Path) -> str:
     return f"remove {folder} or choose a different --data.dir, then prepare the data again"
 
 
-Array = Any
-"""An array of numpy or of a framework."""
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Batch:
     """Rows of tokens, the token that each must predict, and how much each prediction counts: all (B, T).
 
-    On the host the arrays are numpy's; each framework copies them to its device.
+    On the host the arrays are numpy's; each framework copies them to its device. All batches of a run should have the
+    same optional fields: JAX compiles the step anew for every combination.
     """
 
     tokens_BT: Array
@@ -48,7 +47,7 @@ class Batch:
     """The position of each token in its document, int32. None: 0 to T - 1 in every row."""
     segments_BT: Array | None = None
     """The document of each token, int32. Tokens of one row that are in different segments do not see each other. None:
-    every row is one document."""
+    every row is one document. The last token of a document must not predict the next document: its weight is 0."""
 
     @classmethod
     def from_rows(cls, rows: np.ndarray) -> "Batch":
@@ -57,41 +56,42 @@ class Batch:
 
     @classmethod
     def within(cls, tokens_BT: np.ndarray) -> "Batch":
-        """From rows of T tokens: the same, but the last token of each row is read too and predicts nothing."""
+        """From rows of T tokens: each token predicts the next one, the last one of a row nothing (its weight is 0)."""
         weights_BT = np.ones(tokens_BT.shape, np.float32)
         weights_BT[:, -1] = 0
         return cls(tokens_BT, np.roll(tokens_BT, -1, axis=1), weights_BT)
 
-    def check(self, config: ModelConfig) -> None:
-        """Checks a batch on the host.
+    def check(self, config: ModelConfig, n_micro: int = 1) -> None:
+        """Checks a batch on the host, before it is used in n_micro parts.
 
         Raises:
             InputError: shapes or dtypes do not fit; ids outside the vocabulary; positions outside the context; weights
-                that are negative, not finite, or all zero.
+                that are negative, not finite in float32, or all zero.
         """
-        names = ("tokens_BT", "targets_BT", "weights_BT", "positions_BT", "segments_BT")
-        arrays = {name: np.asarray(array) for name in names if (array := getattr(self, name)) is not None}
+        given = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        arrays = {name: np.asarray(array) for name, array in given.items() if array is not None}
         shape = arrays["tokens_BT"].shape
         for name, array in arrays.items():
-            kind = np.floating if name == "weights_BT" else np.integer
+            kind, words = (np.floating, "floats") if name == "weights_BT" else (np.integer, "integers")
             if array.shape != shape or array.ndim != 2 or not np.issubdtype(array.dtype, kind):
-                expected = f"{kind.__name__} {shape if len(shape) == 2 else '(B, T)'}"
-                raise InputError(
-                    f"{name} does not fit the batch", expected=expected, found=f"{array.dtype} {array.shape}"
-                )
-        limits = {
-            "tokens_BT": config.vocab_size,
-            "targets_BT": config.vocab_size,
-            "positions_BT": config.context_length,
-        }
-        for name, limit in limits.items():
+                expected = f"{words} (B, T)" if len(shape) != 2 else f"{words} (B, T) = {shape}"
+                found = f"{array.dtype} {array.shape}"
+                raise InputError(f"{name} does not fit the batch", expected=expected, found=found)
+        if shape[0] % n_micro:
+            problem = "the rows of the batch cannot be divided into micro-batches"
+            raise InputError(problem, expected=f"a multiple of train.grad_accum, {n_micro}", found=f"{shape[0]} rows")
+        limits = {"tokens_BT": config.vocab_size, "targets_BT": config.vocab_size}
+        for name, limit in (limits | {"positions_BT": config.context_length}).items():
             if name in arrays and arrays[name].size and not (arrays[name].min() >= 0 and arrays[name].max() < limit):
                 found = f"{arrays[name].min()} to {arrays[name].max()}"
-                raise InputError(f"{name} is out of range", expected=f"0 to {limit - 1}", found=found)
-        weights_BT = arrays["weights_BT"]
-        if not (np.isfinite(weights_BT).all() and weights_BT.min(initial=0) >= 0 and weights_BT.any()):
-            found = f"from {weights_BT.min(initial=np.inf)} to {weights_BT.max(initial=-np.inf)}"
-            expected = "finite numbers of 0 or more, at least one above 0"
+                hint = "give a target that does not count any valid id, and the weight 0" if "targets" in name else None
+                raise InputError(f"{name} is out of range", expected=f"0 to {limit - 1}", found=found, hint=hint)
+        with np.errstate(over="ignore"):
+            weights_BT = arrays["weights_BT"].astype(np.float32)
+            total = weights_BT.sum()
+        if not (np.isfinite(total) and total > 0 and weights_BT.min() >= 0):
+            found = f"from {weights_BT.min(initial=np.inf)} to {weights_BT.max(initial=-np.inf)}, sum {total}"
+            expected = "finite numbers of 0 or more, not all 0 (in float32)"
             raise InputError("weights_BT is out of range", expected=expected, found=found)
 
 

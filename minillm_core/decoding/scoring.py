@@ -34,7 +34,7 @@ def score_split(generator: BaseGenerator, data: PreparedData, split: str, seq_le
         raise InputError("seq_len is out of range", expected=f"1 to {limit}, the context length", found=seq_len)
     sums, n_scored = [], 0
     for batch in data.eval_batches(split, ROWS, seq_len):
-        counts = batch.weights_BT.astype(int).sum(axis=1)
+        counts = (batch.weights_BT > 0).sum(axis=1)  # 0 for the padding, which is on the right
         rows = [
             [*tokens[:n], targets[n - 1]]
             for tokens, targets, n in zip(batch.tokens_BT, batch.targets_BT, counts, strict=True)

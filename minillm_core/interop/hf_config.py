@@ -138,8 +138,9 @@ def from_hf_config(data: Any, where: object) -> ModelConfig:
     if is_mistral and data.get("sliding_window") is not None:
         fields["sliding_window"] = number("sliding_window", None, int)
     if problems:
-        hint = "use a model of the Llama architecture; if this is one, correct its config.json"
-        raise InputError(listed("the configuration cannot be read as a Llama model", problems), where=where, hint=hint)
+        hint = "use a model of the Llama or Mistral architecture; if this is one, correct its config.json"
+        problem = "the configuration cannot be read as a Llama or Mistral model"
+        raise InputError(listed(problem, problems), where=where, hint=hint)
     try:
         return ModelConfig(**fields, rope_theta=theta, rope_scaling=scaling)
     except InputError as error:

@@ -5,13 +5,11 @@ understand, in one function (`lower` in attention.py); a kernel that cannot expr
 """
 
 from dataclasses import dataclass
-from typing import Any
 
-Array = Any
-"""An array of numpy or of a framework."""
+from minillm_core.tensors import Array
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class AttentionMask:
     """A query sees the keys at its own place in the row and before it. Each field that is not None restricts it more.
 
@@ -26,3 +24,8 @@ class AttentionMask:
     query_segments_BT: Array | None = None
     key_segments_BS: Array | None = None
     """The document of every query and key, integers: a query sees only keys of its own segment. Both or neither."""
+
+
+def effective_window(window: int | None, n_keys: int) -> int | None:
+    """The window of a mask over `n_keys` keys: None if it hides none of them."""
+    return None if window is None or window >= n_keys else window
