@@ -145,6 +145,12 @@ def test_rows_of_any_length(framework: str, pieces: list[tuple[int, ...]]) -> No
 
 
 @pytest.mark.parametrize("framework", BACKENDS)
+def test_rows_of_different_length_with_a_window(framework: str, float64: Tier) -> None:
+    pair = make_pair(dataclasses.replace(TINY, sliding_window=4), float64)
+    check_ragged_rows(pair, framework, [(5, 2, 8), (1, 1, 1), (0, 5, 1), (1, 1, 1)], capacity=48)
+
+
+@pytest.mark.parametrize("framework", BACKENDS)
 def test_cache_can_be_continued_many_times(framework: str, float64: Tier) -> None:
     """Three continuations of one prompt, with interleaved steps; then the cache of the prompt is used once more.
 
@@ -164,10 +170,11 @@ def test_cache_can_be_continued_many_times(framework: str, float64: Tier) -> Non
     assert_close("the kept cache", whole, expected[1][:, 9:], 1e-12)
 
 
+@pytest.mark.parametrize("window", [None, 4])
 @pytest.mark.parametrize("framework", BACKENDS)
-def test_take_rows(framework: str, float64: Tier) -> None:
+def test_take_rows(framework: str, window: int | None, float64: Tier) -> None:
     """Reordered and repeated rows continue as before in a larger or smaller cache; the old cache stays valid."""
-    pair = make_pair(MODELS["gqa"], float64)
+    pair = make_pair(dataclasses.replace(MODELS["gqa"], sliding_window=window), float64)
     tokens, lengths = random_tokens(pair.config, 3, 9), np.array([9, 4, 6], np.int32)
     _, cache = call(pair, framework, tokens, new_cache(pair, framework, 3, 16), lengths)
     order = np.array([2, 0, 2, 1])

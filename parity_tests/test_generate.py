@@ -51,10 +51,11 @@ def tokens_of(generator: BaseGenerator, prompts: Any, **options: Any) -> list[li
     return [completion.tokens for completion in complete(generator, prompts, **options)]
 
 
-@pytest.mark.parametrize("name", ["mha", "gqa", "mqa-untied", "gqa-wide-heads-untied"])
+@pytest.mark.parametrize("name", ["mha", "gqa", "mqa-untied", "gqa-wide-heads-untied", "gqa with a window"])
 def test_greedy_tokens_agree(name: str, tokenizer: Tokenizer, tmp_path: Any) -> None:
     """200 tokens in float32, in both frameworks and in transformers, for rows of different length."""
-    config = dataclasses.replace(MODELS[name], vocab_size=512)
+    window = 16 if "window" in name else None
+    config = dataclasses.replace(MODELS[name.partition(" ")[0]], vocab_size=512, sliding_window=window)
     rows = {
         framework: tokens_of(generator, PROMPTS, max_new_tokens=200, temperature=0.0)
         for framework, generator in generators(config, TIERS["float32"], tokenizer).items()

@@ -126,7 +126,11 @@ def cached_logits(pair: Pair, framework: str, batch: Batch, chunks: list[int]) -
     else:
         cache = torch_kv_cache.init_cache(pair.config, B, T + 3, pair.tier.torch, has_segments)
         forward = pair.torch
-    for n in chunks:
+    for i, n in enumerate(chunks):
+        if i == 1 and has_segments:  # the same rows in a cache of a different size
+            rows = np.arange(B)
+            module = jax_kv_cache if framework == "jax" else torch_kv_cache
+            cache = module.take_rows(cache, rows if framework == "jax" else to_torch(rows), T + 1)
         tokens, positions, segments = (
             None if x is None else (x if framework == "jax" else to_torch(x))[:, start : start + n]
             for x in (batch.tokens_BT, batch.positions_BT, batch.segments_BT)

@@ -51,6 +51,9 @@ def compare(
     if n_tokens > limit:
         logger.info(f"using rows of {limit} tokens (the context length)")
     tokens_BT, rows_of_text = make_tokens((ours, theirs), min(n_tokens, limit), seed)
+    for name, window in (("A", ours.config.sliding_window), ("B", theirs.config.sliding_window)):
+        if window is not None and window >= tokens_BT.shape[1]:
+            logger.warning(f"no row is longer than the sliding window of {name}, {window}: the window is not compared")
     report = examine(ours, theirs, tokens_BT, dtype, rows_of_text=rows_of_text)
     texts = [*documents()[0].split("\n"), *PROBES]
     return replace(report, tokenizers=compare_tokenizers(ours, theirs, texts))
