@@ -96,7 +96,7 @@ def attention_and_gradients(
 
 @pytest.mark.parametrize("framework", BACKENDS)
 @pytest.mark.parametrize("heads", [(6, 6, 64), (8, 2, 128), (4, 1, 64)])
-@pytest.mark.parametrize(("length", "window"), [(512, None), (130, None), (512, 77)])
+@pytest.mark.parametrize(("length", "window"), [(512, None), (130, None), (512, 1), (512, 77), (512, 511)])
 def test_fused_attention_equals_plain_attention(
     framework: str, heads: tuple[int, int, int], length: int, window: int | None
 ) -> None:
@@ -123,12 +123,33 @@ def test_fused_attention_equals_plain_attention(
         assert_close_norm(name, ours, theirs, BFLOAT16_MODULE)
 
 
-def test_torch_takes_a_kernel_that_stores_no_scores() -> None:
-    """With every other kernel forbidden, a train step still runs."""
-    backend, config = BACKENDS["torch"], run_config(MODEL, seq_len=256, compute_dtype="bfloat16")
-    batch = Batch.from_rows(random_tokens(MODEL, 4, 257))
+@pytest.mark.parametrize("window", [None, 256])
+def test_torch_takes_a_kernel_that_stores_no_scores(window: int | None) -> None:
+    """With every other kernel forbidden, a train step still runs, also with a window that hides nothing."""
+    model = replace(MODEL, sliding_window=window)
+    backend, config = BACKENDS["torch"], run_config(model, seq_len=256, compute_dtype="bfloat16")
+    batch = Batch.from_rows(random_tokens(model, 4, 257))
     with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION]):
         backend.make_train_step(config)(backend.init_state(config), batch, 1e-3)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_windows_and_segments_agree(packed: bool) -> None:
+    """A train step in bfloat16 with a window (fused in JAX, plain in PyTorch), and with two documents in each row."""
+    model = replace(MODEL, sliding_window=50)
+    config = run_config(model, batch_size=4, seq_len=256, compute_dtype="bfloat16")
+    batch = Batch.from_rows(random_tokens(model, 4, 257))
+    if packed:
+        place = np.arange(256, dtype=np.int32)[None].repeat(4, axis=0)
+        batch = replace(batch, segments_BT=(place >= 100).astype(np.int32), positions_BT=place % 100)
+    moments = []
+    for backend in BACKENDS.values():
+        state = backend.import_state(config, TrainingState(random_weights(model, sharpness=1.0), {}, {}), 0)
+        state, _ = backend.make_train_step(config)(state, batch, 1e-3)
+        moments.append(backend.export_state(config, state).exp_avg)
+    for name, ours in moments[0].items():
+        a, b = ours.ravel().astype(np.float64), moments[1][name].ravel().astype(np.float64)
+        assert a @ b / (np.linalg.norm(a) * np.linalg.norm(b)) >= BFLOAT16_GRADIENT_COSINE, name
 
 
 @pytest.mark.parametrize("framework", BACKENDS)
