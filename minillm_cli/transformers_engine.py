@@ -1,4 +1,4 @@
-"""Runs a Hugging Face folder with transformers' Llama or Mistral as a reference; records its stages under this project's names."""
+"""Runs a Hugging Face folder with transformers' Llama or Mistral; records its stages under this project's names."""
 
 import importlib
 from collections.abc import Callable, Iterator
