@@ -2,19 +2,28 @@
 
 import ast
 import importlib
+import json
 import re
 import shlex
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
 from minillm_core.config import load_config, preset_names
-from minillm_core.model.params import count_params
-from parity_tests.conftest import ROOT
+from minillm_core.decoding.prompts import read_prompts
+from minillm_core.interop.gguf import open_gguf
+from minillm_core.interop.hf import open_hf
+from minillm_core.model.params import count_params, param_table
+from minillm_core.text.tokenizer_json import load_tokenizer
+from minillm_core.training.checkpoints import verify_checkpoint
+from minillm_core.training.metrics import read_metrics
+from parity_tests.conftest import BACKENDS, ROOT
 from parity_tests.test_scripts import STEPS, environment, succeeds
 
+Done = subprocess.CompletedProcess[str]
 PAGES = {path.name: path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
 TINY_MODEL = shlex.split(
     "--model.vocab_size 512 --model.context_length 320 --model.width 32 --model.n_layers 1 --model.n_heads 2 "
@@ -71,6 +80,69 @@ def test_command_list_is_complete() -> None:
     assert set(commands_of("README.md")) <= {*commands}
 
 
+def check_train(run: Path, framework: str, done: Done) -> None:
+    verify_checkpoint(run / framework / "checkpoints" / str(STEPS))
+    BACKENDS[framework].load(run / framework)
+    assert re.search(rf"step +{STEPS}/{STEPS}  loss [\d.]+ ", done.stderr)
+    assert [row["split"] for row in read_metrics(run / framework / "metrics.jsonl")][-1] == "val"
+    assert re.match(r"The state of the Union is\S* *\S", done.stdout), "the prompt and its continuation"
+
+
+def check_convert(direction: str, result: Path) -> None:
+    """The path on stdout is a checkpoint of the format, with all tensors and a tokenizer."""
+    target = direction.split("->")[1]
+    if target in BACKENDS:
+        verify_checkpoint(result)
+        assert BACKENDS[target].load(result).config.vocab_size == load_tokenizer(result, 512).vocab_size
+    else:
+        opened = {"hf": open_hf, "gguf": open_gguf}[target](result)
+        assert {name for name, _ in opened.tensors()} == param_table(opened.config).keys()
+
+
+def check_generate(home: Path, options: dict[str, str], done: Done) -> None:
+    if "--prompt" in options:
+        assert done.stdout.startswith(options["--prompt"])
+        assert len(done.stdout.strip()) > len(options["--prompt"])
+    else:
+        rows = [json.loads(line) for line in (home / options["--output"]).read_text().splitlines()]
+        assert [row["prompt"] for row in rows] == read_prompts(home / options["--prompts"])
+        assert {len(row["completions"]) for row in rows} == {int(options["--n"])}
+
+
+def check_result(script: str, arguments: list[str], home: Path, done: Done) -> None:
+    """What a command must have printed and written."""
+    options = {word: value for word, value in pairwise([*arguments, ""]) if word.startswith("--")}
+    out = done.stdout
+    match script.split("_")[0]:
+        case "train":
+            check_train(home / options.get("--train.out_dir", "runs/quickstart"), script.split("_")[1], done)
+        case "compare":
+            assert float(re.findall(r"^train: \d+ common steps, largest difference (\S+)", out, re.M)[0]) <= 1e-4
+            assert (home / "curves.png").read_bytes().startswith(b"\x89PNG")
+        case "convert":
+            check_convert(arguments[0], home / out.strip())
+        case "parity":
+            assert "\nEQUAL within" in out
+        case "generate":
+            check_generate(home, options, done)
+        case "evaluate":
+            last = read_metrics(home / "runs/quickstart" / options["--backend"] / "metrics.jsonl")[-1]
+            values = {line.split()[0]: float(line.split()[1]) for line in out.splitlines()}
+            assert values["bits_per_byte"] == pytest.approx(last["bits_per_byte"], rel=1e-5)
+        case "prepare":
+            files = [line.split(":")[0] for line in out.splitlines()]
+            assert files == ["data/tiny/train.bin", "data/tiny/val.bin"]
+            assert all((home / file).stat().st_size for file in files)
+        case "plan":
+            assert "agree with: jax, torch" in out
+            for preset in preset_names():
+                assert re.search(rf"^{preset} +{count_params(load_config(preset).model):,} ", out, re.M), preset
+        case "benchmark":
+            assert ("worst cosine" if script == "benchmark" else "times transformers") in out
+        case _:
+            pytest.fail(f"no check of {script}")
+
+
 @pytest.mark.parametrize(
     "command",
     [
@@ -82,8 +154,9 @@ def test_commands(command: str, home: Path, corpus: Path) -> None:
     """The commands run in the order of docs/commands.md, in one folder."""
     _, path, *arguments = shlex.split(command)
     script = Path(path).stem
-    done = succeeds(script, *tiny(script, arguments, corpus), cwd=home)
-    assert done.stdout.strip() or done.stderr.strip()
+    arguments = tiny(script, arguments, corpus)
+    done = succeeds(script, *arguments, cwd=home)
+    check_result(script, arguments, home, done)
 
 
 @pytest.mark.extended
