@@ -39,6 +39,7 @@ from minillm_core.model.params import param_table
 from minillm_core.model.tolerance import BFLOAT16_MODULE, TOLERANCES
 from minillm_core.tensors import Tensors
 from minillm_core.text.tokenizer import Tokenizer
+from minillm_core.training import loop
 from minillm_core.training.checkpoints import TrainingState, read_info
 from minillm_core.training.metrics import read_metrics
 from minillm_core.training.train import train
@@ -107,6 +108,17 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         for name, value in settings.items():
             jax.config.update(name, value)
             patch.setenv(name.upper(), str(value))
+        yield
+
+
+PLOT_LOSS = loop.plot_loss
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_plots() -> Iterator[None]:
+    """Runs draw no loss curve, which takes half a second per evaluation; the runs of test_scripts.py do draw it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "plot_loss", lambda *_: None)
         yield
 
 

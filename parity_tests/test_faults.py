@@ -1,6 +1,6 @@
 """Real processes: killed, interrupted by signals, with damaged files, on a full disk, two in one run directory.
 
-A short form runs with the other tests; `pytest parity_tests -m faults` kills each framework's training 40 times.
+A short form belongs to the extended tests; `pytest parity_tests -m faults` kills each framework's training 40 times.
 """
 
 import os
@@ -26,6 +26,7 @@ from minillm_core.training.train import train
 from parity_tests.conftest import BACKENDS, ROOT, TINY, assert_same_bits, metrics_of, run_config, state_at
 
 FRAMEWORKS = ("jax", "torch")
+SHORT = pytest.mark.extended
 
 
 def start(framework: str, folder: Path, *arguments: str) -> subprocess.Popen[str]:
@@ -76,7 +77,7 @@ def assert_same_run(ours: Path, theirs: Path, framework: str, step: int) -> None
 
 
 @pytest.mark.parametrize("framework", FRAMEWORKS)
-@pytest.mark.parametrize("kills", [2, pytest.param(40, marks=pytest.mark.faults)])
+@pytest.mark.parametrize("kills", [pytest.param(2, marks=SHORT), pytest.param(40, marks=pytest.mark.faults)])
 def test_killed_at_random_moments(framework: str, kills: int, data_config: DataConfig, tmp_path: Path) -> None:
     """SIGKILL: half of the kills aim at a save, the others hit at any time after the start of the process."""
     steps = 60 + 15 * kills
@@ -147,7 +148,8 @@ def damages(framework: str) -> list[Any]:
         for name in ("checkpoint.json", "manifest.json", "tokenizer.model", *payload)
         if (damage, name) not in cases
     ]
-    return cases[:1] + [pytest.param(*case, marks=pytest.mark.faults) for case in cases[1:] + every_file]
+    cases += every_file
+    return [pytest.param(*case, marks=pytest.mark.faults if n else SHORT) for n, case in enumerate(cases)]
 
 
 @pytest.mark.parametrize(
@@ -185,6 +187,7 @@ def test_damaged_checkpoint_is_skipped(
     assert_same_run(tmp_path, finished, framework, 12)
 
 
+@SHORT
 @pytest.mark.parametrize("framework", FRAMEWORKS)
 def test_all_checkpoints_damaged_is_refused(
     framework: str, finished: Path, data_config: DataConfig, tmp_path: Path
@@ -197,6 +200,7 @@ def test_all_checkpoints_damaged_is_refused(
         train(short_run(tmp_path, data_config), BACKENDS[framework])
 
 
+@SHORT
 @pytest.mark.parametrize("framework", FRAMEWORKS)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signal_saves_and_stops(
@@ -215,6 +219,7 @@ def test_signal_saves_and_stops(
     assert f"stopped at step {step} of 5000: saved run/{framework}/checkpoints/{step}; run the same command" in said
 
 
+@SHORT
 def test_ctrl_c_with_piped_output(data_config: DataConfig, tmp_path: Path) -> None:
     """`python scripts/train_torch.py run.yaml 2>&1 | tee log`: Ctrl-C in a terminal reaches both processes."""
     home = new_home(tmp_path, data_config, checkpoint_every=5000)
@@ -235,6 +240,7 @@ def test_ctrl_c_with_piped_output(data_config: DataConfig, tmp_path: Path) -> No
     assert step >= read_metrics(log)[-1]["step"]
 
 
+@SHORT
 def test_second_process_is_refused(data_config: DataConfig, tmp_path: Path) -> None:
     """In either framework. The first process continues; when it has ended, even by SIGKILL, the directory is free."""
     home = new_home(tmp_path, data_config)
@@ -255,6 +261,7 @@ def test_second_process_is_refused(data_config: DataConfig, tmp_path: Path) -> N
     assert again.returncode == 128 + signal.SIGTERM, said
 
 
+@SHORT
 def test_killed_while_preparing_data(corpus: Path, tmp_path: Path) -> None:
     """The leftovers are not taken for prepared data, block nothing, and are removed; a second process waits."""
     data = DataConfig(corpus=str(corpus), dir="data/tiny", holdout_every=5)
@@ -284,7 +291,8 @@ def small_disk(folder: Path, kilobytes: int) -> list[str] | None:
 
 @pytest.mark.parametrize("framework", FRAMEWORKS)
 @pytest.mark.parametrize(
-    "kilobytes", [6000, *(pytest.param(n, marks=pytest.mark.faults) for n in range(6250, 7300, 250))]
+    "kilobytes",
+    [pytest.param(n, marks=pytest.mark.faults if n > 6000 else SHORT) for n in range(6000, 7300, 250)],
 )
 def test_full_disk(framework: str, kilobytes: int, data_config: DataConfig, tmp_path: Path) -> None:
     """Full before or during a save: training stops with a message, and all earlier checkpoints are complete."""

@@ -2,6 +2,7 @@
 
 import dataclasses
 import shutil
+from functools import lru_cache
 from typing import Any
 
 import jax
@@ -38,6 +39,7 @@ from parity_tests.test_transformers import load_llama
 PROMPTS = [[1, 40, 41, 42, 43], [1], [1, *range(100, 117)]]
 
 
+@lru_cache
 def generators(config: ModelConfig, tier: Tier, tokenizer: Tokenizer) -> dict[str, BaseGenerator]:
     pair = make_pair(config, tier)
     return {name: BACKENDS[name].Generator(getattr(pair, name), tokenizer) for name in BACKENDS}
@@ -210,16 +212,16 @@ def test_prefix_can_be_continued_many_times(framework: str, float64: Tier, token
         prefix = generator.prefill(beginning)
         for suffixes in ([[7, 8], [9], list(range(200, 240))], [[9], [7], [8]]):
             for options in ({"temperature": 0.0}, {"temperature": 1.0, "seed": 3, "n": 2}):
-                whole = complete(generator, [beginning + s for s in suffixes], max_new_tokens=20, **options)
-                continued = complete(generator, suffixes, prefix=prefix, max_new_tokens=20, **options)
+                whole = complete(generator, [beginning + s for s in suffixes], max_new_tokens=46, **options)
+                continued = complete(generator, suffixes, prefix=prefix, max_new_tokens=46, **options)
                 assert [c.tokens for c in continued] == [c.tokens for c in whole]
                 assert all(
                     np.allclose(a.logprobs, b.logprobs, rtol=0, atol=1e-12)
                     for a, b in zip(continued, whole, strict=True)
                 )
-    text = "".join(generator.stream([9], prefix=prefix, max_new_tokens=20, temperature=0.0))
-    assert text == generator.generate([[*beginning, 9]], max_new_tokens=20, temperature=0.0)[0]
-    assert tokens_of(generator, [""], prefix=prefix, max_new_tokens=9) == tokens_of(
+    text = "".join(generator.stream([9], prefix=prefix, max_new_tokens=46, temperature=0.0))
+    assert text == generator.generate([[*beginning, 9]], max_new_tokens=46, temperature=0.0)[0]
+    assert tokens_of(generator, [""], prefix=prefix, max_new_tokens=47) == tokens_of(
         generator, [beginning], max_new_tokens=9
     )
     full = generator.prefill(list(range(4, 323)))  # all but one token of the context

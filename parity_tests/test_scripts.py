@@ -20,9 +20,20 @@ import yaml
 from minillm_core.config import DataConfig, OptimConfig, run_config_from_dict, to_dict
 from minillm_core.errors import InputError
 from minillm_core.interop import convert
+from minillm_core.training import loop
 from minillm_core.training.checkpoints import TrainingState, checkpoint_steps, read_info, verify_checkpoint
 from minillm_core.training.metrics import read_metrics
-from parity_tests.conftest import BACKENDS, ROOT, TINY, assert_same_bits, random_tokens, run_config, to_numpy, to_torch
+from parity_tests.conftest import (
+    BACKENDS,
+    PLOT_LOSS,
+    ROOT,
+    TINY,
+    assert_same_bits,
+    random_tokens,
+    run_config,
+    to_numpy,
+    to_torch,
+)
 
 STEPS = 6
 
@@ -90,7 +101,9 @@ def home(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
     )
     (folder / "tiny.yaml").write_text(yaml.safe_dump(to_dict(config)))
     for framework in BACKENDS:
-        done = succeeds_here(f"train_{framework}", "tiny.yaml", cwd=folder)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(loop, "plot_loss", PLOT_LOSS)
+            done = succeeds_here(f"train_{framework}", "tiny.yaml", cwd=folder)
         assert ("prepared" if framework == "jax" else "found prepared data") in done.stderr
         assert done.stdout.startswith("The state of the Union is")
         assert "python scripts/generate.py runs/tiny" in done.stderr
