@@ -28,6 +28,7 @@ from parity_tests.conftest import (
     random_tokens,
     random_weights,
 )
+from parity_tests.test_transformers import named
 
 CONFIG = ModelConfig(
     vocab_size=211, context_length=512, width=64, n_layers=3, n_heads=8, n_kv_heads=4, head_dim=8, hidden=96,
@@ -46,14 +47,15 @@ def report_of(a: Subject, b: Subject, tokens: np.ndarray = TOKENS, dtype: str = 
     return examine(a, b, tokens, dtype, rows_of_text=0)
 
 
-@pytest.mark.parametrize("config", MODELS.values(), ids=MODELS)
-def test_reference_matches_both_frameworks(config: ModelConfig, float64: Tier) -> None:
+@pytest.mark.parametrize("name", named(MODELS))
+def test_reference_matches_both_frameworks(name: str, float64: Tier) -> None:
     """In float64, every stage of both frameworks equals that of the numpy reference."""
+    config = MODELS[name]
     weights, tokens = random_weights(config), random_tokens(config, 2, 257)
     for framework, backend in BACKENDS.items():
         trace = backend.trace(config, weights, tokens, "float64")
-        for name, stage in Reference(config, weights).stages(tokens):
-            assert_close(f"{framework} {name}", trace.stages[name], stage, 1e-12)
+        for stage, expected in Reference(config, weights).stages(tokens):
+            assert_close(f"{framework} {stage}", trace.stages[stage], expected, 1e-12)
 
 
 @pytest.mark.extended

@@ -222,7 +222,7 @@ def test_prefix_can_be_continued_many_times(framework: str, float64: Tier, token
     text = "".join(generator.stream([9], prefix=prefix, max_new_tokens=46, temperature=0.0))
     assert text == generator.generate([[*beginning, 9]], max_new_tokens=46, temperature=0.0)[0]
     assert tokens_of(generator, [""], prefix=prefix, max_new_tokens=47) == tokens_of(
-        generator, [beginning], max_new_tokens=9
+        generator, [beginning], max_new_tokens=47
     )
     full = generator.prefill(list(range(4, 323)))  # all but one token of the context
     assert tokens_of(generator, [[]], prefix=full, max_new_tokens=1)
