@@ -1,13 +1,26 @@
 """What the command line prints: messages of the libraries, and commands in the form in which it was started."""
 
+import errno
+import io
 import logging
+import os
+import re
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from minillm_cli import console
-from minillm_core.errors import InputError
+from minillm_cli import train as train_command
+from minillm_cli.main import main
+from minillm_cli.parity import check_writable
+from minillm_core.errors import InputError, missing_package
+from minillm_core.text.tokenizer import Tokenizer
+from parity_tests.conftest import TINY, run_config
 
 HELP = ("convert", "torch->jax", "a run")
 
@@ -55,7 +68,86 @@ def test_the_command_that_helps(
     assert capsys.readouterr().err == f"error: wrong\n  what to do: convert it\n  command: {shown}\n"
 
 
-def test_a_fault_of_the_program_keeps_its_traceback() -> None:
-    with pytest.raises(ZeroDivisionError):
-        console.run(raises(ZeroDivisionError()))
+@pytest.mark.parametrize("error", [ZeroDivisionError(), OSError("a library's own")], ids=repr)
+def test_a_fault_of_the_program_keeps_its_traceback(error: Exception) -> None:
+    with pytest.raises(type(error)):
+        console.run(raises(error))
     assert sys.exc_info() == (None, None, None)
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "message"),
+    [
+        (
+            OSError(errno.EACCES, "Permission denied", "x"),
+            2,
+            "error: Permission denied\n  where: x\n",
+        ),
+        (OSError(errno.ENOSPC, "No space left on device"), 2, "error: the disk is full"),
+        (OSError(errno.EDQUOT, "Disk quota exceeded", "x"), 2, "error: the disk is full, or.*\n  where: x\n"),
+        (BrokenPipeError(), 141, "^$"),  # as in `minillm generate | head`
+    ],
+    ids=repr,
+)
+def test_errors_of_the_system(error: Exception, status: int, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(console, "say", said.append)
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    with pytest.raises(SystemExit) as ended:
+        console.run(raises(error))
+    assert ended.value.code == status
+    assert re.search(message, "".join(said)), said
+
+
+def test_a_missing_package_can_be_done_without() -> None:
+    """The message says what to install, here and in a checkout, and how to do without it."""
+    error = missing_package(ModuleNotFoundError(name="wandb"), "wandb", otherwise="or leave out --train.wandb")
+    assert re.search(r"pip install wandb; .*-e '\.\[wandb\]'; or leave out --train\.wandb$", str(error)), error
+
+
+def test_a_page_that_cannot_be_written_is_refused_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_writable(tmp_path / "new/page.html")
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(InputError, match="no permission to write the page"):
+        check_writable(tmp_path / "new/page.html")
+
+
+def test_a_command_may_be_written_with_an_underscore(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As its script is: `minillm compare_runs`."""
+    for name in ("compare-runs", "compare_runs"):
+        monkeypatch.setattr(sys, "argv", ["minillm", name, "--help"])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert ended.value.code == 0
+        assert "usage: minillm compare-runs" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("word", ["true", "false"])
+def test_truth_values_are_written_as_in_yaml(word: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["minillm train", "quickstart", "--train.deterministic", word])
+    command = console.parse_run_config("", train_command.TrainCommand)
+    assert command.train.deterministic == (word == "true")
+
+
+@pytest.mark.parametrize("context", [30, 320])
+def test_the_sample_fits_the_context(context: int, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At most 120 tokens after the prompt, fewer if the context is short."""
+    asked: list[int] = []
+
+    class Generator:
+        def __init__(self, model: Any, tokenizer: Tokenizer):
+            self.tokenizer = tokenizer
+
+        def stream(self, prompt: str, *, max_new_tokens: int, **sampling: float) -> Iterator[str]:
+            asked.append(len(self.tokenizer.encode(prompt, bos=True)) + max_new_tokens)
+            return iter(())
+
+    monkeypatch.setattr(train_command, "load_tokenizer", lambda *_: tokenizer)
+    config = run_config(replace(TINY, context_length=context), seq_len=16)
+    backend: Any = SimpleNamespace(Generator=Generator, load=lambda checkpoint: None)
+    train_command.print_sample(Path("unused"), config, backend)
+    n_prompt = len(tokenizer.encode(train_command.SAMPLE_PROMPT, bos=True))
+    assert n_prompt < 30
+    assert asked == [min(context, n_prompt + 120)]

@@ -10,14 +10,15 @@ import numpy as np
 import pytest
 
 from minillm_core.config import DataConfig, OptimConfig
-from minillm_core.data.batches import PreparedData, permute
+from minillm_core.data.batches import Batch, PreparedData, permute
 from minillm_core.data.corpus import list_documents
 from minillm_core.data.prepare import prepare_data
 from minillm_core.errors import InputError
 from minillm_core.text.tokenizer import BOS_ID, EOS_ID, Tokenizer
+from minillm_core.training.evaluation import evaluate
 from minillm_core.training.metrics import bits_per_byte, perplexity
 from minillm_core.training.schedule import learning_rate
-from parity_tests.conftest import TINY
+from parity_tests.conftest import TINY, run_config
 
 
 @pytest.mark.parametrize(
@@ -100,6 +101,7 @@ def test_every_epoch_reads_every_window_once(data_config: DataConfig) -> None:
     whole = rows_of(3, 8)
     assert np.array_equal(whole, np.concatenate([rows_of(n, 4) for n in (6, 7)]))
     assert np.array_equal(whole, np.concatenate([rows_of(3, 8, rows=slice(a, a + 2)) for a in (0, 2, 4, 6)]))
+    assert np.array_equal(whole[1::3], rows_of(3, 8, rows=slice(1, None, 3)))
 
 
 def test_held_out_windows_cover_every_token_once(data_config: DataConfig) -> None:
@@ -114,7 +116,25 @@ def test_held_out_windows_cover_every_token_once(data_config: DataConfig) -> Non
     total = 2.0 * (len(data.tokens["val"]) - 1)  # nats, if every token costs 2
     expected = total / math.log(2) / data.meta["val"]["n_bytes"]
     assert perplexity(math.log(7)) == pytest.approx(7)
+    assert perplexity(709.9) == perplexity(math.inf) == math.inf, "exp overflows"
     assert bits_per_byte(2.0, data.tokens_per_byte("val")) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("n_batches", [None, 2])
+def test_padding_does_not_count(n_batches: int | None, data_config: DataConfig) -> None:
+    """The held-out loss is the mean over real targets, whatever a model says about padding. Micro-batches, not whole
+    batches, are evaluated."""
+    data, rows = PreparedData(data_config.dir, TINY.vocab_size), []
+
+    def eval_step(batch: Batch) -> np.ndarray:
+        rows.append(len(batch.tokens_BT))
+        return np.where(batch.weights_BT > 0, batch.targets_BT, np.nan)
+
+    config = run_config(TINY, batch_size=14, grad_accum=2, seq_len=33).train
+    loss = evaluate(eval_step, data, "val", config, n_batches)
+    assert set(rows) == {7}
+    assert n_batches is None or len(rows) == n_batches
+    assert n_batches is not None or loss == pytest.approx(data.tokens["val"][1:].mean(), rel=1e-12)
 
 
 def test_learning_rate_follows_original_schedule() -> None:
@@ -136,9 +156,9 @@ def damage(folder: Path, how: str) -> None:
         (folder / "meta.json").write_text("{")
     elif how == "no-meta":
         (folder / "meta.json").unlink()
-    elif how == "token":
+    elif how.startswith("token"):
         tokens = np.fromfile(folder / "train.bin", "<u2")
-        tokens[:] = 60_000
+        tokens[:] = int(how.removeprefix("token "))
         tokens.tofile(folder / "train.bin")
 
 
@@ -149,7 +169,8 @@ def damage(folder: Path, how: str) -> None:
         ("truncated", r"(?s)missing or truncated data file.*train\.bin"),
         ("meta", "damaged data file"),
         ("no-meta", "not a folder of prepared data"),
-        ("token", r"(?s)token id outside the vocabulary.*below 512.*60000"),
+        ("token 60000", r"(?s)token id outside the vocabulary.*below 512.*60000"),
+        ("token 512", r"(?s)token id outside the vocabulary.*below 512.*512"),
     ],
 )
 def test_damaged_data(how: str, message: str, data_config: DataConfig, tmp_path: Path) -> None:
@@ -200,8 +221,18 @@ def test_damaged_meta_data(change: dict[str, object], message: str, data_config:
         PreparedData(tmp_path / "data", TINY.vocab_size)
 
 
-def test_missing_tokenizer(data_config: DataConfig, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["tokenizer.model", "train.bin", "val.bin"])
+def test_changed_files_are_named(name: str, data_config: DataConfig, tmp_path: Path) -> None:
+    """One bit differs, or the tokenizer is missing."""
     shutil.copytree(data_config.dir, tmp_path / "data")
-    (tmp_path / "data/tokenizer.model").unlink()
-    with pytest.raises(InputError, match=r"(?s)missing or was changed.*tokenizer\.model"):
-        PreparedData(tmp_path / "data", TINY.vocab_size).verify()
+    path = tmp_path / "data" / name
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    data = PreparedData(tmp_path / "data", TINY.vocab_size)
+    with pytest.raises(InputError, match=rf"(?s)missing or was changed.*{name}"):
+        data.verify()
+    if name == "tokenizer.model":
+        path.unlink()
+        with pytest.raises(InputError, match=rf"(?s)missing or was changed.*{name}"):
+            data.verify()

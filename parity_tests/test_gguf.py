@@ -126,6 +126,8 @@ def test_rounded_weights(name: str, dtype: str, tmp_path: Path) -> None:
     path = write(tmp_path / "model.gguf", config, weights, dtype)
     theirs = LlamaCpp(path).logits(tokens[0])[None]
     loaded = torch_logits(config, dict(open_gguf(path).tensors()), tokens)
+    file_type = {"float16": "MOSTLY_F16", "bfloat16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}[dtype]
+    assert open_gguf(path).file.fields["general.file_type"] == gguf.LlamaFileType[file_type]
     largest, kl, kl_before = ROUNDED[dtype]
     assert_close(dtype, theirs, loaded, largest)
     assert mean_kl(loaded, theirs) < kl
@@ -256,12 +258,13 @@ def test_files_quantised_by_llama_cpp(kind: str, tmp_path: Path) -> None:
 
 def test_llama_3_rope_factors_are_recognised(tmp_path: Path) -> None:
     """In files without our own keys, the scaling of Llama 3.1 and 3.2 is recognised; other scalings are refused."""
-    scalings = [RopeScaling(8.0, 1.0, 4.0, 8192), RopeScaling(32.0, 1.0, 4.0, 8192), RopeScaling(8.0, 1.0, 4.0, 4096)]
-    for scaling in scalings:
+    scalings = [RopeScaling(8.0, 1.0, 4.0, 8192), RopeScaling(32.0, 1.0, 4.0, 8192)]
+    others = [RopeScaling(8.0, 1.0, 4.0, 4096), RopeScaling(8.0, 1.0, 4.0, 8180)]
+    for scaling in scalings + others:
         config = replace(TINY, rope_theta=5e5, rope_scaling=scaling)
         path = write(tmp_path / "model.gguf", config, random_weights(config))
         path.write_bytes(path.read_bytes().replace(b"minillm.rope_scaling", b"another.rope_scaling"))
-        if scaling == scalings[2]:
+        if scaling in others:
             with pytest.raises(InputError, match="not Llama 3's scaling"):
                 open_gguf(path)
         else:
@@ -289,6 +292,9 @@ def test_weights_out_of_range_are_refused(tmp_path: Path) -> None:
         with pytest.raises(InputError, match=f"{dtype} cannot hold"):
             write(tmp_path / "x.gguf", WIDE, weights, dtype)
         (tmp_path / "x.gguf").unlink()
+    weights["model.layers.1.self_attn.q_proj.weight"][0, 0] = 8e6  # a block's scale is 1/127 of its largest value
+    largest = max(array.max() for _, array in open_gguf(write(tmp_path / "x.gguf", WIDE, weights, "q8_0")).tensors())
+    assert largest == pytest.approx(8e6, rel=1e-3)
     assert write_gguf(tmp_path / "x.gguf", TINY, random_weights(TINY), "q8_0", NO_TOKENIZER)[0].endswith(
         "embed_tokens.weight"
     )

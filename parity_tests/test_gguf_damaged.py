@@ -39,6 +39,7 @@ def damaged(path: Path, fields: Fields, tensors: Tensors) -> Path:
             writer.add_key_value(key, value, gguf.GGUFValueType.UINT32 if kind == gguf.GGUFValueType.INT32 else kind)
     if "general.architecture" in fields:
         writer.kv_data[0]["general.architecture"].value = fields["general.architecture"]
+    writer.data_alignment = fields.get("general.alignment", writer.data_alignment)
     for name, array in ({gguf_name(name): array for name, array in random_weights(TINY).items()} | tensors).items():
         if array is not None:
             writer.add_tensor(name, array)
@@ -54,7 +55,7 @@ def damaged(path: Path, fields: Fields, tensors: Tensors) -> Path:
     [
         ({"general.architecture": "qwen2"}, {}, "qwen2"),
         ({"general.type": "adapter"}, {}, "adapter"),
-        ({"split.count": 3}, {}, "(?s)3 parts.*llama-gguf-split --merge"),
+        ({"split.count": 2}, {}, "(?s)2 parts.*llama-gguf-split --merge"),
         ({"llama.expert_count": 8}, {}, "expert_count: 8"),
         ({"llama.attention.sliding_window": 512}, {}, "sliding_window"),
         ({"llama.attention.causal": False}, {}, "causal"),
@@ -101,6 +102,20 @@ def test_harmless_keys_are_accepted(tmp_path: Path) -> None:
     opened = open_gguf(damaged(tmp_path / "x.gguf", fields, {"rope_freqs.weight": np.ones(8, np.float32)}))
     assert opened.config == TINY
     assert rope_factors(TINY).tolist() == [1.0] * 8
+    content = bytearray((tmp_path / "x.gguf").read_bytes())
+    content[4] = 2  # the layout of version 2 is the same
+    (tmp_path / "x.gguf").write_bytes(content)
+    assert open_gguf(tmp_path / "x.gguf").config == TINY
+
+
+def test_alignment_of_the_data(tmp_path: Path) -> None:
+    """The data begins at the alignment that the file names. Headers of eight lengths."""
+    weights = random_weights(TINY)
+    for n in range(0, 256, 32):
+        path = damaged(tmp_path / "x.gguf", {"general.alignment": 256, "general.name": "x" * (n + 1)}, {})
+        file = open_gguf(path).file
+        for name in ("model.norm.weight", "model.embed_tokens.weight"):
+            assert np.array_equal(file.read(gguf_name(name)), weights[name]), (n, name)
 
 
 def header(fields: bytes = b"", tensors: bytes = b"", n_fields: int = 0, n_tensors: int = 0, version: int = 3) -> bytes:

@@ -98,11 +98,14 @@ class NoText(Tokenizer):
 
 
 @pytest.mark.parametrize("framework", BACKENDS)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float16"])
 def test_round_trip_is_bit_exact(framework: str, dtype: str, tmp_path: Path) -> None:
     """hf -> framework -> hf: the same bits under the same names, in the same dtype, however they are sharded."""
     config = MODELS["gqa"]
     save_llama(config, tmp_path / "hf", getattr(torch, dtype))
+    if dtype == "float64":  # numbers that float32 does not hold
+        for path in (tmp_path / "hf").glob("*.safetensors"):
+            save_file({name: x * (1 + 1e-12) for name, x in load_file(path).items()}, path, {"format": "pt"})
     checkpoint = import_checkpoint("hf", tmp_path / "hf", tmp_path / "run", BACKENDS[framework])
     export_hf(checkpoint, tmp_path / "back", BACKENDS[framework], dtype)
     before = load_all(tmp_path / "hf")
@@ -124,6 +127,8 @@ def test_transformers_reads_exported_shards(tmp_path: Path) -> None:
     assert len(shards) > 2
     embedding = weights["model.embed_tokens.weight"].nbytes // 2
     assert max(path.stat().st_size for path in shards) < max(60_000, embedding) + 2000
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(2 * array.size for array in weights.values())  # bytes
     llama = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
     for name, tensor in llama.state_dict().items():
         if name in weights:
@@ -167,6 +172,8 @@ def test_export_works_with_auto_classes(
         pieces = [i for i in completion.tokens if i >= 4 + 256]  # invalid UTF-8 has different replacement characters
         assert auto.decode(pieces) == tokenizer.decode(pieces)
         assert len(pieces) > 10
+    assert auto.model_max_length == TINY.context_length
+    assert not (folder / "loss.png").exists()  # an imported model has no loss curve
     card = (folder / "README.md").read_text()
     assert "n_kv_heads: 2" in card
     assert f"{sum(array.size for array in random_weights(TINY).values()):,} parameters" in card
@@ -195,6 +202,8 @@ def load_all(folder: Path) -> dict[str, torch.Tensor]:
 
 
 GOOD: dict[str, Any] = to_hf_config(TINY, "float32")
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3 |= {"original_max_position_embeddings": 64}
 
 
 @pytest.mark.parametrize(
@@ -230,6 +239,8 @@ GOOD: dict[str, Any] = to_hf_config(TINY, "float32")
             "partial_rotary",
         ),
         ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, "low_freq_factor"),
+        ({"rope_parameters": LLAMA3 | {"high_freq_factor": 1.0}}, "low_freq_factor < high_freq_factor"),
+        ({"rope_parameters": LLAMA3 | {"original_max_position_embeddings": 64.5}}, "whole original_max_position"),
         ({"rope_parameters": {"rope_type": "default", "rope_theta": float("nan")}}, "above 0"),
         ({"rope_scaling": {"rope_type": "default", "rope_theta": 5.0}}, "differ"),
         ({"hidden_size": "64"}, "hidden_size"),
@@ -247,8 +258,11 @@ def test_unsupported_models_are_refused(change: dict[str, Any], named: str) -> N
 
 def test_older_configurations() -> None:
     """transformers 4's keys, the defaults of LlamaConfig, and both forms of Llama 3's scaling."""
-    scaled = MODELS["mha-narrow-heads-scaled"]
-    new = to_hf_config(scaled, "float32")
+    for config in (MODELS["gqa"], MODELS["mha-narrow-heads-scaled"]):
+        theirs = {key: value for key, value in to_hf_config(config, "bfloat16").items() if key != "rope_parameters"}
+        assert from_hf_config(theirs, "x") == replace(config, head_dim=config.resolved_head_dim)
+        assert theirs["torch_dtype"] == "bfloat16"
+    new = to_hf_config(config, "float32")
     old = {key: value for key, value in new.items() if key != "rope_parameters"}
     assert from_hf_config(new, "x") == from_hf_config(old, "x") == from_hf_config({**new, "rope_scaling": None}, "x")
     unknown = {
@@ -267,7 +281,7 @@ def test_older_configurations() -> None:
     bare = {key: GOOD[key] for key in ("model_type", "vocab_size", "hidden_size", "intermediate_size")}
     bare |= {"num_hidden_layers": 2, "num_attention_heads": 4}
     config, llama = from_hf_config(bare, "x"), LlamaConfig(**{k: v for k, v in bare.items() if k != "model_type"})
-    assert config.n_kv_heads == llama.num_key_value_heads
+    assert (config.n_kv_heads, config.init_std) == (llama.num_key_value_heads, llama.initializer_range)
     assert (config.context_length, config.norm_eps) == (llama.max_position_embeddings, llama.rms_norm_eps)
     assert (config.tie_embeddings, config.rope_theta) == (
         llama.tie_word_embeddings,
@@ -334,6 +348,7 @@ FREQUENCIES = "model.layers.0.self_attn.rotary_emb.inv_freq"
         (_set(NORM, torch.zeros(TINY.width, dtype=torch.int8)), "quantised"),
         (_set("lm_head.weight", torch.zeros(TINY.vocab_size, TINY.width)), "head differs"),
         (_set(FREQUENCIES, torch.ones(TINY.resolved_head_dim // 2)), "rotary frequencies"),
+        (_set(FREQUENCIES, 1.2e4 ** -torch.arange(0, 1, 2 / TINY.resolved_head_dim)), "rotary frequencies"),
     ],
 )
 def test_damaged_folders(damage: Callable[[Path], None], named: str, tmp_path: Path) -> None:

@@ -1,6 +1,9 @@
 """Every submodule, compared by name: the same inputs give the same outputs in both frameworks."""
 
+import contextlib
 import logging
+from collections.abc import Iterator
+from dataclasses import replace
 from operator import attrgetter
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +21,16 @@ from minillm_jax import layers as jax_layers
 from minillm_jax.device import compiling_for
 from minillm_torch import attention as torch_attention
 from minillm_torch import layers as torch_layers
-from parity_tests.conftest import Pair, assert_close, assert_close_norm, random_tokens, to_numpy, to_torch
+from parity_tests.conftest import (
+    TINY,
+    Pair,
+    assert_close,
+    assert_close_norm,
+    random_tokens,
+    run_config,
+    to_numpy,
+    to_torch,
+)
 
 LENGTH = 300
 
@@ -182,7 +194,9 @@ WHY_NOT_FUSED = [
     (CAUSAL, 64, 64, "bfloat16", None, "not a GPU", "not a GPU"),
     (AttentionMask(7), 64, 64, "bfloat16", 9.0, None, "a sliding window"),
     (AttentionMask(None, None, IDS, IDS), 64, 64, "bfloat16", 9.0, "segments", "segments"),
+    (AttentionMask(7), 63, 64, "bfloat16", 9.0, "the length 63 is odd", "the length 63 is odd"),
     (AttentionMask(None, IDS), 64, 64, "bfloat16", 9.0, "continue a cache", "continue a cache"),
+    (AttentionMask(None, IDS, IDS, IDS), 64, 64, "bfloat16", 9.0, "segments", "segments"),
 ]
 
 
@@ -202,20 +216,69 @@ def test_why_not_fused(
     device = torch.device("cpu" if capability is None else "cuda")
     if capability is not None:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: divmod(int(10 * capability), 10))
-    platform = "cpu" if capability is None else "gpu"
-    jax_attention._say_plain.cache_clear()
-    with compiling_for(SimpleNamespace(platform=platform, compute_capability=str(capability))):
+    monkeypatch.setattr(
+        torch_attention, "mask_bias", lambda *_: "the mask"
+    )  # cannot be made on a GPU that is not there
+    with compiling_for(gpu_of(capability)):
         ours = jax_attention.why_not_fused(mask, T, H, jnp.dtype(dtype))
-        with caplog.at_level(logging.INFO, "minillm_jax"):
+        with said_once(jax_attention, caplog, in_jax, mask):
             is_fused = [jax_attention.lower(mask, T, T, H, jnp.dtype(dtype)) is None for _ in range(2)]
+    assert is_fused == [in_jax is None] * 2
     theirs = torch_attention.why_not_fused(mask, T, H, getattr(torch, dtype), device)
+    with said_once(torch_attention, caplog, in_torch, mask):
+        is_fused = [torch_attention.lower(mask, T, T, H, getattr(torch, dtype), device) is None for _ in range(2)]
+    assert is_fused == [in_torch is None] * 2
     for why, expected in ((ours, in_jax), (theirs, in_torch)):
         assert (why is None) == (expected is None)
         assert expected is None or expected in why
-    assert is_fused == [in_jax is None] * 2
-    assert caplog.text.count("cannot compute segments") == (in_jax == "segments")  # said once
-    if in_torch is None:
-        assert torch_attention.lower(mask, T, T, H, getattr(torch, dtype), device) is None
+
+
+def gpu_of(capability: float | None) -> SimpleNamespace:
+    """A stand-in for JAX's device of a compute capability; for the CPU if None."""
+    return SimpleNamespace(platform="cpu" if capability is None else "gpu", compute_capability=str(capability))
+
+
+@contextlib.contextmanager
+def said_once(module: Any, caplog: pytest.LogCaptureFixture, why: str | None, mask: AttentionMask) -> Iterator[None]:
+    """`lower` says once that only a part of the mask makes attention plain. It is silent about a cache, which always
+    does, and about a device or shape that cannot be fused anyway."""
+    caplog.clear()
+    module._say_plain.cache_clear()
+    with caplog.at_level(logging.INFO, module.__name__):
+        yield
+    is_said = why in ("segments", "a sliding window") and mask.query_index_BT is None
+    assert [record.name for record in caplog.records] == [module.__name__] * is_said
+    assert not is_said or f"cannot compute {why}" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("model", "train", "capability", "in_jax", "in_torch"),
+    [
+        ({}, {}, 9.0, "fused attention (cuDNN)", "fused attention (SDPA)"),
+        ({}, {}, None, "plain attention: the device is not a GPU", "plain attention: the device is not a GPU"),
+        ({"sliding_window": 7}, {}, 9.0, "fused attention (cuDNN)", "plain attention: a sliding window"),
+        ({}, {"seq_len": 63}, 9.0, *["plain attention: the length 63 is odd"] * 2),
+        ({"context_length": 321}, {}, 9.0, "fused attention (cuDNN)", "fused attention (SDPA)"),
+        ({}, {"compute_dtype": "float32"}, 9.0, *["plain attention: the dtype is float32, not bfloat16"] * 2),
+        ({"head_dim": 12}, {}, 9.0, *["plain attention: head_dim 12 is not a multiple of 8 up to 128"] * 2),
+    ],
+)
+def test_describe_attention(
+    model: dict[str, Any],
+    train: dict[str, Any],
+    capability: float | None,
+    in_jax: str,
+    in_torch: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What a run logs, from the run's own length, dtype, head_dim and window."""
+    config = run_config(replace(TINY, **model), **{"seq_len": 64, "compute_dtype": "bfloat16"} | train)
+    with compiling_for(gpu_of(capability)):
+        assert jax_attention.describe_attention(config) == in_jax
+    device = torch.device("cpu" if capability is None else "cuda")
+    monkeypatch.setattr(torch_attention, "default_device", lambda: device)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    assert torch_attention.describe_attention(config) == in_torch
 
 
 @pytest.mark.parametrize("layer", [0, 1])

@@ -179,6 +179,13 @@ def test_nonfinite_held_out_loss_stops_the_run(
     assert rows == [(10, True), (20, False)]
 
 
+def test_skipped_updates_are_counted_in_a_row(data_config: DataConfig, tmp_path: Path, poison: Any) -> None:
+    """27 skipped updates with a good one between them do not stop the run."""
+    poison(np.nan, {*range(2, 15), *range(16, 30)})
+    config = text_run(data_config, tmp_path, nonfinite="skip", eval_every=30)
+    assert read_info(train(config, minillm_torch)).updates == 3
+
+
 def test_too_many_skipped_updates_stop_the_run(data_config: DataConfig, tmp_path: Path, poison: Any) -> None:
     poison(np.nan, set(range(4, 30)))
     config = text_run(data_config, tmp_path, nonfinite="skip", checkpoint_every=4)

@@ -40,12 +40,12 @@ ARGS = {
     "n_heads": 6,
     "n_kv_heads": 2,
     "vocab_size": 300,
-    "multiple_of": 32,
+    "multiple_of": 80,
     "max_seq_len": 600,
     "dropout": 0.0,
     "device": "cpu",
 }
-H, HIDDEN = 8, 192
+H, HIDDEN = 8, 240
 
 
 @pytest.fixture(autouse=True)

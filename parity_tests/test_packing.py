@@ -316,6 +316,25 @@ def test_bad_positions_and_segments(framework: str, float64: Tier) -> None:
             model(tokens, cache, None, None, segments)
 
 
+@pytest.mark.parametrize("framework", BACKENDS)
+def test_the_cache_keeps_its_segments(framework: str, float64: Tier) -> None:
+    """In reordered and repeated rows of a larger or smaller cache, and if one cache is continued twice."""
+    pair = make_pair(MODELS["gqa"], float64)
+    make = jnp.asarray if framework == "jax" else to_torch
+    model, module = getattr(pair, framework), jax_kv_cache if framework == "jax" else torch_kv_cache
+    tokens, segments = random_tokens(pair.config, 2, 5), np.array([[1, 1, 2, 2, 3], [4, 5, 5, 5, 6]])
+    with torch.inference_mode():
+        cache = module.init_cache(pair.config, 2, 8, getattr(pair.tier, framework), True)
+        _, cache = model(make(tokens), cache, None, None, make(segments))
+        order = np.array([1, 0, 1])
+        for capacity in (6, 12):
+            taken = module.take_rows(cache, make(order), capacity)
+            assert np.array_equal(to_numpy(taken.segments_BS)[:, :5], segments[order]), capacity
+        twice = [model(make(tokens[:, :1]), cache, None, None, make(segments[:, :1] * n))[1] for n in (7, 8)]
+    for n, continued in zip((7, 8), twice, strict=True):
+        assert to_numpy(continued.segments_BS)[:, 5].tolist() == [n, 4 * n]
+
+
 def test_bad_window() -> None:
     for window in (0, -3):
         with pytest.raises(InputError, match=f"sliding_window is out of range[^$]*found: {window}"):

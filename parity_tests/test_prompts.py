@@ -156,6 +156,7 @@ def test_foreign_partial_output_is_refused(run: Path, tmp_path: Path) -> None:
     [
         (["--prompts", "p.txt"], "need each other"),
         (["--n", "2"], "need a file"),
+        (["--logprobs"], "need a file"),
         (["--compile"], "for torch"),
         (["--prompts", "none.txt", "--output", "o.jsonl"], "cannot read the prompts"),
         (["--prompts", "p.txt", "--output", "nowhere/o.jsonl"], "no such folder"),

@@ -18,15 +18,18 @@ import minillm_torch
 from minillm_core.config import DataConfig, RunConfig
 from minillm_core.data.batches import PreparedData
 from minillm_core.errors import InputError, Interrupted
+from minillm_core.model.params import count_params
 from minillm_core.training import loop, progress
-from minillm_core.training.checkpoints import checkpoint_steps
+from minillm_core.training.checkpoints import CheckpointWriter, checkpoint_steps, verify_checkpoint
 from minillm_core.training.metrics import read_metrics
 from minillm_core.training.progress import peak_flops
 from minillm_core.training.train import train
 from parity_tests.conftest import (
     BACKENDS,
+    TINY,
     assert_same_bits,
     metrics_of,
+    run_config,
     state_at,
     text_run,
     train_until,
@@ -168,6 +171,17 @@ def test_damaged_checkpoint_is_not_counted(data_config: DataConfig, tmp_path: Pa
         train(config, minillm_torch)
 
 
+def test_a_step_that_is_saved_again_counts(data_config: DataConfig, tmp_path: Path) -> None:
+    """Step 10 is damaged and saved again, so `keep_last` removes it later. Step 12 is damaged and stays."""
+    settings: dict[str, Any] = {"steps": 20, "checkpoint_every": 5, "eval_every": 20}
+    train_until(text_run(data_config, tmp_path, **settings), minillm_torch, 12)
+    folder = tmp_path / "torch/checkpoints"
+    for step in (10, 12):
+        (folder / f"{step}/model.safetensors").write_bytes(b"damaged")
+    train(text_run(data_config, tmp_path, **settings, keep_last=2), minillm_torch)
+    assert checkpoint_steps(folder) == [12, 15, 20]
+
+
 def test_checkpoint_is_flushed_before_rename(
     data_config: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -263,21 +277,80 @@ def test_peak_flops() -> None:
     assert peak_flops("jax 0.10.1 on cpu", "float32") is None
 
 
-def test_failed_save_is_retried(data_config: DataConfig, tmp_path: Path) -> None:
-    """The disk is full when step 4 is saved. When a signal comes, there is space again, and nothing is lost."""
-    failures = iter([True])
+def test_mfu() -> None:
+    """The share of the peak that a step's operations are: three times those of the framework's own forward pass."""
+    config = run_config(TINY, compute_dtype="bfloat16")
+    c = config.train
+    speed = progress.Progress(config, "torch on NVIDIA A100", 0)
+    speed.last_time = 10.0
+    values = speed.tick(4, 10.0 + 4e-5, 1.0, 1.0, 1e-3)
+    flops = 3 * minillm_torch.count_forward_flops(TINY, c.batch_size, c.seq_len)
+    assert values["tokens_per_second"] == pytest.approx(c.batch_size * c.seq_len / 1e-5, rel=1e-6)
+    assert values["mfu"] == pytest.approx(flops / 1e-5 / 312e12, abs=1e-4)
+    assert values["mfu"] > 0.01
 
-    def start_payload(*arguments: Any, **keywords: Any) -> Any:
-        if next(failures, False):
-            raise OSError(errno.ENOSPC, "No space left on device")
-        return minillm_torch.start_payload(*arguments, **keywords)
 
-    def start_late(*arguments: Any, **keywords: Any) -> Any:
-        return lambda: start_payload(*arguments, **keywords)()
+@pytest.mark.parametrize("n_failures", [1, 2])
+def test_failed_save_is_retried(n_failures: int, data_config: DataConfig, tmp_path: Path) -> None:
+    """The disk is full when step 4 is saved. When a signal comes, there is space again, and nothing is lost. If the
+    save of step 8 fails too, the run stops when it would save step 12."""
+    failures = iter([True] * n_failures)
+
+    def start_late(folder: Path, *arguments: Any, **keywords: Any) -> Any:
+        def start() -> None:
+            if next(failures, False):
+                raise OSError(errno.ENOSPC, "No space left on device")
+            minillm_torch.start_payload(folder, *arguments, **keywords)()
+
+        return start
 
     config = text_run(data_config, tmp_path, checkpoint_every=4)
-    train_until(config, SimpleNamespace(**(vars(minillm_torch) | {"start_payload": start_late})), 7)
-    assert checkpoint_steps(tmp_path / "torch/checkpoints") == [7]
+    backend = SimpleNamespace(**(vars(minillm_torch) | {"start_payload": start_late}))
+    if n_failures == 1:
+        train_until(config, backend, 7)
+        assert checkpoint_steps(tmp_path / "torch/checkpoints") == [7]
+        return
+    with pytest.raises(InputError, match="the disk is full"):
+        train(config, backend)
+    assert metrics_of(tmp_path, "torch")[-1]["step"] == 12
+    assert checkpoint_steps(tmp_path / "torch/checkpoints") == []
+
+
+@pytest.mark.parametrize("missing", [0, 1])
+def test_a_full_disk_is_foreseen(
+    missing: int, data_config: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A save needs room for the weights and both moments; it fails before anything is written if there is less."""
+    needed = 3 * 4 * count_params(TINY)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=needed - missing))
+    started: list[Path] = []
+
+    def start_payload(folder: Path, config: RunConfig, state: Any) -> Any:
+        started.append(folder)
+        return minillm_torch.start_payload(folder, config, state)
+
+    config = text_run(data_config, tmp_path, steps=6)
+    backend = SimpleNamespace(**(vars(minillm_torch) | {"start_payload": start_payload}))
+    if not missing:
+        assert started == [train(config, backend).with_name(".6.partial")]
+        return
+    with pytest.raises(InputError, match="the disk is full: the checkpoint was not saved"):
+        train(config, backend)
+    assert (started, list((tmp_path / "torch/checkpoints").iterdir())) == ([], [])
+
+
+def test_a_manifest_must_cover_the_description(data_config: DataConfig, tmp_path: Path) -> None:
+    """An empty manifest, with which every file would be ignored, is damage."""
+    checkpoint = train(text_run(data_config, tmp_path, steps=6), minillm_torch)
+    (checkpoint / "manifest.json").write_text("{}")
+    with pytest.raises(InputError, match=r"no entry for checkpoint\.json"):
+        verify_checkpoint(checkpoint)
+
+
+def test_leftovers_of_a_killed_save_are_removed(tmp_path: Path) -> None:
+    (tmp_path / ".3.partial/orbax").mkdir(parents=True)
+    with CheckpointWriter(tmp_path):
+        assert list(tmp_path.iterdir()) == []
 
 
 def test_unknown_files_in_a_checkpoint_are_ignored(data_config: DataConfig, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from minillm_core.errors import InputError
 from minillm_core.interop import convert
 from minillm_core.training import loop
 from minillm_core.training.checkpoints import TrainingState, checkpoint_steps, read_info, verify_checkpoint
-from minillm_core.training.metrics import read_metrics
+from minillm_core.training.metrics import losses_by_step, read_metrics
 from parity_tests.conftest import (
     BACKENDS,
     PLOT_LOSS,
@@ -142,7 +142,11 @@ def test_compare_runs(home: Path, tmp_path: Path) -> None:
     (train, val) = done.stdout.splitlines()
     assert train.startswith("train: 4 common steps, largest difference ")
     assert val.startswith("val: 2 common steps, largest difference ")
-    assert float(train.split()[6]) <= 1e-4
+    losses = [losses_by_step(read_metrics(home / f"runs/tiny/{name}/metrics.jsonl"), "train") for name in BACKENDS]
+    apart = {step: abs(loss - losses[1][step]) for step, loss in losses[0].items()}
+    step = max(apart, key=lambda step: apart[step])
+    assert train.endswith(f" difference {apart[step]:.3g} at step {step}")
+    assert apart[step] <= 1e-4
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
     shutil.copytree(home / "runs/tiny/jax", tmp_path / "copy")
     done = script_here(
@@ -174,6 +178,8 @@ def test_convert_round_trip(home: Path, source: str, target: str, tmp_path: Path
     """There and back, weights and both moments are the same bits, and the converted model gives the same logits."""
     there, back = str(tmp_path / "there"), str(tmp_path / "back")
     done = succeeds_here("convert", f"{source}->{target}", "runs/tiny", there, cwd=home)
+    assert "train" not in done.stderr  # the run is finished
+    assert f"next: python scripts/generate.py {there} --backend {target}\n" in done.stderr
     converted = Path(done.stdout.strip())
     assert converted == Path(there) / target / "checkpoints" / str(STEPS)
     verify_checkpoint(converted)
@@ -227,6 +233,12 @@ def test_convert_keeps_an_existing_run(home: Path) -> None:
     assert done.stdout.strip() == "runs/tiny-from-torch/jax/checkpoints/6"
     assert (home / "runs/tiny/jax/checkpoints/6/manifest.json").read_bytes() == before
     fails("holds a different checkpoint of this step", "convert", "torch->jax", "runs/tiny", "runs/tiny", cwd=home)
+
+
+def test_an_export_has_the_loss_curve(home: Path, tmp_path: Path) -> None:
+    folder = convert("torch->hf", home / "runs/tiny", tmp_path / "out").result
+    assert (folder / "loss.png").read_bytes() == (home / "runs/tiny/torch/loss.png").read_bytes()
+    assert "(loss.png)" in (folder / "README.md").read_text()
 
 
 def test_generated_text_is_the_same(home: Path) -> None:
@@ -322,6 +334,10 @@ def test_damaged_checkpoints_are_named(home: Path, framework: str, tmp_path: Pat
     name = victim.relative_to(checkpoint).as_posix()
     with pytest.raises(InputError, match=f"(?s)damaged checkpoint.*content changed: {name}"):
         BACKENDS[framework].load(checkpoint)
+    for target in ("jax" if framework == "torch" else "torch", "hf", "gguf"):
+        with pytest.raises(InputError, match=f"(?s)damaged checkpoint.*content changed: {name}"):
+            convert(f"{framework}->{target}", checkpoint, tmp_path / target)
+        assert not (tmp_path / target).exists()
     victim.write_bytes(content[:-1])
     with pytest.raises(InputError, match=f"size: {name}"):
         BACKENDS[framework].load(checkpoint)
@@ -373,10 +389,14 @@ def test_changed_data_is_refused(home: Path, tmp_path: Path) -> None:
     fails(r"changed after it was prepared.*train\.bin", "train_torch", "tiny.yaml", cwd=tmp_path)
 
 
-def test_newer_format_is_refused(home: Path, tmp_path: Path) -> None:
+def test_formats_of_other_versions(home: Path, tmp_path: Path) -> None:
+    """A version before `updates` applied every update. A newer format is refused."""
     checkpoint = tmp_path / "6"
     shutil.copytree(home / "runs/tiny/torch/checkpoints/6", checkpoint)
     data = json.loads((checkpoint / "checkpoint.json").read_text())
+    older = {key: value for key, value in data.items() if key != "updates"}
+    (checkpoint / "checkpoint.json").write_text(json.dumps(older))
+    assert read_info(checkpoint).updates == 6
     (checkpoint / "checkpoint.json").write_text(json.dumps(data | {"format_version": 99, "version": "9.9"}))
     with pytest.raises(InputError, match=r"(?s)different format version.*found: 99, written by version 9\.9"):
         read_info(checkpoint)

@@ -31,6 +31,7 @@ from parity_tests.conftest import (
     losses_of,
     metrics_of,
     random_weights,
+    run_config,
     state_at,
     text_run,
     train_until,
@@ -162,6 +163,8 @@ def test_training_continues_from_weights_alone(
         tokenizer = tmp_path / "a/tokenizer.model"
         writer.save(info, tokenizer.parent, lambda folder: lambda: minillm_torch.write_payload(folder, config, bare))
     convert("torch->jax", tmp_path / "bare/torch/checkpoints/3", tmp_path / "b")
+    with pytest.raises(InputError, match="holds a different checkpoint of this step"):  # the same weights, with moments
+        convert("torch->jax", tmp_path / "a/torch/checkpoints/3", tmp_path / "b")
     assert "further training restarts Adam's moments at zero" in caplog.text
     moved = replace(config, train=replace(config.train, out_dir=str(tmp_path / "b")))
     train(moved, minillm_jax)
@@ -211,6 +214,21 @@ def test_checkpoint_of_a_different_run_is_refused(data_config: DataConfig, tmp_p
     shutil.copytree(tmp_path / "a/torch/checkpoints/6", tmp_path / "b/torch/checkpoints/6")
     with pytest.raises(InputError, match=r"(?s)different configuration.*train.seed: 4, was 3.*b/torch/checkpoints/6"):
         train(text_run(data_config, tmp_path / "b", steps=6, seed=4), minillm_torch)
+
+
+def test_a_folder_with_hidden_files_only_can_become_a_run(tmp_path: Path) -> None:
+    """A process that was killed before it wrote anything leaves its lock file. What a run holds is not rewritten."""
+    (tmp_path / ".lock").write_text("process 1")
+    hashes = {"tokenizer": "0", "train": "1", "val": "2"}
+    for keep_last in (1, 2):  # free to change
+        config = run_config(TINY, tmp_path, keep_last=keep_last)
+        with RunDirectory(tmp_path, config).opened(tmp_path, hashes):
+            assert load_config(str(tmp_path / "config.yaml")).train.keep_last == 1
+    with (
+        pytest.raises(InputError, match="uses a different held-out text"),
+        RunDirectory(tmp_path, config).opened(tmp_path, hashes | {"val": "3"}),
+    ):
+        pass
 
 
 def test_imported_run_cannot_be_trained(tmp_path: Path) -> None:
