@@ -90,7 +90,19 @@ LONGEST = ("gradients", "generate", "cache", "state", "scripts", "doctor_code", 
 """The test files that take longest; each is run by one worker, so they start first."""
 
 
+CORE = ("gqa", "mqa-untied", "mha-narrow-heads-scaled")
+"""Between them: groups, one group, heads of a different width, an untied head, scaled rotations."""
+
+
+@pytest.hookimpl(tryfirst=True)  # before tests are selected by their markers
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """float64 proves identity for every configuration; lower precisions, outside of CORE, belong to the extended
+    tests. The longest files come first."""
+    for item in items:
+        params = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+        config, precision = params.get("config", params.get("name")), params.get("tier", params.get("module_pair"))
+        if isinstance(config, str) and config in MODELS.keys() - CORE and precision in ("float32", "bfloat16"):
+            item.add_marker("extended")
     order = {f"test_{name}.py": n for n, name in enumerate(LONGEST)}
     items.sort(key=lambda item: order.get(item.path.name, len(order)))
 

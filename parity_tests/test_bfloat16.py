@@ -120,6 +120,7 @@ def test_loss_curves(seed: int) -> None:
     check_curves(seed)
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize("framework", BACKENDS)
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_loss_curves_show_a_mistake(mistake: str, framework: str) -> None:
@@ -150,6 +151,7 @@ def test_rounding_errors_are_equal() -> None:
     assert abs(ratio - 1) <= ROUNDING, f"torch loses {ratio:.3f} times as much as jax"
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize("framework", BACKENDS)
 def test_rounding_errors_show_a_norm_in_bfloat16(framework: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Measured: 11 % in PyTorch, whose kernel for the norm is more exact inside, and 35 % in JAX."""
@@ -197,6 +199,7 @@ def accumulation_error(framework: str, hook: Any = None) -> float:
     return float(min(by_seed))
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize("framework", BACKENDS)
 def test_gradients_are_accumulated_in_float32(framework: str) -> None:
     """Single gradients are rounded to bfloat16, their sum is not (measured: 7e-8)."""
@@ -207,6 +210,7 @@ def round_gradient(param: torch.Tensor) -> None:
     param.grad.copy_(param.grad.bfloat16())
 
 
+@pytest.mark.extended
 def test_accumulation_in_bfloat16_is_caught() -> None:
     error = accumulation_error("torch", hook=round_gradient)
     assert error > 1e-3, error

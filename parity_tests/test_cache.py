@@ -257,6 +257,7 @@ FAULTS = {
 }
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize("framework", BACKENDS)
 @pytest.mark.parametrize("fault", FAULTS)
 def test_planted_faults_are_caught(fault: str, framework: str, float64: Tier, monkeypatch: pytest.MonkeyPatch) -> None:

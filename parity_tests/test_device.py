@@ -16,6 +16,8 @@ from minillm_jax import loss as jax_loss
 from minillm_torch import device as torch_device
 from parity_tests.conftest import BACKENDS, TINY, random_tokens, run_config
 
+pytestmark = pytest.mark.extended
+
 
 class Stream:
     """A stand-in for a GPU, which does its work in order and only when an event is waited for."""

@@ -10,6 +10,8 @@ import pytest
 from minillm_core.errors import InputError
 from minillm_core.files import hash_arrays, is_disk_full, lock, make_folder, replace_file, written_aside
 
+pytestmark = pytest.mark.extended
+
 
 @pytest.fixture
 def events(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:

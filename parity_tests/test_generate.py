@@ -106,6 +106,7 @@ def test_same_seed_same_tokens(options: dict[str, Any], tier: Tier, tokenizer: T
     assert tokens_of(both["torch"], PROMPTS, n=2, **(request | {"seed": 12})) != tokens, "the seed has no effect"
 
 
+@pytest.mark.extended
 def test_thousand_continuations_agree(float64: Tier, tokenizer: Tokenizer) -> None:
     """1,000 sampled continuations in float64, with many options and lengths, agree without exception."""
     both = generators(TINY, float64, tokenizer)
@@ -163,6 +164,7 @@ def test_tokens_match_a_plain_loop(penalty: float, float64: Tier, tokenizer: Tok
     seed=st.integers(0, 1000),
     options=st.sampled_from([{"temperature": 0.0}, *OPTIONS]),
 )
+@pytest.mark.extended
 @pytest.mark.parametrize("framework", BACKENDS)
 def test_each_row_equals_its_prompt_alone(
     framework: str, tokenizer: Tokenizer, lengths: list[int], seed: int, options: dict[str, Any]
@@ -204,6 +206,7 @@ def test_finished_rows_cost_nothing(framework: str, tokenizer: Tokenizer, monkey
     assert sum(batches) < 2 * 16
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize("framework", BACKENDS)
 def test_prefix_can_be_continued_many_times(framework: str, float64: Tier, tokenizer: Tokenizer) -> None:
     """The same as the whole prompts at once, in any order, greedy and sampled; the prefix can be used again."""
@@ -280,6 +283,7 @@ def test_scores_agree(tier: Tier, tokenizer: Tokenizer) -> None:
         assert np.abs(ours - theirs).max() <= tier.logits
 
 
+@pytest.mark.extended
 def test_one_compilation_per_bucket_and_batch_size(tokenizer: Tokenizer) -> None:
     """A new number of tokens, temperature or filter does not compile again; nor does a known bucket or batch size."""
     config = dataclasses.replace(TINY, rope_theta=12_345.0)  # unique to this test
@@ -310,6 +314,7 @@ def test_one_compilation_per_bucket_and_batch_size(tokenizer: Tokenizer) -> None
     assert (decode._cache_size(), prefill._cache_size()) == before
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize("batch", [1, 4])
 def test_cache_is_donated_and_never_copied(batch: int, tokenizer: Tokenizer) -> None:
     """The compiled loop writes into the cache that it was given, and copies neither the cache nor a weight."""

@@ -131,6 +131,7 @@ def weights_ignored(loss_sums: Callable[..., Any]) -> Callable[..., Any]:
     return unweighted
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize("framework", BACKENDS)
 @pytest.mark.parametrize("plant", [mean_of_means, weights_ignored])
 def test_planted_mistakes_are_caught(
@@ -200,6 +201,7 @@ def test_old_gradients_are_not_added() -> None:
     assert norms[0] == norms[1]
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize("framework", BACKENDS)
 def test_the_gradient_of_the_head_is_added_in_float32(framework: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """In bfloat16, 124 chunks of one token give a head gradient as exact as one chunk. (float64 could not show it.)"""

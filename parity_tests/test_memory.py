@@ -42,7 +42,7 @@ def saved_bytes(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> int:
 
     PyTorch's fused attention runs on a CPU too, and keeps the same tensors as on a GPU.
     """
-    monkeypatch.setattr(torch_attention, "why_not_fused", lambda *_: None)
+    monkeypatch.setattr(torch_attention, "_kernel_limit", lambda *_: None)
     model = MiniLLM(config.model, param_dtype=torch.float32, compute_dtype=torch.bfloat16)
     ids = torch.zeros((config.train.batch_size, config.train.seq_len), dtype=torch.int64)
     batch = Batch(ids, ids, torch.ones(ids.shape))

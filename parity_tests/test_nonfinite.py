@@ -32,6 +32,8 @@ from parity_tests.conftest import (
 )
 from parity_tests.test_state import moved_run
 
+pytestmark = pytest.mark.extended
+
 
 @pytest.fixture
 def poison(monkeypatch: pytest.MonkeyPatch) -> Callable[[float, set[int]], None]:

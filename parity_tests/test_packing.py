@@ -266,6 +266,7 @@ MISTAKES = {
 }
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize("framework", BACKENDS)
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_planted_mistakes_are_caught(

@@ -14,6 +14,8 @@ from minillm_core.interop.hf import write_hf_weights
 from minillm_core.interop.safetensors_files import read_tensor
 from parity_tests.conftest import TINY, random_weights
 
+pytestmark = pytest.mark.extended
+
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_large_tensors_are_handled_in_parts(dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

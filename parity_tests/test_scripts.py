@@ -35,6 +35,8 @@ from parity_tests.conftest import (
     to_torch,
 )
 
+pytestmark = pytest.mark.extended
+
 STEPS = 6
 
 

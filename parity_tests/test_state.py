@@ -54,7 +54,10 @@ def moved_run(config: Callable[[Path], RunConfig], folder: Path, frameworks: lis
     return losses_of(folder / str(n), frameworks[-1])
 
 
-@pytest.fixture(scope="module", params=[*TIERS, "bfloat16"])
+EXTENDED = [pytest.param(name, marks=pytest.mark.extended) for name in ("float32", "bfloat16")]
+
+
+@pytest.fixture(scope="module", params=["float64", *EXTENDED])
 def whole_runs(
     request: pytest.FixtureRequest, data_config: DataConfig, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[RunConfig]:

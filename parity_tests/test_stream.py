@@ -15,6 +15,8 @@ from parity_tests.conftest import (
 )
 from parity_tests.test_generate import complete, generators
 
+pytestmark = pytest.mark.extended
+
 STOPS: list[dict[str, Any]] = [{}, {"stop": "e"}, {"stop": ["the", "an", " "]}, {"stop": ["nothing like it"]}]
 
 

@@ -20,6 +20,7 @@ from minillm_core.model.rope import inverse_frequencies
 from minillm_core.tensors import Tensors
 from minillm_core.training.checkpoints import TrainingState
 from parity_tests.conftest import (
+    CORE,
     MODELS,
     TIERS,
     Tier,
@@ -59,13 +60,9 @@ CONFIGS = {**MODELS, **{f"random-{seed}": random_config(seed) for seed in range(
 WITH_WINDOW = {**CONFIGS, "window": replace(MODELS["gqa"], sliding_window=37)}
 
 
-CORE = ("gqa", "mqa-untied", "mha-narrow-heads-scaled", "window")
-"""Between them: groups, one group, heads of a different width, an untied head, scaled rotations, a window."""
-
-
 def named(configs: dict[str, ModelConfig]) -> list[Any]:
-    """The names of configurations for a test of file formats; those beyond CORE belong to the extended tests."""
-    return [name if name in CORE else pytest.param(name, marks=pytest.mark.extended) for name in configs]
+    """The names of configurations for a test of file formats. Those other than CORE and the window are extended."""
+    return [name if name in (*CORE, "window") else pytest.param(name, marks=pytest.mark.extended) for name in configs]
 
 
 @pytest.fixture(params=WITH_WINDOW)
