@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 
 from minillm_core.config import ModelConfig, RunConfig
 from minillm_core.errors import InputError
-from minillm_core.model.mask import AttentionMask, effective_window
+from minillm_core.model.mask import AttentionMask, effective_window, kernel_limit
 from minillm_jax.device import target_device
 from minillm_jax.kv_cache import LayerCache, Slots, append
 from minillm_jax.layers import Linear, apply_rope
@@ -115,18 +115,10 @@ def why_not_fused(mask: AttentionMask, n_queries: int, head_dim: int, dtype: DTy
 
 
 def _kernel_limit(n_queries: int, head_dim: int, dtype: DTypeLike) -> str | None:
-    """Why cuDNN's attention cannot take these inputs, whatever the mask: it needs an Ampere or later GPU, 16-bit
-    inputs, an even number of queries, and a head_dim that is a multiple of 8 and at most 128."""
+    """Why these inputs are not fused, whatever the mask: see core's `kernel_limit`."""
     device = target_device()
-    if device.platform != "gpu":
-        return "the device is not a GPU"
-    if float(device.compute_capability) < 8.0:
-        return "the GPU is older than Ampere"
-    if jnp.dtype(dtype).itemsize != 2:
-        return f"the dtype is {jnp.dtype(dtype)}, not bfloat16"
-    if head_dim % 8 or head_dim > 128:
-        return f"head_dim {head_dim} is not a multiple of 8 up to 128"
-    return f"the length {n_queries} is odd" if n_queries % 2 else None
+    capability = float(device.compute_capability) if device.platform == "gpu" else None
+    return kernel_limit(capability, jnp.dtype(dtype).name, head_dim, n_queries)
 
 
 def describe_attention(config: RunConfig) -> str:

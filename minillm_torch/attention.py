@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from minillm_core.config import ModelConfig, RunConfig
 from minillm_core.errors import InputError
-from minillm_core.model.mask import AttentionMask, effective_window
+from minillm_core.model.mask import AttentionMask, effective_window, kernel_limit
 from minillm_torch.device import default_device
 from minillm_torch.kv_cache import LayerCache, Slots, append
 from minillm_torch.layers import Linear, apply_rope
@@ -104,17 +104,10 @@ def why_not_fused(
 
 
 def _kernel_limit(n_queries: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> str | None:
-    """Why the fused kernel is not used for these inputs, whatever the mask: the conditions of JAX's cuDNN call, so that
-    both packages take the same path. (PyTorch's kernels accept odd lengths and a head_dim up to 256, too.)"""
-    if device.type != "cuda":
-        return "the device is not a GPU"
-    if torch.cuda.get_device_capability(device) < (8, 0):
-        return "the GPU is older than Ampere"
-    if dtype.itemsize != 2:
-        return f"the dtype is {str(dtype).removeprefix('torch.')}, not bfloat16"
-    if head_dim % 8 or head_dim > 128:
-        return f"head_dim {head_dim} is not a multiple of 8 up to 128"
-    return f"the length {n_queries} is odd" if n_queries % 2 else None
+    """Why these inputs are not fused, whatever the mask: see core's `kernel_limit`."""
+    major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+    capability = major + minor / 10 if device.type == "cuda" else None
+    return kernel_limit(capability, str(dtype).removeprefix("torch."), head_dim, n_queries)
 
 
 def describe_attention(config: RunConfig) -> str:

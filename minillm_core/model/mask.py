@@ -29,3 +29,24 @@ class AttentionMask:
 def effective_window(window: int | None, n_keys: int) -> int | None:
     """The window of a mask over `n_keys` keys: None if it hides none of them."""
     return None if window is None or window >= n_keys else window
+
+
+def kernel_limit(compute_capability: float | None, dtype: str, head_dim: int, n_queries: int) -> str | None:
+    """Why no fused kernel is used for these inputs, whatever the mask; None if one is.
+
+    These are the conditions of JAX's cuDNN call. PyTorch's kernels accept more (odd lengths, a head_dim up to 256), but
+    both frameworks take the same path.
+
+    Args:
+        compute_capability: of the GPU; None if the device is not a GPU.
+        dtype: name of the dtype of the queries.
+    """
+    if compute_capability is None:
+        return "the device is not a GPU"
+    if compute_capability < 8.0:
+        return "the GPU is older than Ampere"
+    if dtype not in ("bfloat16", "float16"):
+        return f"the dtype is {dtype}, not bfloat16"
+    if head_dim % 8 or head_dim > 128:
+        return f"head_dim {head_dim} is not a multiple of 8 up to 128"
+    return f"the length {n_queries} is odd" if n_queries % 2 else None
