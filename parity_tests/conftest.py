@@ -108,18 +108,24 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Share compiled programs between tests, for this session only: many tests compile the same tiny model."""
-    folder = str(tmp_path_factory.mktemp("compiled"))
-    settings = {
-        "jax_compilation_cache_dir": folder,
+def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Compile quickly, which is most of what the tests do, and share compiled programs between them.
+
+    LLVM optimizes little, which changes how a program rounds, not what it computes: every bound holds for both. Set
+    JAX_DISABLE_MOST_OPTIMIZATIONS=0 to test the programs that users get, as the continuous integration also does. The
+    programs for GPUs are always those.
+    """
+    settings: dict[str, Any] = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
         "jax_persistent_cache_min_compile_time_secs": 0,
         "jax_persistent_cache_min_entry_size_bytes": -1,
     }
+    if request.config.getoption("markexpr") not in ("compiled", "gpu"):
+        settings["jax_disable_most_optimizations"] = os.environ.get("JAX_DISABLE_MOST_OPTIMIZATIONS", "1") != "0"
     with pytest.MonkeyPatch.context() as patch:
         for name, value in settings.items():
             jax.config.update(name, value)
-            patch.setenv(name.upper(), str(value))
+            patch.setenv(name.upper(), str(int(value) if isinstance(value, bool) else value))
         yield
 
 

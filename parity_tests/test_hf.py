@@ -24,7 +24,19 @@ from minillm_core.tensors import Tensors
 from minillm_core.text.tokenizer import Tokenizer
 from minillm_core.text.tokenizer_json import load_tokenizer
 from minillm_core.training.checkpoints import read_info
-from parity_tests.conftest import BACKENDS, MODELS, TIERS, TINY, Tier, assert_close, random_tokens, random_weights
+from minillm_jax.weights import split_model
+from parity_tests.conftest import (
+    BACKENDS,
+    MODELS,
+    TIERS,
+    TINY,
+    Tier,
+    assert_close,
+    jax_forward,
+    random_tokens,
+    random_weights,
+    to_numpy,
+)
 from parity_tests.test_transformers import WITH_WINDOW, llama_logits, named, without_casts
 
 __all__ = ["without_casts"]
@@ -51,8 +63,10 @@ def rewrite(path: Path, **fields: Any) -> None:
 
 def logits_of(framework: str, checkpoint: Path, dtype: str, tokens: np.ndarray) -> np.ndarray:
     model = BACKENDS[framework].load(checkpoint, dtype)
-    logits, _ = model(torch.from_numpy(tokens) if framework == "torch" else tokens)
-    return np.asarray(logits)
+    if framework == "jax":
+        return to_numpy(jax_forward(*split_model(model), tokens, None)[0])
+    with torch.inference_mode():
+        return to_numpy(model(torch.from_numpy(tokens))[0])
 
 
 @pytest.mark.parametrize("name", named(WITH_WINDOW))

@@ -322,7 +322,8 @@ def test_the_cache_keeps_its_segments(framework: str, float64: Tier) -> None:
     """In reordered and repeated rows of a larger or smaller cache, and if one cache is continued twice."""
     pair = make_pair(MODELS["gqa"], float64)
     make = jnp.asarray if framework == "jax" else to_torch
-    model, module = getattr(pair, framework), jax_kv_cache if framework == "jax" else torch_kv_cache
+    module = jax_kv_cache if framework == "jax" else torch_kv_cache
+    model = partial(jax_forward, *jax_weights.split_model(pair.jax)) if framework == "jax" else pair.torch
     tokens, segments = random_tokens(pair.config, 2, 5), np.array([[1, 1, 2, 2, 3], [4, 5, 5, 5, 6]])
     with torch.inference_mode():
         cache = module.init_cache(pair.config, 2, 8, getattr(pair.tier, framework), True)
