@@ -113,7 +113,11 @@ def test_thousand_steps_moved_three_times(float64: Tier, data_config: DataConfig
         assert error <= 1e-9
 
 
-@pytest.mark.parametrize("grad_accum", [1, 2])
+@pytest.mark.parametrize(
+    ("tier", "grad_accum"),
+    [("float64", 1), ("float64", 2), ("float32", 1), pytest.param("float32", 2, marks=pytest.mark.extended)],
+    indirect=["tier"],
+)
 def test_same_curve(grad_accum: int, tier: Tier, data_config: DataConfig, tmp_path: Path) -> None:
     """100 steps on text, with evaluations: every logged number agrees."""
     config = text_run(
