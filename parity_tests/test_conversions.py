@@ -20,8 +20,8 @@ from minillm_core.interop.hf import write_hf_weights
 from minillm_core.interop.hf_config import to_hf_config
 from minillm_core.model.params import count_params, init_params, param_table
 from minillm_core.training.checkpoints import FRAMEWORKS, checkpoint_steps, verify_checkpoint
+from parity_tests.commands import environment
 from parity_tests.conftest import ROOT
-from parity_tests.test_scripts import environment
 
 MIDDLE = ModelConfig(
     vocab_size=32_000, context_length=256, width=512, n_layers=8, n_heads=8, n_kv_heads=4, hidden=1408, head_dim=64

@@ -20,8 +20,9 @@ from minillm_core.model.params import count_params, param_table
 from minillm_core.text.tokenizer_json import load_tokenizer
 from minillm_core.training.checkpoints import verify_checkpoint
 from minillm_core.training.metrics import read_metrics
+from parity_tests.commands import environment, succeeds
 from parity_tests.conftest import BACKENDS, ROOT
-from parity_tests.test_scripts import STEPS, environment, succeeds
+from parity_tests.test_scripts import STEPS
 
 Done = subprocess.CompletedProcess[str]
 PAGES = {path.name: path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}

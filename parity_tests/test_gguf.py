@@ -26,6 +26,7 @@ from minillm_core.tensors import Tensors
 from minillm_core.text.tokenizer import Tokenizer
 from minillm_core.text.tokenizer_json import load_tokenizer
 from minillm_core.training.checkpoints import find_checkpoint, read_info
+from parity_tests.commands import fails, succeeds
 from parity_tests.conftest import (
     BACKENDS,
     MODELS,
@@ -38,7 +39,6 @@ from parity_tests.conftest import (
 )
 from parity_tests.llama_cpp import LlamaCpp, quantise
 from parity_tests.test_hf import text_checkpoint
-from parity_tests.test_scripts import fails, succeeds
 from parity_tests.test_transformers import CONFIGS, llama_logits, named
 
 __all__ = ["text_checkpoint"]

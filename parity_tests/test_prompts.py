@@ -13,9 +13,9 @@ import pytest
 from minillm_core.decoding.prompts import read_prompts
 from minillm_core.errors import InputError
 from minillm_core.text.tokenizer import Tokenizer
+from parity_tests.commands import fails
 from parity_tests.conftest import BACKENDS, ROOT, train_until
 from parity_tests.test_generate import complete
-from parity_tests.test_scripts import fails
 
 OPTIONS = ["--max-new-tokens", "12", "--temperature", "0.9", "--seed", "4", "--stop", "the", "--stop-ids", "7"]
 

@@ -1,12 +1,9 @@
 """The commands with real files, and the messages when something is wrong. Most run in this process; the processes of a
 user are in the extended tests (here, test_docs.py, test_package.py)."""
 
-import contextlib
-import io
 import json
 import os
 import re
-import runpy
 import shutil
 import subprocess
 import sys
@@ -23,6 +20,7 @@ from minillm_core.interop import convert
 from minillm_core.training import loop
 from minillm_core.training.checkpoints import TrainingState, checkpoint_steps, read_info, verify_checkpoint
 from minillm_core.training.metrics import losses_by_step, read_metrics
+from parity_tests.commands import environment, fails, script_here, succeeds, succeeds_here
 from parity_tests.conftest import (
     BACKENDS,
     PLOT_LOSS,
@@ -38,53 +36,6 @@ from parity_tests.conftest import (
 pytestmark = pytest.mark.extended
 
 STEPS = 6
-
-
-def script(name: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "scripts" / f"{name}.py"), *arguments]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=environment(), timeout=300, check=False)
-
-
-def environment() -> dict[str, str]:
-    return os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "200"}
-
-
-def succeeds(name: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    done = script(name, *arguments, cwd=cwd)
-    assert done.returncode == 0, done.stderr
-    return done
-
-
-def succeeds_here(name: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    done = script_here(name, *arguments, cwd=cwd)
-    assert done.returncode == 0, done.stderr
-    return done
-
-
-def script_here(name: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    """A script that runs in this process, which spares the start of an interpreter and the imports."""
-    path = str(ROOT / "scripts" / f"{name}.py")
-    out, err, status = io.StringIO(), io.StringIO(), 0
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        patch.chdir(cwd)
-        patch.setattr(sys, "argv", [path, *arguments])
-        patch.setenv("COLUMNS", "200")
-        try:
-            runpy.run_path(path, run_name="__main__")
-        except SystemExit as ended:
-            status = int(str(ended.code))
-    return subprocess.CompletedProcess([path, *arguments], status, out.getvalue(), err.getvalue())
-
-
-def fails(message: str, name: str, *arguments: str, cwd: Path) -> str:
-    """Bad input: exit status 2, a message that matches, no traceback, nothing on stdout. (In this process;
-    test_package.py has real ones.)"""
-    done = script_here(name, *arguments, cwd=cwd)
-    assert done.returncode == 2, done.stderr
-    assert "Traceback" not in done.stderr
-    assert done.stdout == ""
-    assert re.search(message, done.stderr, re.DOTALL), done.stderr
-    return done.stderr
 
 
 @pytest.fixture(scope="module")
