@@ -8,6 +8,7 @@ import tyro
 from minillm_cli.console import say
 from minillm_core.config import config_differences, load_config
 from minillm_core.errors import InputError
+from minillm_core.files import user_path
 from minillm_core.training.checkpoints import FRAMEWORKS
 from minillm_core.training.metrics import Row, read_metrics
 from minillm_core.training.plots import plot_two_losses
@@ -29,11 +30,11 @@ def compare_runs(
         b: the framework folder of a second run.
         out: the PNG file to write.
     """
-    folders = [Path(a), Path(b)] if b is not None else [Path(a) / name for name in FRAMEWORKS]
+    folders = [user_path(a) / name for name in FRAMEWORKS] if b is None else [user_path(a), user_path(b)]
     runs = {str(folder): read_rows(folder) for folder in folders}
     if len(runs) < 2:
         raise InputError("both folders are the same", found=a, hint="give two different folders")
-    differences = plot_two_losses(runs, Path(out))
+    differences = plot_two_losses(runs, user_path(out))
     if not any(differences.values()):
         raise InputError("the runs have no logged step in common", found=" and ".join(runs))
     ours, theirs = runs.values()

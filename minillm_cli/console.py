@@ -1,6 +1,8 @@
 """What the commands share: printing, parsing a RunConfig, and turning bad input into a message and an exit status."""
 
 import contextlib
+import io
+import itertools
 import logging
 import os
 import shlex
@@ -37,6 +39,14 @@ def print_stream(prompt: str, pieces: Iterable[str]) -> None:
     print()
 
 
+def text_argument(word: str) -> str:
+    """A text from the command line as UTF-8, although Python decodes arguments as the locale says. A text that is not
+    valid UTF-8 stays as it is."""
+    with contextlib.suppress(UnicodeError):
+        return os.fsencode(word).decode("utf-8")
+    return word
+
+
 def command_line(command: Sequence[str]) -> str:
     """A command as the user would type it: as a script, if this process was started as one, or with `minillm`."""
     name, *arguments = command
@@ -57,14 +67,15 @@ class _Console(logging.Handler):
 
 
 def show_progress() -> None:
-    """Sends the log messages of minillm_core to stderr, and silences those of absl and asyncio."""
+    """Sends the log messages of this project's packages to stderr, and silences those of absl and asyncio."""
     for library in ("absl", "asyncio"):  # Orbax logs every file that it writes, and also every error that it raises
         logging.getLogger(library).setLevel(logging.CRITICAL)
-    core = logging.getLogger("minillm_core")
-    core.setLevel(logging.INFO)
-    core.propagate = False
-    if not any(isinstance(handler, _Console) for handler in core.handlers):
-        core.addHandler(_Console())
+    for package in ("minillm_core", "minillm_jax", "minillm_torch"):
+        ours = logging.getLogger(package)
+        ours.setLevel(logging.INFO)
+        ours.propagate = False
+        if not any(isinstance(handler, _Console) for handler in ours.handlers):
+            ours.addHandler(_Console())
 
 
 def run(main: Callable[[], None], *, as_script: bool = False) -> None:
@@ -73,6 +84,9 @@ def run(main: Callable[[], None], *, as_script: bool = False) -> None:
     global _started_as_script
     _started_as_script = as_script
     show_progress()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # what a terminal cannot show is no reason to stop
     try:
         main()
     except InputError as error:
@@ -99,6 +113,13 @@ def run(main: Callable[[], None], *, as_script: bool = False) -> None:
         sys.exit(2)
 
 
+def _python_word(before: str, word: str) -> str:
+    """Python's form of `true`, `false` and `null`, which tyro expects. (No field of the model is a text.)"""
+    if word == "null" and before.startswith("--model."):
+        return "None"
+    return word.capitalize() if word in ("true", "false") else word
+
+
 def parse_run_config(description: str | None, config_class: type[C], preset: str = "quickstart") -> C:
     """Reads `[PRESET|FILE.yaml] [--section.field value ...]` from the command line.
 
@@ -106,8 +127,7 @@ def parse_run_config(description: str | None, config_class: type[C], preset: str
         config_class: RunConfig, or a subclass. Its additional fields need defaults and become options too.
         preset: used if the command line names neither a preset nor a file.
     """
-    # Accept true and false as in YAML; tyro expects True and False as in Python.
-    arguments = [word.capitalize() if word in ("true", "false") else word for word in sys.argv[1:]]
+    arguments = [_python_word(before, word) for before, word in itertools.pairwise(sys.argv)]
     named = bool(arguments) and not arguments[0].startswith("-")
     loaded = load_config(arguments[0] if named else preset)
     description = (

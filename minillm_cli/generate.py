@@ -8,10 +8,10 @@ import tyro
 from tqdm import tqdm
 
 from minillm_cli.backends import load_backend
-from minillm_cli.console import print_stream
+from minillm_cli.console import print_stream, text_argument
 from minillm_core.decoding.prompts import continue_file
 from minillm_core.errors import InputError
-from minillm_core.files import hash_file
+from minillm_core.files import hash_file, user_path
 from minillm_core.text.tokenizer_json import load_tokenizer
 from minillm_core.training.checkpoints import find_checkpoint
 
@@ -95,8 +95,9 @@ def generate(
         raise InputError("--n and --logprobs need a file to write to", hint="give --prompts FILE --output FILE.jsonl")
     if compile and backend == "jax":
         raise InputError("--compile is for torch; JAX always compiles", hint="omit --compile, or add --backend torch")
-    if " " in path and not Path(path).exists():
+    if " " in path and not user_path(path).exists():
         raise InputError("no such run", found=repr(path), hint=f"did you mean --prompt {shlex.quote(path)}?")
+    prompt, stop = text_argument(prompt), tuple(map(text_argument, stop))
     framework = load_backend(backend, decoding=True)
     checkpoint = find_checkpoint(path, backend)
     extra = {"compile": True} if compile else {}
@@ -120,4 +121,4 @@ def generate(
         setup = {"checkpoint": str(checkpoint), "hashes": hashes, "backend": backend, "dtype": dtype}
         options |= {"n": n, "logprobs": logprobs}
         with ProgressBar() as bar:
-            continue_file(generator, prompts, output, batch_size, setup, options, bar.show)
+            continue_file(generator, user_path(prompts), user_path(output), batch_size, setup, options, bar.show)

@@ -18,7 +18,7 @@ from minillm_cli.transformers_engine import TRANSFORMERS
 from minillm_core.doctor.compare import compare
 from minillm_core.doctor.report import html_report, json_report, text_report
 from minillm_core.errors import InputError
-from minillm_core.files import make_folder, replace_file
+from minillm_core.files import make_folder, replace_file, user_path
 
 
 def main() -> None:
@@ -48,6 +48,7 @@ def parity(
         html: also write an HTML page with tables and plots.
     """
     if html is not None:
+        html = user_path(html)
         check_writable(html)
     let_threads_sleep()
     report = compare(a, b, dtype=dtype, n_tokens=tokens, seed=seed, engines={"hf": TRANSFORMERS})

@@ -47,15 +47,17 @@ def plan(
 def _print_plans(names: Sequence[str], as_json: bool) -> None:
     frameworks = [name for name in FRAMEWORKS if importlib.util.find_spec(name)]
     backends = [load_backend(name) for name in frameworks]
+    configs = {name: load_config(name) for name in names}  # a wrong name is an error before anything is printed
     if as_json:
-        print(json.dumps({name: dataclasses.asdict(compute_plan(load_config(name), backends)) for name in names}))
+        plans = {name: dataclasses.asdict(compute_plan(config, backends)) for name, config in configs.items()}
+        print(json.dumps(plans))
         return
     print(
         f"{'configuration':<16} {'parameters':>15} {'GFLOP/token':>12} "
         f"{'weights':>12} {'training':>12} {'activations':>12} {'KV cache':>12}"
     )
-    for name in names:
-        cost = compute_plan(load_config(name), backends)
+    for name, config in configs.items():
+        cost = compute_plan(config, backends)
         sizes = (cost.weights_bytes, cost.training_bytes, cost.activation_bytes, cost.cache_bytes)
         columns = " ".join(f"{size / 1e9:>9,.2f} GB" for size in sizes)
         print(f"{name:<16} {cost.n_params:>15,} {cost.flops_per_token / 1e9:>12,.3f} {columns}")
@@ -68,14 +70,14 @@ def _print_programs(names: Sequence[str], card: str, as_json: bool) -> None:
     from minillm_jax.compiled import card_device, compile_programs
 
     card_device(card)  # an unknown card or a missing extra is an error before anything is printed
+    configs = {name: load_config(name) for name in names}
     found: dict[str, dict[str, dict[str, Any]]] = {}
     if not as_json:
         print(
             f"{'configuration':<16} {'program':<12} {'arguments':>14} {'temporaries':>14} {'moved':>14} {'kernels':>8} "
             f"{'fused attention':>16}"
         )
-    for name in names:
-        config = load_config(name)
+    for name, config in configs.items():
         say(f"compiling {name} for {card}")
         programs = compile_programs(config, card)
         found[name] = {}

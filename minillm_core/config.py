@@ -18,6 +18,8 @@ from typing import Any, Literal
 import yaml
 
 from minillm_core.errors import InputError
+from minillm_core.files import user_path
+from minillm_core.yaml_text import dump_yaml, load_yaml
 
 _PACKAGE = Path(__file__).resolve().parent
 PRESETS_DIR = next(folder for folder in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if folder.is_dir())
@@ -28,11 +30,12 @@ Nonfinite = Literal["stop", "skip"]
 WandbMode = Literal["disabled", "offline", "online"]
 
 FREE_TO_CHANGE = {
+    "data.corpus",
     "data.dir",
     *(f"train.{name}" for name in ("out_dir", "checkpoint_every", "keep_last", "nonfinite", "tensorboard", "wandb")),
 }
 """Fields that may change when a run is resumed: no number logged before depends on them. (The data is identified by its
-hash, not by `data.dir`.)"""
+hash, not by its place.)"""
 
 
 LARGEST_TABLE = 1 << 31
@@ -48,6 +51,14 @@ def _require_positive(section: str, config: Any, *fields: str) -> None:
     for field in fields:
         value = getattr(config, field)
         _require(value > 0, f"{section}.{field} is out of range", expected="a number above 0", found=value)
+
+
+def _expand_home(config: Any, *fields: str) -> None:
+    """Replaces `~` at the beginning of a path; raises InputError if a field cannot be a path."""
+    for field in fields:
+        path = user_path(getattr(config, field))
+        if getattr(config, field).startswith("~"):
+            object.__setattr__(config, field, str(path))
 
 
 @dataclass(frozen=True)
@@ -192,6 +203,7 @@ class DataConfig:
     """Every n-th document is held out for validation. If the corpus is one document, its last n-th part is held out."""
 
     def __post_init__(self) -> None:
+        _expand_home(self, "corpus", "dir")
         _require(
             self.holdout_every >= 2,
             "data.holdout_every is out of range",
@@ -244,6 +256,7 @@ class TrainConfig:
     when a run begins, and the run keeps that dtype. Parameters are float32 (float64 in a float64 run)."""
 
     def __post_init__(self) -> None:
+        _expand_home(self, "out_dir")
         counts = ("steps", "batch_size", "seq_len", "grad_accum", "log_every", "eval_every", "eval_batches")
         _require_positive("train", self, *counts, "checkpoint_every")
         _require(
@@ -309,17 +322,18 @@ def load_config(name_or_path: str) -> RunConfig:
     Raises:
         InputError: no such preset or file, not YAML, or a field that is unknown, missing, mistyped or out of range.
     """
-    path = Path(name_or_path)
+    path = user_path(name_or_path)
     if path.suffix not in (".yaml", ".yml"):
         path = PRESETS_DIR / f"{name_or_path}.yaml"
     if not path.is_file():
+        close = difflib.get_close_matches(name_or_path, preset_names(), n=1)
         raise InputError(
             f"no such configuration: {name_or_path}",
             expected=f"a preset ({', '.join(preset_names())}) or the path of a .yaml file",
-            hint="check the spelling",
+            hint=f"did you mean {close[0]}?" if close else "check the spelling",
         )
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = load_yaml(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not valid YAML", found=str(error).replace("\n", " ")) from error
     try:
@@ -333,7 +347,7 @@ def preset_names() -> list[str]:
 
 
 def dump_config(config: RunConfig) -> str:
-    return yaml.safe_dump(to_dict(config), sort_keys=False)
+    return dump_yaml(to_dict(config))
 
 
 def config_differences(ours: RunConfig, theirs: RunConfig) -> list[str]:
@@ -389,7 +403,10 @@ def _coerce(hint: Any, value: Any, name: str, problems: list[str]) -> Any:
     problem = f"{name}: expected {hint.__name__}, found {value!r} ({type(value).__name__})"
     if hint in (int, float) and isinstance(value, str):
         with contextlib.suppress(ValueError):
-            as_number = f"{float(value):.1e}" if hint is float else str(int(value))
-            problem += f"; YAML reads this as text, write {as_number}"
+            problem += f"; write {hint(value)}, without quotes"
+    if hint is int and isinstance(value, float) and value.is_integer():
+        problem += f"; write {int(value)}"
+    if hint is bool and value in ("yes", "no", "on", "off"):
+        problem += "; write true or false"
     problems.append(problem)
     return None

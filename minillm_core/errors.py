@@ -55,7 +55,7 @@ def listed(problem: str, items: Sequence[str], limit: int = 20) -> str:
 
 
 class Interrupted(Exception):  # noqa: N818 (not an error)
-    """SIGTERM, SIGHUP or Ctrl-C asked the run to stop. The run saves its state before it ends."""
+    """SIGTERM, SIGHUP, SIGUSR1 or Ctrl-C asked the run to stop. The run saves its state before it ends."""
 
     def __init__(self, number: signal.Signals):
         super().__init__(number.name)

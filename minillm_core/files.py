@@ -15,6 +15,33 @@ import numpy as np
 from minillm_core.errors import InputError
 
 
+def user_path(text: str | Path) -> Path:
+    """A path as a user gives it, with `~` expanded.
+
+    Raises:
+        InputError: it is empty, or no file can have such a name.
+    """
+    if not str(text) or "\0" in str(text):
+        raise InputError("not a path", expected="the name of a file or folder", found=repr(str(text)))
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:  # ~name of an unknown user
+        hint = "write the whole path, or ./~name for a name that begins with ~"
+        raise InputError("no such home folder", found=repr(str(text)), hint=hint) from error
+
+
+def beside(path: Path, ending: str) -> Path:
+    """The hidden path `.NAME.ending` in the folder of a file or folder, however its own path is spelt (`.`, `a/..`).
+
+    Raises:
+        InputError: the path is the root folder.
+    """
+    place = path.resolve()
+    if not place.name:
+        raise InputError("not a usable path", expected="a path below the root folder", found=path)
+    return place.with_name(f".{place.name}.{ending}")
+
+
 def first_bytes(path: Path, n: int) -> bytes:
     """The first n bytes of a file; empty if the path is not a file or cannot be read."""
     try:
@@ -41,7 +68,8 @@ def hash_arrays(arrays: Mapping[str, np.ndarray]) -> str:
 
 def replace_file(path: Path, content: bytes | str) -> None:
     """Replaces a file atomically: after a crash it has either the old or the new content, never a part."""
-    partial = path.with_name(f".{path.name}.partial")
+    path = path.resolve()  # a symbolic link stays, and what it points to is replaced
+    partial = beside(path, "partial")
     partial.write_bytes(content.encode() if isinstance(content, str) else content)
     flush(partial)
     partial.replace(path)
@@ -73,16 +101,16 @@ def written_aside(destination: Path) -> Iterator[Path]:
     Raises:
         InputError: the destination exists, or another process is writing it.
     """
-    make_folder(destination.parent)
-    beside, lock_file = (destination.with_name(f".{destination.name}.{end}") for end in ("partial", "lock"))
+    partial, lock_file = (beside(destination, ending) for ending in ("partial", "lock"))
+    make_folder(partial.parent)
     with lock(lock_file):
         try:
             refuse_existing(destination)
-            _remove(beside)  # left by a process that was killed
-            yield beside
-            commit_folder(beside, destination)
+            _remove(partial)  # left by a process that was killed
+            yield partial
+            commit_folder(partial, destination.resolve())
         finally:
-            _remove(beside)
+            _remove(partial)
             lock_file.unlink()
 
 
@@ -109,7 +137,7 @@ def make_folder(path: Path) -> None:
 
 def remove_folder(path: Path) -> None:
     """Renames a folder to a hidden name and removes it, so that a crash half-way leaves nothing that looks complete."""
-    doomed = path.with_name(f".{path.name}.partial")
+    doomed = beside(path, "partial")
     shutil.rmtree(doomed, ignore_errors=True)
     path.rename(doomed)
     shutil.rmtree(doomed)
@@ -133,7 +161,7 @@ def lock(path: Path, *, wait: bool = False) -> Iterator[None]:
     Raises:
         InputError: a different process holds the lock; the message names it.
     """
-    with path.open("a+") as file:
+    with path.open("a+", encoding="utf-8", errors="backslashreplace") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:

@@ -1,4 +1,4 @@
-"""Records SIGTERM, SIGHUP and Ctrl-C, so that a run can save before it ends."""
+"""Records SIGTERM, SIGHUP, SIGUSR1 and Ctrl-C, so that a run can save before it ends."""
 
 import contextlib
 import os
@@ -10,7 +10,8 @@ from typing import Any
 
 from minillm_core.errors import Interrupted
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+"""SIGUSR1 is what Slurm can send some time before a limit (`sbatch --signal=B:USR1@120`)."""
 
 
 class StopRequest:

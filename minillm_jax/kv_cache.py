@@ -17,7 +17,7 @@ from minillm_core.errors import InputError
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class LayerCache:
-    """Keys (already rotated) and values of one layer, by position."""
+    """Keys (already rotated) and values of one layer, by index in the row."""
 
     k_BKSH: jax.Array
     v_BKSH: jax.Array
@@ -26,8 +26,8 @@ class LayerCache:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class KVCache:
-    """One LayerCache per layer, and the number of filled positions in each row (int32). Positions beyond a row's length
-    are never read: a query at position p sees keys 0 to p, and key p has just been written."""
+    """One LayerCache per layer, and the number of filled indices in each row (int32). Indices beyond a row's length
+    are never read: a query at index i sees no key after i, and key i has just been written."""
 
     layers: tuple[LayerCache, ...]
     length_B: jax.Array
@@ -56,11 +56,11 @@ def init_cache(
 
 
 Slots = tuple[jax.Array, jax.Array, jax.Array]
-"""Indices of rows, heads and places; together they broadcast to (B, T, K)."""
+"""Indices of rows, heads and indices; together they broadcast to (B, T, K)."""
 
 
 def slots(cache: KVCache, index_BT: jax.Array) -> Slots:
-    """Where the keys and values (B, T, K, H) of the tokens at these places of the rows go in every layer.
+    """Where the keys and values (B, T, K, H) of the tokens at these indices of the rows go in every layer.
 
     The heads are indexed one by one: XLA:CPU would turn a single index into an update of a copy of the cache.
     """
@@ -69,7 +69,7 @@ def slots(cache: KVCache, index_BT: jax.Array) -> Slots:
 
 
 def append(cache: LayerCache, k_BTKH: jax.Array, v_BTKH: jax.Array, slots: Slots) -> LayerCache:
-    """Writes keys and values into their slots; every row has its own positions."""
+    """Writes keys and values into their slots; every row has its own indices."""
     return LayerCache(
         cache.k_BKSH.at[slots].set(k_BTKH.astype(cache.k_BKSH.dtype), mode="drop"),
         cache.v_BKSH.at[slots].set(v_BTKH.astype(cache.v_BKSH.dtype), mode="drop"),
@@ -77,7 +77,7 @@ def append(cache: LayerCache, k_BTKH: jax.Array, v_BTKH: jax.Array, slots: Slots
 
 
 def append_segments(cache: KVCache, segments_BT: jax.Array | None, index_BT: jax.Array) -> KVCache:
-    """The cache with the segments of new tokens at these places of the rows; itself if it has no segments."""
+    """The cache with the segments of new tokens at these indices of the rows; itself if it has no segments."""
     if segments_BT is None:
         return cache
     assert cache.segments_BS is not None  # both or neither: `check_room`

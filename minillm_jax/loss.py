@@ -62,8 +62,8 @@ def head_losses(model: MiniLLM, x_BTD: jax.Array, targets_BT: jax.Array) -> jax.
 def batch_losses(model: MiniLLM, batch: Batch, *, remat: bool = False) -> jax.Array:
     """The loss of every target of a batch in nats, without its weight, (B, T)."""
     tokens_BT = check_tokens(model.config, batch.tokens_BT)
-    places = {"positions_BT": batch.positions_BT, "segments_BT": batch.segments_BT}
-    x_BTD, _ = model.model(tokens_BT, None, **places, remat=remat)
+    layout = {"positions_BT": batch.positions_BT, "segments_BT": batch.segments_BT}
+    x_BTD, _ = model.model(tokens_BT, None, **layout, remat=remat)
     return head_losses(model, x_BTD, batch.targets_BT)
 
 

@@ -9,8 +9,10 @@ itself reads all chunks at once and needs half an array more memory. If Orbax ch
 """
 
 import itertools
+import re
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -63,13 +65,21 @@ def start_writing(folder: Path, config: ModelConfig, groups: Mapping[str, Mappin
     }
     handlers = {name: ocp.PyTreeCheckpointHandler(type_handler_registry=_TYPE_HANDLERS) for name in items}
     checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(**handlers))
-    checkpointer.save(folder.absolute() / "orbax", args=ocp.args.Composite(**items))
-    return checkpointer.close
+    with ExitStack() as stack:
+        plain = stack.enter_context(_plain_path(folder))
+        checkpointer.save(plain / "orbax", args=ocp.args.Composite(**items))
+        until_written = stack.pop_all()
+
+    def finish() -> None:
+        with until_written:
+            checkpointer.close()
+
+    return finish
 
 
 def has_group(checkpoint: Path, group: str) -> bool:
     """Whether a checkpoint has `weights`, `exp_avg` or `exp_avg_sq`."""
-    return _tree(checkpoint, group).is_dir()
+    return (checkpoint / _tree(group)).is_dir()
 
 
 def saved_shapes(checkpoint: Path, group: str) -> dict[str, tuple[int, ...]]:
@@ -78,10 +88,9 @@ def saved_shapes(checkpoint: Path, group: str) -> dict[str, tuple[int, ...]]:
     Raises:
         InputError: the group is missing or damaged.
     """
-    folder = _tree(checkpoint, group)
-    with _damage_named(folder):
+    with _damage_named(checkpoint / _tree(group)), _plain_path(checkpoint) as plain:
         # Not through a Checkpointer, which would look for a file of its own and warn.
-        node = ocp.PyTreeCheckpointHandler().metadata(folder).tree
+        node = ocp.PyTreeCheckpointHandler().metadata(plain / _tree(group)).tree
         for key in _LOCATIONS[group][1]:
             if more := sorted(node.keys() - _LOCATIONS.keys()):
                 raise ValueError(f"unknown groups of tensors: {more}")
@@ -95,10 +104,10 @@ def read_tensor(checkpoint: Path, group: str, path: str) -> np.ndarray:
     Raises:
         InputError: it is missing or damaged.
     """
-    folder = _tree(checkpoint, group)
     name = ".".join((*_LOCATIONS[group][1], path))
-    with _damage_named(folder):
-        kvstore = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{folder}/"}, "path": f"{name}/"}
+    with _damage_named(checkpoint / _tree(group)), _plain_path(checkpoint) as plain:
+        base = {"driver": "file", "path": f"{plain / _tree(group)}/"}
+        kvstore = {"driver": "ocdbt", "base": base, "path": f"{name}/"}
         spec = {"driver": "zarr", "kvstore": kvstore, "fill_missing_data_reads": False}
         stored: Any = tensorstore.open(spec, open=True, read=True).result()
         array = np.empty(stored.shape, stored.dtype.numpy_dtype)
@@ -109,8 +118,26 @@ def read_tensor(checkpoint: Path, group: str, path: str) -> np.ndarray:
         return array
 
 
-def _tree(checkpoint: Path, group: str) -> Path:
-    return checkpoint.absolute() / "orbax" / _LOCATIONS[group][0]
+def _tree(group: str) -> Path:
+    """The folder of a group of tensors, relative to its checkpoint."""
+    return Path("orbax") / _LOCATIONS[group][0]
+
+
+@contextmanager
+def _plain_path(folder: Path) -> Iterator[Path]:
+    """Yields a path of an existing folder that Orbax and tensorstore take as the operating system does.
+
+    They shorten `a/link/..` to `a`, read `*`, `?`, `[` and `]` as a pattern and a backslash as a separator, and need
+    UTF-8. If the absolute path has such characters, a temporary symbolic link stands for it.
+    """
+    resolved = folder.resolve()
+    if not re.search(r"[\\*?\[\]\udc80-\udcff]", str(resolved)):
+        yield resolved
+        return
+    with tempfile.TemporaryDirectory() as links:
+        link = Path(links) / "folder"
+        link.symlink_to(resolved)
+        yield link
 
 
 @contextmanager

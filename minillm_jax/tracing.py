@@ -26,7 +26,7 @@ def trace(config: ModelConfig, weights: Tensors, tokens_BT: np.ndarray, dtype: s
     stages = {
         name: np.asarray(recorded[name], np.float64).reshape(*tokens_BT.shape, -1) for name in stage_names(config)
     }
-    gradients = to_canonical(config, _backward(graphdef, params, rope, Batch.within(tokens_BT)))
+    gradients = to_canonical(config, _backward(graphdef, params, rope, Batch.from_tokens(tokens_BT)))
     return Trace(stages, np.asarray(losses_BT, np.float64), gradients)
 
 

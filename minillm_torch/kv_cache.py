@@ -14,7 +14,7 @@ from minillm_core.errors import InputError
 
 @dataclass(frozen=True)
 class LayerCache:
-    """Keys (already rotated) and values of one layer, by position."""
+    """Keys (already rotated) and values of one layer, by index in the row."""
 
     k_BKSH: Tensor
     v_BKSH: Tensor
@@ -22,11 +22,11 @@ class LayerCache:
 
 @dataclass(frozen=True)
 class KVCache:
-    """One LayerCache per layer, and the number of filled positions in each row (int64, on the host: `check_room` never
-    waits for a GPU). Positions beyond a row's length are never read: a query at position p sees keys 0 to p, and key p
+    """One LayerCache per layer, and the number of filled indices in each row (int64, on the host: `check_room` never
+    waits for a GPU). Indices beyond a row's length are never read: a query at index i sees no key after i, and key i
     has just been written.
 
-    A call writes new keys and values in place, after the filled positions, so the cache that it was given stays valid.
+    A call writes new keys and values in place, after the filled indices, so the cache that it was given stays valid.
     A second call with that same cache would overwrite them, so it works on a copy (see `writable`)."""
 
     layers: tuple[LayerCache, ...]
@@ -68,18 +68,18 @@ def init_cache(
 
 
 Slots = Tensor
-"""Indices of (B, T, K), flattened, into the B * K * S places of a layer."""
+"""Indices of (B, T, K), flattened, into the B * K * S vectors of a layer."""
 
 
 def slots(cache: KVCache, index_BT: Tensor) -> Slots:
-    """Where the keys and values (B, T, K, H) of the tokens at these places of the rows go in every layer."""
+    """Where the keys and values (B, T, K, H) of the tokens at these indices of the rows go in every layer."""
     B, K, S, _ = cache.layers[0].k_BKSH.shape
     row_B, head_K = (torch.arange(n, device=index_BT.device) for n in (B, K))
     return ((row_B[:, None, None] * K + head_K) * S + index_BT[:, :, None]).flatten()
 
 
 def append(cache: LayerCache, k_BTKH: Tensor, v_BTKH: Tensor, slots: Slots) -> LayerCache:
-    """Writes keys and values into their slots; every row has its own positions."""
+    """Writes keys and values into their slots; every row has its own indices."""
     for old_BKSH, new_BTKH in ((cache.k_BKSH, k_BTKH), (cache.v_BKSH, v_BTKH)):
         H = new_BTKH.shape[-1]
         old_BKSH.view(-1, H).index_copy_(0, slots, new_BTKH.reshape(-1, H).to(old_BKSH.dtype))
@@ -87,7 +87,7 @@ def append(cache: LayerCache, k_BTKH: Tensor, v_BTKH: Tensor, slots: Slots) -> L
 
 
 def append_segments(cache: KVCache, segments_BT: Tensor | None, index_BT: Tensor) -> KVCache:
-    """The cache with the segments of new tokens at these places of the rows; itself if it has no segments."""
+    """The cache with the segments of new tokens at these indices of the rows; itself if it has no segments."""
     if segments_BT is None:
         return cache
     assert cache.segments_BS is not None  # both or neither: `check_room`

@@ -25,7 +25,7 @@ def trace(config: ModelConfig, weights: Tensors, tokens_BT: np.ndarray, dtype: s
     compute_dtype, device = resolve_dtype(dtype), default_device()
     master_dtype = param_dtype(compute_dtype)
     model = build_model(config, weights, param_dtype=master_dtype, compute_dtype=compute_dtype, device=device)
-    batch = to_device(Batch.within(tokens_BT), device)
+    batch = to_device(Batch.from_tokens(tokens_BT), device)
     gradients = to_canonical(config, _backward(model, batch))
     recorded, losses_BT = _forward(model, batch.tokens_BT)
     stages = {name: recorded[name].double().cpu().numpy().reshape(*tokens_BT.shape, -1) for name in stage_names(config)}

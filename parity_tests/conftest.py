@@ -111,9 +111,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Compile quickly, which is most of what the tests do, and share compiled programs between them.
 
-    LLVM optimizes little, which changes how a program rounds, not what it computes: every bound holds for both. Set
-    JAX_DISABLE_MOST_OPTIMIZATIONS=0 to test the programs that users get, as the continuous integration also does. The
-    programs for GPUs are always those.
+    LLVM optimizes little, which changes how a program rounds, not what it computes. Set
+    JAX_DISABLE_MOST_OPTIMIZATIONS=0 to test the programs that users get, as the continuous integration does with some
+    files. The programs for GPUs are always those.
     """
     settings: dict[str, Any] = {
         "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),

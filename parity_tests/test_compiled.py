@@ -167,14 +167,16 @@ def test_command(tmp_path: Path) -> None:
 def test_nothing_is_left_behind() -> None:
     """The device, and the answers to JAX's questions about it, hold while a program is compiled, and no longer."""
     card = card_device("a100")
-    before = cudnn.check_cudnn_version, cudnn.check_compute_capability, target_device()
+    names = ("check_cudnn_version", "check_compute_capability", "is_cuda_compute_capability_equal")
+    before = [*(getattr(cudnn, name) for name in names), target_device()]
     with contextlib.suppress(KeyboardInterrupt), standing_in_for(card):
         assert target_device() is card
         assert cudnn.check_cudnn_version() == 91000
         assert cudnn.check_compute_capability("8.0")
         assert not cudnn.check_compute_capability("9.0")
+        assert cudnn.is_cuda_compute_capability_equal("8.0")
         raise KeyboardInterrupt
-    assert before == (cudnn.check_cudnn_version, cudnn.check_compute_capability, target_device())
+    assert before == [*(getattr(cudnn, name) for name in names), target_device()]
 
 
 def test_unknown_card() -> None:

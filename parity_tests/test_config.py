@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from minillm_core.config import (
+    DataConfig,
     ModelConfig,
     RopeScaling,
     config_differences,
@@ -15,6 +16,7 @@ from minillm_core.config import (
     to_dict,
 )
 from minillm_core.errors import InputError
+from minillm_core.yaml_text import dump_yaml, load_yaml
 
 
 @pytest.mark.parametrize("preset", preset_names())
@@ -78,12 +80,12 @@ def test_published_shapes(preset: str) -> None:
 
 
 BAD_FIELDS = {
-    "optim.learning_rate=6e-4": (
-        r"optim\.learning_rate: expected float, found '6e-4' \(str\); YAML reads this as text, write 6\.0e-04"
-    ),
+    "optim.learning_rate='6e-4'": r"learning_rate: expected float, found '6e-4' \(str\); write 0\.0006, without quotes",
     "model.n_kv_head=2": r"model\.n_kv_head: unknown field; did you mean model\.n_kv_heads\?",
-    "train.steps='100'": r"train\.steps: expected int, found '100' \(str\); YAML reads this as text, write 100",
+    "train.steps='100'": r"train\.steps: expected int, found '100' \(str\); write 100, without quotes",
     "train.steps=1.5": r"train\.steps: expected int, found 1\.5 \(float\)",
+    "train.steps=1e4": r"train\.steps: expected int, found 10000\.0 \(float\); write 10000",
+    "train.deterministic=yes": r"train\.deterministic: expected bool, found 'yes' \(str\); write true or false",
     "train.steps=true": r"train\.steps: expected int, found True \(bool\)",
     "model.width=null": r"model\.width: expected int, found None",
     "model.tie_embeddings=1": r"model\.tie_embeddings: expected bool, found 1",
@@ -110,9 +112,9 @@ def test_bad_fields(change: str, tmp_path: Path) -> None:
     target = data
     for section in sections:
         target = target[section]
-    target[field] = yaml.safe_load(value)
+    target[field] = load_yaml(value)
     path = tmp_path / "bad.yaml"
-    path.write_text(yaml.safe_dump(data))
+    path.write_text(dump_yaml(data))
     with pytest.raises(InputError, match=f"(?s){BAD_FIELDS[change]}") as error:
         load_config(str(path))
     assert str(path) in str(error.value)
@@ -156,6 +158,56 @@ def test_not_yaml(tmp_path: Path) -> None:
     path.write_text("")
     with pytest.raises(InputError, match="expected a mapping"):
         load_config(str(path))
+
+
+READ = {
+    "010": 10,
+    "08": 8,
+    "1_000": 1000,
+    "0x10": 16,
+    "0o10": 8,
+    "-5": -5,
+    "1e-3": 0.001,
+    ".5": 0.5,
+    "true": True,
+    "~": None,
+    "": None,
+    "yes": "yes",
+    "off": "off",
+    "1:30": "1:30",
+    "2024-01-01": "2024-01-01",
+    "~/x": "~/x",
+}
+
+
+@pytest.mark.parametrize("written", READ)
+def test_numbers_are_read_as_a_person_reads_them(written: str) -> None:
+    """And what is written is read back as the same value, also by PyYAML if it is a text."""
+    found = load_yaml(f"x: {written}")["x"]
+    assert (type(found), found) == (type(READ[written]), READ[written])
+    assert load_yaml(dump_yaml({"x": written, "y": found})) == {"x": written, "y": found}
+    assert yaml.safe_load(dump_yaml({"x": written}))["x"] == written
+
+
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [("a: {b: 1, b: 1}", "b"), ("a: 1\nc: 2\na: 3", "a"), ("x: &x {b: 1}\ny: {<<: *x, c: 1, c: 2}", "c")],
+)
+def test_a_key_given_twice_is_refused(text: str, key: str, tmp_path: Path) -> None:
+    path = tmp_path / "twice.yaml"
+    path.write_text(text)
+    with pytest.raises(InputError, match=f"the key `{key}` is given twice"):
+        load_config(str(path))
+
+
+def test_paths(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """`~` is the home folder; what can be no path is refused."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert DataConfig("~/text", "~/data").corpus == str(tmp_path / "text")
+    assert DataConfig("~/text", "x/~").dir == "x/~"
+    for bad in ("", "a\0b", "~nobody-of-this-name/x"):
+        with pytest.raises(InputError, match=r"not a path|no such home folder"):
+            DataConfig("sotu", bad)
 
 
 def test_config_differences() -> None:

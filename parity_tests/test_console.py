@@ -20,6 +20,8 @@ from minillm_cli.main import main
 from minillm_cli.parity import check_writable
 from minillm_core.errors import InputError, missing_package
 from minillm_core.text.tokenizer import Tokenizer
+from minillm_jax import attention as jax_attention
+from minillm_torch import attention as torch_attention
 from parity_tests.conftest import TINY, run_config
 
 HELP = ("convert", "torch->jax", "a run")
@@ -27,9 +29,11 @@ HELP = ("convert", "torch->jax", "a run")
 
 @pytest.fixture(autouse=True)
 def _restored_logger() -> Iterator[None]:
+    loggers = [logging.getLogger(name) for name in ("minillm_core", "minillm_jax", "minillm_torch")]
+    before = [(logger.level, logger.propagate) for logger in loggers]
     yield
-    logger = logging.getLogger("minillm_core")
-    logger.handlers = [handler for handler in logger.handlers if not isinstance(handler, console._Console)]
+    for logger, (logger.level, logger.propagate) in zip(loggers, before, strict=True):
+        logger.handlers = [handler for handler in logger.handlers if not isinstance(handler, console._Console)]
 
 
 def test_libraries_are_heard_once(capsys: pytest.CaptureFixture[str]) -> None:
@@ -38,8 +42,12 @@ def test_libraries_are_heard_once(capsys: pytest.CaptureFixture[str]) -> None:
     logger = logging.getLogger("minillm_core.training.loop")
     logger.info("step 3")
     logger.warning("skipping")
+    for attention in (jax_attention, torch_attention):
+        attention._say_plain.cache_clear()
+        attention._say_plain("segments")
     captured = capsys.readouterr()
-    assert (captured.out, captured.err) == ("", "step 3\nwarning: skipping\n")
+    why = "plain attention, which is slower and needs more memory: the fused kernel cannot compute segments\n"
+    assert (captured.out, captured.err) == ("", f"step 3\nwarning: skipping\n{why}{why}")
 
 
 def raises(error: BaseException) -> Callable[[], None]:

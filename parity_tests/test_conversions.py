@@ -43,7 +43,7 @@ def convert(direction: str, *places: Path) -> int:
     process, peak = start(direction, *places), 0
     while process.poll() is None:
         with contextlib.suppress(OSError):
-            found = re.search(r"VmHWM:\s+(\d+)", Path(f"/proc/{process.pid}/status").read_text())
+            found = re.search(r"VmHWM:\s+(\d+)", Path(f"/proc/{process.pid}/status").read_text(encoding="utf-8"))
             peak = 1024 * int(found[1]) if found else peak
         time.sleep(0.005)
     assert process.returncode == 0, direction

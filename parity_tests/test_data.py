@@ -184,7 +184,7 @@ def test_damaged_data(how: str, message: str, data_config: DataConfig, tmp_path:
 def test_mismatched_data_is_refused(data_config: DataConfig, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"(?s)vocabulary size differs.*expected: 4096.*found: 512"):
         PreparedData(data_config.dir, 4096)
-    with pytest.raises(InputError, match="different corpus"):
+    with pytest.raises(InputError, match="different holdout_every"):
         prepare_data(replace(data_config, holdout_every=7), TINY.vocab_size)
     with pytest.raises(InputError, match="too little text"):
         prepare_data(DataConfig(corpus=str(tmp_path), dir=str(tmp_path / "out")), 512)

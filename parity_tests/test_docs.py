@@ -106,7 +106,7 @@ def check_generate(home: Path, options: dict[str, str], done: Done) -> None:
         assert len(done.stdout.strip()) > len(options["--prompt"])
     else:
         rows = [json.loads(line) for line in (home / options["--output"]).read_text().splitlines()]
-        assert [row["prompt"] for row in rows] == read_prompts(home / options["--prompts"])
+        assert [row["prompt"] for row in rows] == read_prompts(home / options["--prompts"])[0]
         assert {len(row["completions"]) for row in rows} == {int(options["--n"])}
 
 

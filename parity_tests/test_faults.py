@@ -202,7 +202,7 @@ def test_all_checkpoints_damaged_is_refused(
 
 @SHORT
 @pytest.mark.parametrize("framework", FRAMEWORKS)
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_signal_saves_and_stops(
     framework: str, number: signal.Signals, data_config: DataConfig, tmp_path: Path
 ) -> None:

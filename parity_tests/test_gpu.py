@@ -94,9 +94,15 @@ def attention_and_gradients(
     return [x.detach().double().cpu().numpy() for x in (out, *(arg.grad for arg in args))]
 
 
-@pytest.mark.parametrize("framework", BACKENDS)
+FUSED_IN_JAX = [(512, None), (130, None), (512, 1), (512, 77), (512, 511)]
+"""Length and window. PyTorch's kernel takes no window."""
+
+
 @pytest.mark.parametrize("heads", [(6, 6, 64), (8, 2, 128), (4, 1, 64)])
-@pytest.mark.parametrize(("length", "window"), [(512, None), (130, None), (512, 1), (512, 77), (512, 511)])
+@pytest.mark.parametrize(
+    ("framework", "length", "window"),
+    [("torch", 512, None), ("torch", 130, None), *(("jax", *case) for case in FUSED_IN_JAX)],
+)
 def test_fused_attention_equals_plain_attention(
     framework: str, heads: tuple[int, int, int], length: int, window: int | None
 ) -> None:
@@ -106,9 +112,6 @@ def test_fused_attention_equals_plain_attention(
     mask, rng = AttentionMask(window), np.random.default_rng(0)
     place = {"device": torch.device("cuda")} if framework == "torch" else {}
     dtype = jnp.bfloat16 if framework == "jax" else torch.bfloat16
-    if framework == "torch" and window is not None:
-        assert module.why_not_fused(mask, length, H, dtype, **place) == "a sliding window"
-        return
     assert module.why_not_fused(mask, length, H, dtype, **place) is None
     inputs = [rng.standard_normal((2, length, n, H)) for n in (N, K, K, N)]
     inputs = [np.asarray(jnp.asarray(x, jnp.bfloat16).astype(jnp.float32)) for x in inputs]
@@ -133,23 +136,35 @@ def test_torch_takes_a_kernel_that_stores_no_scores(window: int | None) -> None:
         backend.make_train_step(config)(backend.init_state(config), batch, 1e-3)
 
 
+def two_documents(tokens: np.ndarray, length: int) -> tuple[Batch, Batch]:
+    """Rows of two documents, the first of `length` tokens; and the same documents, each in a row of its own."""
+    whole = Batch.from_rows(tokens)
+    index_BT = np.broadcast_to(np.arange(tokens.shape[1] - 1, dtype=np.int32), whole.tokens_BT.shape)
+    second_BT = index_BT >= length
+    whole = replace(whole, weights_BT=np.where(index_BT == length - 1, 0, whole.weights_BT).astype(np.float32))
+    packed = replace(whole, positions_BT=index_BT - length * second_BT, segments_BT=second_BT.astype(np.int32))
+    fields = (whole.tokens_BT, whole.targets_BT, whole.weights_BT)
+    alone = [np.concatenate([x * ~second_BT, np.roll(x * second_BT, -length, axis=1)]) for x in fields]
+    return packed, Batch(*alone)
+
+
 @pytest.mark.parametrize("packed", [False, True])
 def test_windows_and_segments_agree(packed: bool) -> None:
-    """A train step in bfloat16 with a window (fused in JAX, plain in PyTorch), and with two documents in each row."""
-    model = replace(MODEL, sliding_window=50)
-    config = run_config(model, batch_size=4, seq_len=256, compute_dtype="bfloat16")
-    batch = Batch.from_rows(random_tokens(model, 4, 257))
-    if packed:
-        place = np.arange(256, dtype=np.int32)[None].repeat(4, axis=0)
-        batch = replace(batch, segments_BT=(place >= 100).astype(np.int32), positions_BT=place % 100)
+    """A train step in bfloat16 with a window (fused in JAX, plain in PyTorch), and with two documents in each row: the
+    step of the same documents in rows of their own."""
+    model, tokens = replace(MODEL, sliding_window=50), random_tokens(MODEL, 4, 257)
+    batches = two_documents(tokens, 100) if packed else (Batch.from_rows(tokens),)
     moments = []
     for backend in BACKENDS.values():
-        state = backend.import_state(config, TrainingState(random_weights(model, sharpness=1.0), {}, {}), 0)
-        state, _ = backend.make_train_step(config)(state, batch, 1e-3)
-        moments.append(backend.export_state(config, state).exp_avg)
-    for name, ours in moments[0].items():
-        a, b = ours.ravel().astype(np.float64), moments[1][name].ravel().astype(np.float64)
-        assert a @ b / (np.linalg.norm(a) * np.linalg.norm(b)) >= BFLOAT16_GRADIENT_COSINE, name
+        for batch in batches:
+            config = run_config(model, batch_size=len(batch.tokens_BT), seq_len=256, compute_dtype="bfloat16")
+            state = backend.import_state(config, TrainingState(random_weights(model, sharpness=1.0), {}, {}), 0)
+            state, _ = backend.make_train_step(config)(state, batch, 1e-3)
+            moments.append(backend.export_state(config, state).exp_avg)
+    for others in moments[1:]:
+        for name, ours in moments[0].items():
+            a, b = ours.ravel().astype(np.float64), others[name].ravel().astype(np.float64)
+            assert a @ b / (np.linalg.norm(a) * np.linalg.norm(b)) >= BFLOAT16_GRADIENT_COSINE, name
 
 
 @pytest.mark.parametrize("framework", BACKENDS)

@@ -57,7 +57,9 @@ def save_llama(config: ModelConfig, folder: Path, dtype: torch.dtype, shard: str
 
 
 def rewrite(path: Path, **fields: Any) -> None:
-    path.write_text(json.dumps((json.loads(path.read_text()) if path.is_file() else {}) | fields))
+    path.write_text(
+        json.dumps((json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}) | fields), encoding="utf-8"
+    )
 
 
 def logits_of(framework: str, checkpoint: Path, dtype: str, tokens: np.ndarray) -> np.ndarray:

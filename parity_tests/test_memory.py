@@ -1,8 +1,10 @@
 """The memory of a train step: what PyTorch keeps for the backward pass, and what XLA allocates."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -91,17 +93,30 @@ def test_the_preset_fits_its_gpu() -> None:
     assert activation_bytes(whole_batch) > 80 * GB, "the step was made to fit by its micro-batches"
 
 
+def abstract_arguments(config: ModelConfig, rows: int) -> tuple[Params, Batch]:
+    """The parameters, and a batch of rows of 64 tokens, as shapes."""
+    ids = jax.ShapeDtypeStruct((rows, 64), jnp.int32)
+    return split_model(abstract_model(config))[1], Batch(ids, ids, jax.ShapeDtypeStruct(ids.shape, jnp.float32))
+
+
+def loss_of(config: ModelConfig, remat: bool, params: Params, batch: Batch) -> jax.Array:
+    graphdef, rope = model_structure(config, param_dtype=jnp.float32, compute_dtype=jnp.float32)
+    return jax_loss.loss_sums(merge_model(graphdef, params, rope), batch, remat=remat)[0]
+
+
 def temporaries(config: ModelConfig, rows: int) -> int:
     """Bytes of temporary memory that XLA:CPU needs for loss and gradients of rows of 64 tokens, in float32."""
-    graphdef, rope = model_structure(config, param_dtype=jnp.float32, compute_dtype=jnp.float32)
-    _, params, _ = split_model(abstract_model(config))
-    ids = jax.ShapeDtypeStruct((rows, 64), jnp.int32)
-    batch = Batch(ids, ids, jax.ShapeDtypeStruct(ids.shape, jnp.float32))
+    gradient = jax.jit(jax.grad(partial(loss_of, config, False)))
+    return gradient.lower(*abstract_arguments(config, rows)).compile().memory_analysis().temp_size_in_bytes
 
-    def loss(params: Params, batch: Batch) -> jax.Array:
-        return jax_loss.loss_sums(merge_model(graphdef, params, rope), batch)[0]
 
-    return jax.jit(jax.grad(loss)).lower(params, batch).compile().memory_analysis().temp_size_in_bytes
+@pytest.mark.parametrize("remat", [False, True])
+def test_jax_recomputes_the_blocks(remat: bool) -> None:
+    """In the gradient's program, every block is marked as recomputed. (XLA for CPUs removes the second computation; the
+    memory that a GPU saves is in test_compiled.py.)"""
+    config = replace(MODELS["gqa"], n_layers=5)
+    jaxpr = str(jax.make_jaxpr(jax.grad(partial(loss_of, config, remat)))(*abstract_arguments(config, 2)))
+    assert len(re.findall(r"\bprevent_cse=", jaxpr)) == config.n_layers * remat
 
 
 def test_jax_does_not_keep_the_logits(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,8 +15,9 @@ import torch
 from minillm_core.config import ModelConfig
 from minillm_core.data.batches import Batch
 from minillm_core.errors import InputError
-from minillm_core.model.mask import AttentionMask
+from minillm_core.model.mask import AttentionMask, effective_window
 from minillm_core.model.reference import Reference
+from minillm_core.model.rope import inverse_frequencies
 from minillm_core.tensors import Tensors
 from minillm_jax import attention as jax_attention
 from minillm_jax import kv_cache as jax_kv_cache
@@ -173,19 +174,43 @@ def test_the_frameworks_agree_on_a_packed_batch(model: str, tier: Tier) -> None:
         assert_close_norm(name, grad, their_grads[name], tier.gradient)
 
 
-def check_window(pair: Pair, framework: str) -> None:
-    """Against the numpy reference, in one call and token by token."""
+def check_positions(pair: Pair, framework: str) -> None:
+    """Positions with gaps, without a cache, against the numpy reference: logits and loss. (Positions that only begin
+    later give the same result, because RoPE makes attention depend only on their differences.)"""
     tokens = random_tokens(pair.config, 1, 40)
-    *_, (name, expected) = Reference(pair.config, pair.weights).stages(tokens)
-    assert name == "logits"
-    assert_close(name, cached_logits(pair, framework, Batch.within(tokens), [40])[0], expected, pair.tier.logits)
-    assert_close(name, cached_logits(pair, framework, Batch.within(tokens), [9] + [1] * 31)[0], expected, 1e-12)
+    batch = replace(Batch.from_tokens(tokens), positions_BT=3 * np.arange(40, dtype=np.int32)[None])
+    three_times = Reference(pair.config, pair.weights, lambda config: 3 * inverse_frequencies(config))
+    *_, (_, expected) = three_times.stages(tokens)
+    logits, loss, _ = logits_and_gradients(pair, framework, batch)
+    assert_close("logits", logits, expected, pair.tier.logits)
+    log_probs = expected[0] - np.logaddexp.reduce(expected[0], axis=1, keepdims=True)
+    assert_close("loss", np.array(loss), np.array(-log_probs[range(39), tokens[0, 1:]].sum()), 1e-12)
 
 
 @pytest.mark.parametrize("framework", BACKENDS)
-@pytest.mark.parametrize("window", [1, 5, 40])
+def test_positions_with_gaps_equal_the_reference(framework: str, float64: Tier) -> None:
+    check_positions(make_pair(MODELS["gqa"], float64), framework)
+
+
+def check_window(pair: Pair, framework: str) -> None:
+    """Against the numpy reference, in one call without and with a cache, and token by token."""
+    tokens = random_tokens(pair.config, 1, 40)
+    *_, (name, expected) = Reference(pair.config, pair.weights).stages(tokens)
+    assert name == "logits"
+    assert_close(name, pair.logits(tokens)[framework == "torch"], expected, pair.tier.logits)
+    assert_close(name, cached_logits(pair, framework, Batch.from_tokens(tokens), [40])[0], expected, pair.tier.logits)
+    assert_close(name, cached_logits(pair, framework, Batch.from_tokens(tokens), [9] + [1] * 31)[0], expected, 1e-12)
+
+
+@pytest.mark.parametrize("framework", BACKENDS)
+@pytest.mark.parametrize("window", [1, 5, 39, 40, 41])
 def test_sliding_window_equals_the_reference(window: int, framework: str, float64: Tier) -> None:
     check_window(make_pair(replace(MODELS["gqa"], sliding_window=window), float64), framework)
+
+
+def test_a_window_that_hides_nothing_is_no_window() -> None:
+    found = [effective_window(window, 40) for window in (None, 1, 39, 40, 41)]
+    assert found == [None, 1, 39, None, None]
 
 
 @pytest.mark.parametrize("framework", BACKENDS)
@@ -251,6 +276,10 @@ def segments_not_stored(append_segments: Callable[..., Any]) -> Callable[..., An
     return lambda cache, segments_BT, index_BT: cache
 
 
+def positions_left_out(batch_losses: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda model, batch, **options: batch_losses(model, replace(batch, positions_BT=None), **options)
+
+
 def position_not_restarted(check_like: Callable[..., Any]) -> Callable[..., Any]:
     return lambda tokens, name, array, limit: None if name == "positions_BT" else check_like(tokens, name, array, limit)
 
@@ -262,6 +291,7 @@ MISTAKES = {
     "window one longer": ("attention.mask_bias", window_one_longer, check_window),
     "window one shorter": ("attention.mask_bias", window_one_shorter, check_window),
     "places forgotten": ("attention.mask_bias", places_forgotten, check_cached_row),
+    "positions left out of the loss": ("loss.batch_losses", positions_left_out, check_positions),
     "position not restarted": ("model.check_like", position_not_restarted, check_cached_row),
 }
 
@@ -290,6 +320,9 @@ def test_a_kernel_refuses_what_it_cannot_express(attention: Any) -> None:
     x = xp.zeros((1, 4, 2, 8))
     ones = xp.ones((1, 4))
     masks = [AttentionMask(None, None, ones, ones), AttentionMask(None, ones)]
+    for one_sided in ((ones, None), (None, ones)):
+        with pytest.raises(InputError, match="incomplete attention mask"):
+            AttentionMask(None, None, *one_sided)
     if attention is torch_attention:
         masks.append(AttentionMask(3))
     for mask in masks:

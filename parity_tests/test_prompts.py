@@ -1,16 +1,18 @@
 """generate.py: a file of prompts, killed and resumed; a stream interrupted by Ctrl-C; bad requests."""
 
+import hashlib
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
-from minillm_core.decoding.prompts import read_prompts
+from minillm_core.decoding.prompts import continue_file, read_prompts
 from minillm_core.errors import InputError
 from minillm_core.text.tokenizer import Tokenizer
 from parity_tests.commands import fails
@@ -85,7 +87,7 @@ def test_prompt_file(run: Path, prompts: Path, tmp_path: Path) -> None:
     again = subprocess.run(full, cwd=tmp_path, capture_output=True, text=True)
     assert again.returncode == 2
     assert "exists already" in again.stderr
-    texts = read_prompts(prompts)
+    texts, _ = read_prompts(prompts)
     for framework, rows in outputs.items():
         assert [row["index"] for row in rows] == list(range(120))
         assert [row["prompt"] for row in rows] == texts
@@ -132,6 +134,7 @@ def test_ctrl_c_ends_a_stream(framework: str, run: Path, tmp_path: Path) -> None
         ("p.jsonl", b'{"prompt": "a"}\n{"text": "b"}\n', r"(?s)not a prompt.*line 2"),
         ("p.jsonl", b'{"prompt": 3}\n', r"(?s)not a prompt.*line 1"),
         ("p.jsonl", b"a text\n", r'(?s)not a prompt.*"prompt".*line 1'),
+        ("P.JSONL", b'{"prompt": "\\ud800"}\n', r"(?s)not a prompt.*line 1"),
     ],
 )
 def test_bad_prompt_files(name: str, content: bytes, message: str, tmp_path: Path) -> None:
@@ -139,7 +142,30 @@ def test_bad_prompt_files(name: str, content: bytes, message: str, tmp_path: Pat
     with pytest.raises(InputError, match=message):
         read_prompts(tmp_path / name)
     (tmp_path / "good.jsonl").write_text('\ufeff{"prompt": "a\\nb"}\r\n{"prompt": "c\u2028d"}', "utf-8")
-    assert read_prompts(tmp_path / "good.jsonl") == ["a\nb", "c\u2028d"]
+    assert read_prompts(tmp_path / "good.jsonl")[0] == ["a\nb", "c\u2028d"]
+
+
+def test_prompts_are_read_once(run: Path, tmp_path: Path) -> None:
+    """From a named pipe: nothing hangs, and the request is known by what was read."""
+    pipe, output = tmp_path / "pipe.jsonl", tmp_path / "o.jsonl"
+    os.mkfifo(pipe)
+    content = b'{"prompt": "one"}\n{"prompt": "two"}\n'
+    writer = threading.Thread(target=pipe.write_bytes, args=[content])
+    writer.start()
+    texts, digest = read_prompts(pipe)
+    writer.join()
+    assert (texts, digest) == (["one", "two"], hashlib.sha256(content).hexdigest())
+    generator = BACKENDS["torch"].Generator(BACKENDS["torch"].load(run), Tokenizer(run / "tokenizer.model"))
+    options = {"max_new_tokens": 3, "temperature": 0.0, "n": 1, "logprobs": False}
+    for first in (True, False):
+        (tmp_path / "P.JSONL").write_bytes(content if first else content.replace(b"two", b"2"))
+
+        def stop(done: int, total: int) -> None:
+            if done:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt if first else InputError, match=None if first else "different prompts"):
+            continue_file(generator, tmp_path / "P.JSONL", output, 1, {}, options, stop)
 
 
 def test_foreign_partial_output_is_refused(run: Path, tmp_path: Path) -> None:
@@ -160,6 +186,8 @@ def test_foreign_partial_output_is_refused(run: Path, tmp_path: Path) -> None:
         (["--compile"], "for torch"),
         (["--prompts", "none.txt", "--output", "o.jsonl"], "cannot read the prompts"),
         (["--prompts", "p.txt", "--output", "nowhere/o.jsonl"], "no such folder"),
+        (["--prompts", "p.txt", "--output", "."], "the output is a folder"),
+        (["--prompts", "p.txt", "--output", ""], "the output is a folder"),
         (["--prompts", "p.txt", "--output", "o.jsonl", "--batch-size", "0"], "batch_size"),
         (["--prompts", "p.txt", "--output", "o.jsonl", "--max-new-tokens", "320"], "longer than the context"),
         (["--prompt", ""], "empty prompt"),

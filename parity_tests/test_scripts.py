@@ -261,7 +261,11 @@ def test_plan(home: Path) -> None:
         (r"no torch checkpoint.*where: runs/quickstart", ["convert", "torch->jax"]),
         (r"to jax does not round.*bfloat16", ["convert", "hf->jax", "x", "y", "--dtype", "bfloat16"]),
         (r"the HTML page must be a file.*where: runs", ["parity", "runs/tiny", "runs/tiny", "--html", "runs"]),
-        (r"not a folder of prepared data", ["evaluate", "runs/tiny", "--data-dir", "runs"]),
+        (r"not a folder of prepared data.*choose a different", ["evaluate", "runs/tiny", "--data-dir", "runs"]),
+        (r"not a folder of prepared data.*check the path", ["evaluate", "runs/tiny", "--data-dir", "none"]),
+        (r"no such file or folder.*where: none\.gguf", ["convert", "hf->jax", "none.gguf", "runs/new"]),
+        (r"of the steps: 3, 6\n.*name one of these", ["generate", "runs/tiny/jax/checkpoints/4"]),
+        (r"no such configuration: quickstrat.*did you mean quickstart\?", ["plan", "tiny.yaml", "quickstrat"]),
         (
             r"did you mean --prompt 'My fellow citizens'",
             ["generate", "My fellow citizens"],

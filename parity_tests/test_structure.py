@@ -72,7 +72,7 @@ def type_of(annotation: ast.expr | None) -> str:
 def public_names(path: Path) -> dict[str, list[str]]:
     """Public functions and classes of a file with their public methods, and the signature of each."""
     names = {}
-    for node in ast.parse(path.read_text()).body:
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
         members = [node]
         if isinstance(node, ast.ClassDef):
             if node.name.startswith("_"):

@@ -95,7 +95,7 @@ def main() -> None:
     print(report)
     if config.out:
         Path(config.out).parent.mkdir(parents=True, exist_ok=True)
-        Path(config.out).write_text(report)
+        Path(config.out).write_text(report, encoding="utf-8")
     if not all(check.holds for check in checks):
         raise InputError("the frameworks differ by more than the bounds in the report")
 

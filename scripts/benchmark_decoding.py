@@ -137,7 +137,7 @@ def main(
         "--engine",
     ]
     processes = {
-        name: subprocess.Popen([*command, name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        name: subprocess.Popen([*command, name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8")
         for name in ENGINES
     }
 

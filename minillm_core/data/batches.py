@@ -42,20 +42,21 @@ class Batch:
     targets_BT: Array
     """The token that follows each, int32."""
     weights_BT: Array
-    """The factor of each target's loss, float32. The loss of a batch is the weighted mean. 0 leaves a target out."""
+    """The factor of each target's loss, float32. The loss of a batch is the weighted mean. 0 leaves a target out of it,
+    but its loss must be finite too."""
     positions_BT: Array | None = None
     """The position of each token in its document, int32. None: 0 to T - 1 in every row."""
     segments_BT: Array | None = None
     """The document of each token, int32. Tokens of one row that are in different segments do not see each other. None:
-    every row is one document. The last token of a document must not predict the next document: its weight is 0."""
+    every row is one document. Give weight 0 to a target that is the first token of the next document."""
 
     @classmethod
     def from_rows(cls, rows: np.ndarray) -> "Batch":
-        """From rows of T + 1 tokens: each token is predicted from those before it, all with weight 1."""
+        """From rows of T + 1 tokens: each but the first is predicted from those before it, all with weight 1."""
         return cls(rows[:, :-1], rows[:, 1:], np.ones((len(rows), rows.shape[1] - 1), np.float32))
 
     @classmethod
-    def within(cls, tokens_BT: np.ndarray) -> "Batch":
+    def from_tokens(cls, tokens_BT: np.ndarray) -> "Batch":
         """From rows of T tokens: each token predicts the next one, the last one of a row nothing (its weight is 0)."""
         weights_BT = np.ones(tokens_BT.shape, np.float32)
         weights_BT[:, -1] = 0
@@ -72,20 +73,21 @@ class Batch:
         arrays = {name: np.asarray(array) for name, array in given.items() if array is not None}
         shape = arrays["tokens_BT"].shape
         for name, array in arrays.items():
-            kind, words = (np.floating, "floats") if name == "weights_BT" else (np.integer, "integers")
-            if array.shape != shape or array.ndim != 2 or not np.issubdtype(array.dtype, kind):
+            dtype, words = (np.floating, "floats") if name == "weights_BT" else (np.integer, "integers")
+            if array.shape != shape or array.ndim != 2 or not np.issubdtype(array.dtype, dtype):
                 expected = f"{words} (B, T)" if len(shape) != 2 else f"{words} (B, T) = {shape}"
                 found = f"{array.dtype} {array.shape}"
                 raise InputError(f"{name} does not fit the batch", expected=expected, found=found)
         if shape[0] % n_micro:
             problem = "the rows of the batch cannot be divided into micro-batches"
             raise InputError(problem, expected=f"a multiple of train.grad_accum, {n_micro}", found=f"{shape[0]} rows")
-        limits = {"tokens_BT": config.vocab_size, "targets_BT": config.vocab_size}
-        for name, limit in (limits | {"positions_BT": config.context_length}).items():
-            if name in arrays and arrays[name].size and not (arrays[name].min() >= 0 and arrays[name].max() < limit):
+        limits = {"tokens_BT": (0, config.vocab_size), "targets_BT": (0, config.vocab_size)}
+        limits |= {"positions_BT": (0, config.context_length), "segments_BT": (-(1 << 31), 1 << 31)}
+        for name, (least, limit) in limits.items():
+            if name in arrays and arrays[name].size and not least <= arrays[name].min() <= arrays[name].max() < limit:
                 found = f"{arrays[name].min()} to {arrays[name].max()}"
-                hint = "give a target that does not count any valid id, and the weight 0" if "targets" in name else None
-                raise InputError(f"{name} is out of range", expected=f"0 to {limit - 1}", found=found, hint=hint)
+                hint = "to leave out a target, give it the weight 0 and any valid id" if "targets" in name else None
+                raise InputError(f"{name} is out of range", expected=f"{least} to {limit - 1}", found=found, hint=hint)
         with np.errstate(over="ignore"):
             weights_BT = arrays["weights_BT"].astype(np.float32)
             total = weights_BT.sum()
@@ -108,9 +110,12 @@ class PreparedData:
         redo = redo_hint(self.dir)
         meta_path = self.dir / "meta.json"
         if not meta_path.is_file():
-            raise InputError("not a folder of prepared data", expected="meta.json", where=self.dir, hint=redo)
+            hint = "choose a different folder for the prepared data"
+            if not self.dir.exists():
+                hint = "check the path, or prepare the data first"
+            raise InputError("not a folder of prepared data", expected="meta.json", where=self.dir, hint=hint)
         try:
-            self.meta: dict[str, Any] = json.loads(meta_path.read_text())
+            self.meta: dict[str, Any] = json.loads(meta_path.read_text(encoding="utf-8"))
             dtype = np.dtype(self.meta["dtype"])
             found = self.meta["vocab_size"]
             n_tokens = {split: int(self.meta[split]["n_tokens"]) for split in SPLITS}

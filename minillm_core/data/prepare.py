@@ -11,12 +11,16 @@ import numpy as np
 
 from minillm_core.config import DataConfig
 from minillm_core.data.batches import FORMAT_VERSION, SPLITS, PreparedData, redo_hint
-from minillm_core.data.corpus import Document, list_documents
+from minillm_core.data.corpus import Document, digest_of_places, digest_of_text, list_documents
 from minillm_core.errors import InputError
-from minillm_core.files import commit_folder, hash_file, lock
+from minillm_core.files import beside, commit_folder, hash_file, lock, make_folder
 from minillm_core.text.tokenizer import Tokenizer, train_tokenizer
 
 logger = logging.getLogger(__name__)
+
+LINE_PARTS = re.compile(r"(?s).{1,65536}(?= |\Z)|.{1,65536}")
+"""A line as the tokenizer is trained on it: in parts of at most 64 Ki characters, cut before spaces. (SentencePiece
+leaves out longer lines.)"""
 
 
 def open_or_prepare(config: DataConfig, vocab_size: int) -> PreparedData:
@@ -47,16 +51,16 @@ def prepare_data(config: DataConfig, vocab_size: int) -> bool:
     if _is_prepared(target, config, vocab_size):
         return False
     documents = list_documents(config)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with lock(target.with_name(f".{target.name}.lock"), wait=True):
+    partial = beside(target, "partial")
+    make_folder(partial.parent)
+    with lock(beside(target, "lock"), wait=True):
         if _is_prepared(target, config, vocab_size):
             return False
-        partial = target.with_name(f".{target.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
         try:
             _pack(documents, config, vocab_size, partial)
-            commit_folder(partial, target)
+            commit_folder(partial, target.resolve())
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     return True
@@ -71,28 +75,49 @@ def _is_prepared(target: Path, config: DataConfig, vocab_size: int) -> bool:
     if not target.exists():
         return False
     existing = PreparedData(target, vocab_size).meta
-    wanted = {"corpus": config.corpus, "holdout_every": config.holdout_every}
-    found = {key: existing.get(key) for key in wanted}
-    if found != wanted:
+    if existing["holdout_every"] != config.holdout_every:
         raise InputError(
-            "the folder was prepared from a different corpus or with a different holdout_every",
-            expected=wanted,
-            found=found,
+            "the folder was prepared with a different holdout_every",
+            expected=config.holdout_every,
+            found=existing["holdout_every"],
+            where=target,
+            hint=redo_hint(target),
+        )
+    if not _has_text_of(existing, config):
+        raise InputError(
+            "the folder was prepared from a different corpus, or the corpus has changed since",
+            expected=f"the present text of {config.corpus}",
+            found=f"a text of {sum(existing[split]['n_bytes'] for split in SPLITS):,} bytes, from {existing['corpus']}",
             where=target,
             hint=redo_hint(target),
         )
     return True
 
 
+def _has_text_of(meta: dict[str, Any], config: DataConfig) -> bool:
+    """Whether data was prepared from the text that the corpus has now, whatever the spelling of its path."""
+    if config.corpus != "sotu" and not Path(config.corpus).exists() and config.corpus == meta["corpus"]:
+        logger.info(f"the corpus {config.corpus} is not there any more; its prepared data is used")
+        return True
+    documents = list_documents(config)
+    if "corpus_sha256" not in meta:  # prepared by version 0.1
+        n_bytes = {split: sum(d.stop - d.start for d in documents if d.split == split) for split in SPLITS}
+        return n_bytes == {split: meta[split]["n_bytes"] for split in SPLITS}
+    return digest_of_places(documents) == meta["corpus_places"] or digest_of_text(documents) == meta["corpus_sha256"]
+
+
 def _pack(documents: list[Document], config: DataConfig, vocab_size: int, folder: Path) -> None:
     """Writes tokenizer.model, the token files and meta.json."""
     train_texts = (text for document in documents if document.split == "train" for text in document.chunks())
-    train_tokenizer((line for text in train_texts for line in text.split("\n")), vocab_size, folder / "tokenizer.model")
+    lines = (part for text in train_texts for line in text.split("\n") for part in LINE_PARTS.findall(line))
+    train_tokenizer(lines, vocab_size, folder / "tokenizer.model")
     tokenizer = Tokenizer(folder / "tokenizer.model")
     dtype = np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
     meta: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         "corpus": config.corpus,
+        "corpus_places": digest_of_places(documents),
+        "corpus_sha256": digest_of_text(documents),
         "holdout_every": config.holdout_every,
         "vocab_size": vocab_size,
         "dtype": dtype.str,
@@ -114,4 +139,4 @@ def _pack(documents: list[Document], config: DataConfig, vocab_size: int, folder
                 n_bytes += document.stop - document.start
         digest = hash_file(folder / f"{split}.bin")
         meta[split] = {"n_tokens": n_tokens, "n_bytes": n_bytes, "sha256": digest}
-    (folder / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
+    (folder / "meta.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")

@@ -1,5 +1,6 @@
 """Continues a file of prompts, in batches of similar length. A stopped job can be resumed."""
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -8,7 +9,7 @@ from typing import Any
 
 from minillm_core.decoding.generation import BaseGenerator
 from minillm_core.errors import InputError
-from minillm_core.files import hash_file, lock, replace_file
+from minillm_core.files import beside, lock, replace_file
 
 
 def continue_file(
@@ -37,14 +38,16 @@ def continue_file(
     """
     if batch_size < 1:
         raise InputError("batch_size is out of range", expected="1 or more", found=batch_size)
-    texts = read_prompts(prompts)
-    if not output.parent.is_dir():
+    lock_file = beside(output, "lock")
+    if not lock_file.parent.is_dir():
         raise InputError("no such folder", where=output.parent, hint="create it, or choose a different path")
+    if output.is_dir():
+        raise InputError("the output is a folder", expected="the name of a new file", where=output)
+    texts, digest = read_prompts(prompts)
     generator.check(texts, **options)
-    request = {"prompts": hash_file(prompts), "setup": dict(setup), "options": dict(options)}
+    request = {"prompts": digest, "setup": dict(setup), "options": dict(options)}
     request = json.loads(json.dumps(request))  # as it will be read back: tuples become lists
-    partial = output.with_name(f"{output.name}.partial")
-    lock_file = output.with_name(f".{output.name}.lock")
+    partial = lock_file.with_name(f"{output.resolve().name}.partial")
     with lock(lock_file):
         if output.exists():
             lock_file.unlink()
@@ -69,14 +72,20 @@ def continue_file(
         lock_file.unlink()
 
 
-def read_prompts(path: Path) -> list[str]:
-    """One prompt per line; if the file's name ends in .jsonl, one object with a "prompt" per line.
+def read_prompts(path: Path) -> tuple[list[str], str]:
+    """The prompts of a file: one per line; if the file's name ends in .jsonl, one object with a "prompt" per line. The
+    file is read once, because it may be a pipe.
+
+    Returns:
+        the prompts, and the SHA-256 of the content.
 
     Raises:
         InputError: the file is missing, is not UTF-8, or has an empty or malformed line.
     """
+    is_json = path.suffix.lower() == ".jsonl"
     try:
-        lines = path.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
+        content = path.read_bytes()
+        lines = content.decode("utf-8-sig").removesuffix("\n").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         expected, hint = "a UTF-8 text file", "check the path and the encoding"
         raise InputError("cannot read the prompts", expected=expected, found=error, where=path, hint=hint) from error
@@ -85,16 +94,17 @@ def read_prompts(path: Path) -> list[str]:
     texts = []
     for number, line in enumerate(lines, 1):
         text: Any = line.removesuffix("\r")
-        if path.suffix == ".jsonl":
+        if is_json:
             try:
                 text = json.loads(line)["prompt"]
-            except (ValueError, TypeError, KeyError):
+                text.encode()  # fails for half of a surrogate pair, which is not text
+            except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
                 text = None
         if not isinstance(text, str) or not text:
-            expected = '{"prompt": "..."}' if path.suffix == ".jsonl" else "text"
+            expected = '{"prompt": "..."}' if is_json else "text"
             raise InputError("not a prompt", expected=expected, found=repr(line), where=f"{path}, line {number}")
         texts.append(text)
-    return texts
+    return texts, hashlib.sha256(content).hexdigest()
 
 
 def _open_partial(partial: Path, request: Mapping[str, Any]) -> dict[int, dict[str, Any]]:

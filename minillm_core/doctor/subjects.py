@@ -11,6 +11,7 @@ import numpy as np
 
 from minillm_core.config import ModelConfig
 from minillm_core.errors import InputError
+from minillm_core.files import user_path
 from minillm_core.interop.imports import OPENERS
 from minillm_core.model.stages import Trace
 from minillm_core.tensors import Tensors
@@ -148,8 +149,8 @@ def _kind_of(place: str) -> tuple[str, Path]:
     """The kind and the path of a checkpoint. Raises InputError if there is none, or if several are possible."""
     kind, colon, rest = place.partition(":")
     if colon and kind in KINDS:
-        return kind, Path(rest)
-    path = Path(place)
+        return kind, user_path(rest)
+    path = user_path(place)
     expected = (
         f"a run, a checkpoint, a Hugging Face folder or a file of another project; or KIND:PATH ({', '.join(KINDS)})"
     )

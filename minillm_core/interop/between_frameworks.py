@@ -87,6 +87,8 @@ def _default_destination(checkpoint: Path, source: str, target: str) -> Path:
     run_dir = checkpoint.parent.parent.parent
     if _holds_copies(run_dir / target):
         return run_dir
+    if run_dir.name in ("", ".."):
+        run_dir = run_dir.resolve()
     beside = run_dir.with_name(f"{run_dir.name}-from-{source}")
     logger.info(f"{run_dir / target} holds checkpoints of its own training, so the copy is written to {beside}")
     return beside

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minillm_core.errors import InputError
+from minillm_core.files import user_path
 from minillm_core.interop.between_frameworks import copy_checkpoint
 from minillm_core.interop.exports import export_gguf, export_hf
 from minillm_core.interop.imports import OPENERS, import_checkpoint
@@ -70,13 +71,14 @@ def convert(
     if target_format in FRAMEWORKS and dtype != "float32":
         problem = f"a conversion to {target_format} does not round"
         raise InputError(problem, found=f"dtype {dtype}", hint="leave out the dtype: it applies to exports only")
-    destination = None if destination is None else Path(destination)
+    destination = None if destination is None else user_path(destination)
     if source_format in OPENERS:
         if destination is None:
             expected = f"a source and a run directory for {source_format}->{target_format}"
             raise InputError("a path is missing", expected=expected, found="no run directory", hint="give both paths")
-        result = import_checkpoint(source_format, Path(source), destination, load_backend(target_format))
-        return Conversion(source_format, target_format, Path(source), result, _generates(result), False)
+        source = user_path(source)
+        result = import_checkpoint(source_format, source, destination, load_backend(target_format))
+        return Conversion(source_format, target_format, source, result, _generates(result), False)
     checkpoint, reader = _find_source(source, source_format, target_format), load_backend(source_format)
     run_dir = checkpoint.parent.parent.parent
     if target_format == "hf":

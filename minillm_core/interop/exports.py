@@ -13,7 +13,7 @@ from minillm_core.interop.gguf import write_gguf
 from minillm_core.interop.gguf_tokenizer import NO_TOKENIZER, tokenizer_fields
 from minillm_core.interop.hf import write_hf_weights
 from minillm_core.interop.hf_config import to_hf_config
-from minillm_core.interop.model_card import model_card
+from minillm_core.interop.model_card import model_card, model_name
 from minillm_core.tensors import LazyTensors
 from minillm_core.text.tokenizer import (
     GENERATION_CONFIG,
@@ -65,7 +65,8 @@ def export_hf(checkpoint: Path, folder: Path, backend: Backend, dtype: str) -> P
         curve = checkpoint.parent.parent / "loss.png"
         if curve.is_file():
             shutil.copyfile(curve, beside / "loss.png")
-        (beside / "README.md").write_text(model_card(checkpoint, info, dtype, curve.is_file()))
+        card = model_card(checkpoint, info, dtype, curve.is_file())
+        (beside / "README.md").write_text(card, encoding="utf-8", errors="replace")  # a path need not be valid UTF-8
     logger.info(f"exported {checkpoint}: {len(weights)} weights in {dtype}")
     return folder
 
@@ -81,7 +82,7 @@ def export_gguf(checkpoint: Path, file: Path, backend: Backend, dtype: str) -> P
     """
     info, weights = _open_export(checkpoint, file, backend)
     model = info.config.model
-    fields: dict[str, Any] = {"general.name": Path(info.config.train.out_dir).name, **NO_TOKENIZER}
+    fields: dict[str, Any] = {"general.name": model_name(info), **NO_TOKENIZER}
     try:
         fields |= tokenizer_fields(load_tokenizer(checkpoint, model.vocab_size), model.vocab_size)
     except InputError as error:
@@ -117,4 +118,4 @@ def _write_tokenizer(folder: Path, tokenizer: Tokenizer, model: ModelConfig) -> 
 
 
 def _write_json(path: Path, data: object) -> None:
-    path.write_text(json.dumps(data, ensure_ascii=False, indent=1) + "\n")
+    path.write_text(json.dumps(data, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")

@@ -94,7 +94,7 @@ def _chat_template(folder: Path) -> str | None:
     file = folder / CHAT_TEMPLATE
     try:
         if file.is_file():
-            return file.read_text()
+            return file.read_text(encoding="utf-8")
         found = read_tokenizer_config(folder).get("chat_template")
         if isinstance(found, list):
             found = {item["name"]: item["template"] for item in found}.get("default")
@@ -137,7 +137,7 @@ def _of_sentencepiece(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
 
 
 def _of_json(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
-    data = json.loads(tokenizer.path.read_text())
+    data = json.loads(tokenizer.path.read_text(encoding="utf-8"))
     model, steps = data["model"], data.get("pre_tokenizer") or {}
     steps = [
         {"use_regex": True} | step | {"trim_offsets": True} if step.get("type") == "ByteLevel" else step

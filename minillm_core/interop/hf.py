@@ -60,7 +60,7 @@ class HFCheckpoint:
         config = _read_json(self.folder / "config.json")
         ids = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in config}
         if ids and not (folder / GENERATION_CONFIG).is_file():
-            (folder / GENERATION_CONFIG).write_text(json.dumps(ids) + "\n")
+            (folder / GENERATION_CONFIG).write_text(json.dumps(ids) + "\n", encoding="utf-8")
 
 
 def open_hf(folder: Path) -> HFCheckpoint:
@@ -158,7 +158,7 @@ def _drop_redundant(config: ModelConfig, layout: dict[str, Any], files: dict[str
 
 def _read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError, RecursionError) as error:
         hint = "check its permissions" if isinstance(error, PermissionError) else "get the file again"
         raise InputError("damaged JSON", found=str(error)[:200], where=path, hint=hint) from error
@@ -189,4 +189,4 @@ def write_hf_weights(
         total = sum(math.prod(spec.shape) for spec in param_table(config).values()) * itemsize
         weight_map = {name: file for file, layout in zip(names, shards, strict=True) for name in layout}
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")

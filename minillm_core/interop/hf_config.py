@@ -230,4 +230,4 @@ def to_hf_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
 
 
 def write_hf_config(path: Path, config: ModelConfig, dtype: str) -> None:
-    path.write_text(json.dumps(to_hf_config(config, dtype), indent=1) + "\n")
+    path.write_text(json.dumps(to_hf_config(config, dtype), indent=1) + "\n", encoding="utf-8")

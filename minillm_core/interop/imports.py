@@ -52,6 +52,10 @@ def import_checkpoint(format: str, source: Path, run_dir: Path, backend: Backend
         InputError: the source is damaged, or has features that the architecture cannot express, or the run directory
             holds something different. Nothing is written in these cases.
     """
+    if not source.exists():
+        raise InputError(
+            "no such file or folder", expected="a checkpoint to import", where=source, hint="check the path"
+        )
     kind = foreign_kind(source)
     # a folder of the original Mini-LLM may look like a Hugging Face folder
     if kind not in (None, format) and (format, kind) != ("minillm", "hf"):

@@ -9,6 +9,11 @@ from minillm_core.training.metrics import losses_by_step, perplexity, read_metri
 from minillm_core.version import __version__
 
 
+def model_name(info: CheckpointInfo) -> str:
+    """The name of the run's folder, as text: a folder's name need not be valid UTF-8."""
+    return (Path(info.config.train.out_dir).name or "model").encode(errors="replace").decode()
+
+
 def model_card(checkpoint: Path, info: CheckpointInfo, dtype: str, has_curve: bool) -> str:
     """The model card in Markdown: size, origin, losses, how to load the model, configuration, hashes of the data."""
     model, metrics = info.config.model, checkpoint.parent.parent / "metrics.jsonl"
@@ -19,7 +24,7 @@ def model_card(checkpoint: Path, info: CheckpointInfo, dtype: str, has_curve: bo
         "pipeline_tag: text-generation",
         "tags: [llama, mini-llm]",
         "---",
-        f"# {info.config.train.out_dir.rstrip('/').rsplit('/', 1)[-1]}",
+        f"# {model_name(info)}",
         "",
         f"A Llama-architecture model of {count_params(model):,} parameters ({dtype}), exported by Mini-LLM "
         f"{__version__} from a {info.framework} checkpoint of step {info.step}.",

@@ -132,7 +132,7 @@ def open_original(path: Path) -> OriginalCheckpoint:
 
 def _read_arguments(path: Path) -> Any:
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         hint = "put the original's config.json next to its model.safetensors"
         raise InputError("missing or damaged configuration", found=str(error)[:200], where=path, hint=hint) from error

@@ -6,24 +6,30 @@ understand, in one function (`lower` in attention.py); a kernel that cannot expr
 
 from dataclasses import dataclass
 
+from minillm_core.errors import InputError
 from minillm_core.tensors import Array
 
 
 @dataclass(frozen=True, eq=False)
 class AttentionMask:
-    """A query sees the keys at its own place in the row and before it. Each field that is not None restricts it more.
+    """A query sees the keys at its own index in the row and before it. `window` and the segments hide further keys.
 
-    The place of a token is its index in the row or in the cache; it differs from its position (the RoPE angle) if
+    The index of a token is its place in the row or in the cache; it differs from its position (the RoPE angle) if
     several documents share a row.
     """
 
     window: int | None
     """Only the nearest `window` keys, the query's own included (sliding window)."""
     query_index_BT: Array | None = None
-    """The place of every query, integers (B, T) or (1, T). None: 0 to T - 1, the places of the keys."""
+    """The index of every query, integers (B, T) or (1, T). None: 0 to T - 1, the indices of the keys."""
     query_segments_BT: Array | None = None
     key_segments_BS: Array | None = None
     """The document of every query and key, integers: a query sees only keys of its own segment. Both or neither."""
+
+    def __post_init__(self) -> None:
+        if (self.query_segments_BT is None) != (self.key_segments_BS is None):
+            expected, found = "segments of the queries and of the keys, or neither", "only one of the two"
+            raise InputError("incomplete attention mask", expected=expected, found=found)
 
 
 def effective_window(window: int | None, n_keys: int) -> int | None:
@@ -34,8 +40,8 @@ def effective_window(window: int | None, n_keys: int) -> int | None:
 def kernel_limit(compute_capability: float | None, dtype: str, head_dim: int, n_queries: int) -> str | None:
     """Why no fused kernel is used for these inputs, whatever the mask; None if one is.
 
-    These are the conditions of JAX's cuDNN call. PyTorch's kernels accept more (odd lengths, a head_dim up to 256), but
-    both frameworks take the same path.
+    These are conditions under which the kernels of both frameworks can be used. Each accepts some more inputs, but both
+    frameworks take the same path.
 
     Args:
         compute_capability: of the GPU; None if the device is not a GPU.
@@ -45,7 +51,7 @@ def kernel_limit(compute_capability: float | None, dtype: str, head_dim: int, n_
         return "the device is not a GPU"
     if compute_capability < 8.0:
         return "the GPU is older than Ampere"
-    if dtype not in ("bfloat16", "float16"):
+    if dtype != "bfloat16":
         return f"the dtype is {dtype}, not bfloat16"
     if head_dim % 8 or head_dim > 128:
         return f"head_dim {head_dim} is not a multiple of 8 up to 128"

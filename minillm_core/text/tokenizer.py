@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -49,7 +50,7 @@ def read_tokenizer_config(folder: Path, name: str = TOKENIZER_CONFIG) -> dict[st
     """
     path = folder / name
     try:
-        data: Any = json.loads(path.read_text()) if path.is_file() else {}
+        data: Any = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         if not isinstance(data, dict):
             raise ValueError(type(data).__name__)
         json.dumps(data, ensure_ascii=False).encode()  # fails for a lone surrogate, which is not text
@@ -121,12 +122,20 @@ def train_tokenizer(lines: Iterable[str], vocab_size: int, path: Path) -> None:
             minloglevel=2,
         )
     except (RuntimeError, OSError) as error:
-        raise InputError(
-            f"SentencePiece cannot train {vocab_size} pieces on this corpus",
-            found=" ".join(str(error).split()),
-            hint="use more text or a smaller model.vocab_size (262 pieces are taken by bytes and control symbols)",
-        ) from error
+        raise _untrainable(vocab_size, " ".join(str(error).split())) from error
     path.write_bytes(model.getvalue())
+
+
+def _untrainable(vocab_size: int, said: str) -> InputError:
+    """The error for a corpus that SentencePiece cannot train on, from what SentencePiece says."""
+    problem = f"SentencePiece cannot train {vocab_size} pieces on this corpus"
+    if needed := re.search(r"required_chars\. \d+ vs (\d+)", said):
+        found = f"{needed[1]} pieces are needed for the bytes, the control symbols and every character of the corpus"
+        return InputError(problem, found=found, hint=f"raise model.vocab_size to {needed[1]} or more")
+    if most := re.search(r"too high \(\d+\).*<= (\d+)", said):
+        hint = f"use more text, or lower model.vocab_size to {most[1]}"
+        return InputError(problem, found=f"text for {most[1]} pieces", hint=hint)
+    return InputError(problem, found=said, hint="use more text, or a different model.vocab_size")
 
 
 class Tokenizer:

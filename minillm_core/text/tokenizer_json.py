@@ -38,7 +38,7 @@ class JsonTokenizer(Tokenizer):
         except ModuleNotFoundError as error:
             raise missing_package(error, "hf", where=self.path) from error
         with self._damage():
-            text = self.path.read_text()
+            text = self.path.read_text(encoding="utf-8")
             _check_merges(json.loads(text)["model"])
             self._json = tokenizers.Tokenizer.from_str(text)
         settings = read_tokenizer_config(self.path.parent, SPECIAL_TOKENS_MAP) | read_tokenizer_config(self.path.parent)

@@ -25,7 +25,15 @@ from typing import Any
 
 from minillm_core.config import RunConfig, run_config_from_dict, to_dict
 from minillm_core.errors import InputError
-from minillm_core.files import commit_folder, first_bytes, hash_file, is_disk_full, make_folder, remove_folder
+from minillm_core.files import (
+    commit_folder,
+    first_bytes,
+    hash_file,
+    is_disk_full,
+    make_folder,
+    remove_folder,
+    user_path,
+)
 from minillm_core.tensors import Tensors
 from minillm_core.text.tokenizer import copy_tokenizer
 from minillm_core.version import __version__
@@ -68,9 +76,9 @@ def find_checkpoint(path: str | Path, framework: str) -> Path:
     Raises:
         InputError: there is none, or it belongs to the other framework.
     """
-    path = Path(path)
+    path = user_path(path)
     if (path / "checkpoint.json").is_file():
-        found = path
+        found = path.resolve()  # its name is its step, and its parents are those of the run
     else:
         for folder in (path / "checkpoints", path / framework / "checkpoints"):
             if steps := checkpoint_steps(folder):
@@ -100,6 +108,13 @@ def _none_found(path: Path, framework: str) -> InputError:
     elif (kind := foreign_kind(path)) is not None:
         found, hint = f"a checkpoint in {kind} format", f"convert it to a run first, with {kind}->{framework}"
         command = ("convert", f"{kind}->{framework}", str(path), "RUN")
+    elif path.parent.name == "checkpoints":
+        steps = ", ".join(map(str, checkpoint_steps(path.parent)))
+        found, hint, command = (
+            f"complete checkpoints of the steps: {steps or 'none'}",
+            "name one of these, or the run",
+            (),
+        )
     expected = "a run, a run's framework folder, or one checkpoint folder"
     return InputError(
         f"no {framework} checkpoint", expected=expected, found=found, where=path, hint=hint, command=command
@@ -116,7 +131,7 @@ def read_info(checkpoint: Path) -> CheckpointInfo:
     if not path.is_file():
         raise InputError("not a checkpoint", expected="checkpoint.json", where=checkpoint, hint="check the path")
     try:
-        data = json.loads(path.read_text())
+        data = json.loads(path.read_text(encoding="utf-8"))
         version = data["format_version"]
     except (ValueError, KeyError, TypeError) as error:
         raise InputError("damaged checkpoint", found=repr(error), where=path, hint="choose a different one") from error
@@ -152,7 +167,7 @@ def foreign_kind(path: Path) -> str | None:
     if not (path / "config.json").is_file():
         return None
     try:
-        model_type = json.loads((path / "config.json").read_text())["model_type"]
+        model_type = json.loads((path / "config.json").read_text(encoding="utf-8"))["model_type"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         model_type = None  # the function that reads the file reports the problem
     return "minillm" if model_type == "mini-llm" else "hf"
@@ -171,7 +186,7 @@ def verify_checkpoint(checkpoint: Path) -> None:
     """
     path = checkpoint / "manifest.json"
     try:
-        manifest: dict[str, dict[str, Any]] = json.loads(path.read_text())
+        manifest: dict[str, dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
         problems = []
         for name, entry in manifest.items():
             file = checkpoint / name
@@ -284,6 +299,8 @@ class CheckpointWriter:
         final = self.folder / str(info.step)
         with _cleaned_up(partial):
             finish_payload()
+            if not _files(partial):
+                raise InputError("the tensors were written to a different place", expected=partial)
             copy_tokenizer(tokenizer, partial)
             data = {"format_version": FORMAT_VERSION, "version": __version__, **dataclasses.asdict(info)}
             _write_json(partial / "checkpoint.json", data | {"config": to_dict(info.config)})
@@ -330,7 +347,7 @@ def _cleaned_up(partial: Path) -> Iterator[None]:
 
 
 def _write_json(path: Path, data: Any) -> None:
-    path.write_text(json.dumps(data, indent=1) + "\n")
+    path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
 
 
 def _files(folder: Path) -> list[str]:

@@ -40,7 +40,7 @@ class MetricsLog:
         """Appends a row and returns it. Numbers that are not finite become null, because JSON cannot represent them."""
         row = {"step": step, "split": split, "loss": loss, **values}
         row = {name: None if isinstance(x, float) and not math.isfinite(x) else x for name, x in row.items()}
-        with self.path.open("a") as file:
+        with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         self.rows.append(row)
         return row

@@ -111,7 +111,7 @@ def _known_hashes(path: Path) -> dict[str, str] | None:
     if not path.exists():
         return None
     try:
-        record = json.loads(path.read_text())
+        record = json.loads(path.read_text(encoding="utf-8"))
         version, known = record["format_version"], dict(record["data_hashes"])
     except (ValueError, KeyError, TypeError) as error:
         hint = "restore the file, or use a different run directory (--train.out_dir)"

@@ -54,7 +54,7 @@ class WeightsAndBiases:
         self._run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", "minillm"),
             name=f"{Path(config.train.out_dir).name}-{folder.name}",
-            id=id_file.read_text(),
+            id=id_file.read_text(encoding="utf-8"),
             resume="allow",
             mode=config.train.wandb,
             dir=folder,

@@ -12,7 +12,8 @@ from minillm_core.training.run_directory import find_run
 def train(config: RunConfig, backend: Backend | str) -> Path:
     """Prepares the data if needed, then trains to the end, from the newest good checkpoint or the initial weights.
 
-    Progress is logged to the loggers of `minillm_core`. On SIGTERM, SIGHUP or Ctrl-C the run saves before it ends.
+    Progress is logged to the loggers of `minillm_core`. On SIGTERM, SIGHUP, SIGUSR1 or Ctrl-C the run saves
+    before it ends.
 
     Args:
         backend: the framework's package, `minillm_jax` or `minillm_torch`; or its name, `jax` or `torch`.

@@ -78,6 +78,9 @@ def standing_in_for(device: jax.Device) -> Iterator[None]:
         "check_compute_capability": lambda capability: here >= version(capability),
         "is_cuda_compute_capability_equal": lambda capability: here == version(capability),
     }
+    if missing := [name for name in answers if not hasattr(attention, name)]:
+        found, hint = f"JAX {jax.__version__} without {', '.join(missing)}", "install JAX 0.10 (constraints.txt)"
+        raise InputError("this version of JAX cannot compile for a GPU that is not there", found=found, hint=hint)
     originals = {name: getattr(attention, name) for name in answers}
     try:
         for name, answer in answers.items():
