@@ -17,7 +17,6 @@ from minillm_core.errors import InputError
 from minillm_core.interop.exports import export_gguf
 from minillm_core.interop.gguf import open_gguf, write_gguf
 from minillm_core.interop.gguf_tokenizer import (
-    ENDS,
     NO_TOKENIZER,
     PRE_TOKENIZERS,
     _chat_template,
@@ -141,18 +140,6 @@ def test_user_symbols_made_of_spaces(tmp_path: Path) -> None:
     llama, again = LlamaCpp(tmp_path / "x.gguf"), load_tokenizer(tmp_path, len(tokens))
     for text in ("    x", "x     x", " x", "        "):
         assert again.encode(text) == llama.tokenize(text), text
-
-
-@pytest.mark.parametrize("name", sorted(ENDS))
-def test_end_tokens_by_name(name: str, tmp_path: Path) -> None:
-    """llama.cpp ends a text at tokens with these names, whatever the ids say; the imported tokenizer does the same."""
-    fields = {f"tokenizer.ggml.{key}": value for key, value in GOOD_LLAMA.items()}
-    fields["tokenizer.ggml.tokens"] = ["<unk>", "<s>", "<stop>", "a", "b", name]
-    config = dataclasses.replace(TINY, vocab_size=6)
-    write_gguf(tmp_path / "x.gguf", config, random_weights(config), "float32", fields)
-    open_gguf(tmp_path / "x.gguf").write_tokenizer(tmp_path)
-    llama = LlamaCpp(tmp_path / "x.gguf")
-    assert load_tokenizer(tmp_path, 6).end_ids == {i for i in range(6) if llama.ends(i)} == {2, 5}
 
 
 def test_llama_cpp_end_tokens_are_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -2,6 +2,8 @@
 
 import json
 import logging
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +28,49 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 
 # fmt: off
 ENDS = frozenset((
-    "<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|eom_id|>", "<EOT>", "_<EOT>", "[EOT]",
-    "[EOS]", "<|end_of_text|>", "<end_of_utterance>", "<\uff5cend\u2581of\u2581sentence\uff5c>", "<eos>",
+    "<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|calls|>", "<|flush|>", "<end_of_turn>",
+    "<|endoftext|>", "</s>", "<|eom_id|>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<|end_of_text|>",
+    "<end_of_utterance>", "<eos>", "<turn|>", "<|tool_response>", "<\uff5cend\u2581of\u2581sentence\uff5c>", "[e~[",
 ))
-# fmt: on
 """Names of tokens at which llama.cpp always ends a text, independent of the ids in the file (src/llama-vocab.cpp)."""
+
+FIM_ENDS = {
+    "fim_pad": ("<|fim_pad|>", "<fim-pad>", "<fim_pad>", "<PAD>", "[PAD]"),
+    "fim_rep": ("<|fim_repo|>", "<|repo_name|>", "<fim-repo>", "<REPO>", "<reponame>"),
+    "fim_sep": ("<|file_sep|>",),
+}
+# fmt: on
+"""Tokens of fill-in-the-middle at which it also ends: key of the file -> names, one of which counts without the key."""
+
+
+def end_ids(tokens: Sequence[str], special: Mapping[str, int]) -> set[int]:
+    """The tokens at which llama.cpp ends a text.
+
+    Args:
+        special: the ids that the file gives by name (`eos`, `eot`, `eom`, `fim_pad`, ...); missing or negative: none.
+    """
+    ids = {token: i for i, token in enumerate(tokens)}
+    ends = {special[key] for key in ("eos", "eot", "eom") if special.get(key, -1) >= 0}
+    ends |= {ids[name] for name in ENDS & ids.keys()}
+    for key, names in FIM_ENDS.items():
+        found = [name for name in names if name in ids]
+        if (given := special.get(key, -1)) >= 0:
+            ends.add(given)
+        elif found:
+            ends.add(ids[found[0]])
+        if given < 0 and len(found) > 1:
+            logger.warning(f"llama.cpp ends a text at one of {', '.join(found)}; here it ends at {found[0]}")
+    at = {tokens[i] for i in ends}
+    # llama.cpp's exceptions, for models that use these two names inside of a text
+    if "<|end|>" in at and at & {"<|call|>", "<|calls|>"} and at & {"<|return|>", "<|flush|>"}:
+        ends.remove(ids["<|end|>"])
+    if {"<|tool_response>", "</s>"} <= at:
+        ends.remove(ids["</s>"])
+    return ends
+
+
+BYTE_NAME = re.compile("<0x[0-9A-F]{2}>")
+"""llama.cpp finds the tokens of single bytes by their names, whatever their types (SentencePiece models)."""
 
 AGAIN = "get the file again"
 
@@ -78,9 +118,11 @@ def tokenizer_fields(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
     more_ends = sorted(tokenizer.end_ids - {tokenizer.eos_id})
     fields |= {f"tokenizer.ggml.{key}_token_id": i for key, i in zip(("eot", "eom"), more_ends, strict=False)}
     tokens = fields["tokenizer.ggml.tokens"]
-    if lost := [i for i in more_ends[2:] if tokens[i] not in ENDS]:
+    given = {"eos": tokenizer.eos_id, **dict(zip(("eot", "eom"), more_ends, strict=False))}
+    theirs = end_ids(tokens, given)
+    if lost := sorted(tokenizer.end_ids - theirs):
         logger.warning(f"a GGUF file can name only three tokens that end a text: {lost} are not exported")
-    if more := [token for i, token in enumerate(tokens) if token in ENDS and i not in tokenizer.end_ids]:
+    if more := [tokens[i] for i in sorted(theirs - tokenizer.end_ids)]:
         logger.warning(
             f"llama.cpp will also end a text at {', '.join(more)}: it treats every token of such a name as an end"
         )
@@ -211,12 +253,14 @@ def tokenizer_files(fields: dict[str, Any], where: Path) -> dict[str, bytes]:
         return value
 
     model, tokens = get("model", str, "no_vocab"), get("tokens", list, [])
+    tokens = [token or f"[EMPTY_{i}]" for i, token in enumerate(tokens)]  # the names that llama.cpp gives them
     if get("add_eos_token", bool, False):
         logger.warning(
             "the file asks for an end-of-document token after every text; this project does not add it to a prompt"
         )
     types = get("token_type", np.ndarray, np.full(len(tokens), NORMAL)).tolist()
-    special = {name: get(f"{name}_token_id", int, -1) for name in ("bos", "eos", "unknown", "padding", "eot", "eom")}
+    names = ("bos", "eos", "unknown", "padding", "eot", "eom", *FIM_ENDS)
+    special = {name: get(f"{name}_token_id", int, -1) for name in names}
     if model not in ("llama", "gpt2"):
         expected = "llama (SentencePiece BPE) or gpt2 (byte-level BPE)"
         problem, hint = "no supported tokenizer", "import the Hugging Face checkpoint from which the file was made"
@@ -230,8 +274,7 @@ def tokenizer_files(fields: dict[str, Any], where: Path) -> dict[str, bytes]:
     files = {}
     if isinstance(template := fields.get("tokenizer.chat_template"), str):
         files[CHAT_TEMPLATE] = template.encode()
-    ends = {special[name] for name in ("eos", "eot", "eom") if special[name] >= 0}
-    ends |= {i for i, token in enumerate(tokens) if token in ENDS}
+    ends = end_ids(tokens, special)
     if ends != {special["eos"]}:
         files[GENERATION_CONFIG] = json.dumps({"eos_token_id": sorted(ends)}).encode()
     if model == "llama":
@@ -239,6 +282,10 @@ def tokenizer_files(fields: dict[str, Any], where: Path) -> dict[str, bytes]:
         if len(scores) != len(tokens):
             raise InputError("damaged tokenizer", expected="as many scores as tokens", where=where, hint=AGAIN)
         prefix = get("add_space_prefix", bool, True)
+        types = [
+            BYTE if kind == NORMAL and BYTE_NAME.fullmatch(token) else kind
+            for token, kind in zip(tokens, types, strict=True)
+        ]
         tokens = [t.replace(" ", SPACE) if kind == USER_DEFINED else t for t, kind in zip(tokens, types, strict=True)]
         if prefix and USER_DEFINED in types:
             example = tokens[types.index(USER_DEFINED)]
