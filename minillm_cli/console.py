@@ -114,8 +114,8 @@ def run(main: Callable[[], None], *, as_script: bool = False) -> None:
 
 
 def _python_word(before: str, word: str) -> str:
-    """Python's form of `true`, `false` and `null`, which tyro expects. (No field of the model is a text.)"""
-    if word == "null" and before.startswith("--model."):
+    """Python's form of `true`, `false` and `null`, which tyro expects. (`null` only for fields that are no texts.)"""
+    if word == "null" and before.startswith(("--model.", "--train.final")):
         return "None"
     return word.capitalize() if word in ("true", "false") else word
 

@@ -6,10 +6,8 @@ one message that names all of them.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import difflib
-import types
 import typing
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +15,7 @@ from typing import Any, Literal
 
 import yaml
 
+from minillm_core.dataclass_from_dict import build
 from minillm_core.errors import InputError
 from minillm_core.files import user_path
 from minillm_core.yaml_text import dump_yaml, load_yaml
@@ -32,7 +31,8 @@ WandbMode = Literal["disabled", "offline", "online"]
 FREE_TO_CHANGE = {
     "data.corpus",
     "data.dir",
-    *(f"train.{name}" for name in ("out_dir", "checkpoint_every", "keep_last", "nonfinite", "tensorboard", "wandb")),
+    *(f"train.{name}" for name in ("out_dir", "checkpoint_every", "keep_last", "nonfinite", "final_eval_batches")),
+    *(f"train.{name}" for name in ("tensorboard", "wandb")),
 }
 """Fields that may change when a run is resumed: no number logged before depends on them. (The data is identified by its
 hash, not by its place.)"""
@@ -233,7 +233,9 @@ class TrainConfig:
     eval_every: int = 100
     """Steps between two evaluations of the held-out text."""
     eval_batches: int = 8
-    """Micro-batches of the held-out split per evaluation during training; the last evaluation reads the whole split."""
+    """Micro-batches of the held-out split per evaluation during training."""
+    final_eval_batches: int | None = None
+    """Micro-batches of the held-out split of the last evaluation; null reads the whole split."""
     checkpoint_every: int = 100
     """Steps between two checkpoints."""
     keep_last: int = 3
@@ -259,6 +261,8 @@ class TrainConfig:
         _expand_home(self, "out_dir")
         counts = ("steps", "batch_size", "seq_len", "grad_accum", "log_every", "eval_every", "eval_batches")
         _require_positive("train", self, *counts, "checkpoint_every")
+        if self.final_eval_batches is not None:
+            _require_positive("train", self, "final_eval_batches")
         _require(
             self.batch_size % self.grad_accum == 0,
             "train.batch_size is not divisible by train.grad_accum",
@@ -310,7 +314,7 @@ def run_config_from_dict(data: Any, where: object) -> RunConfig:
         InputError: with one line per problem; `where` names the source (a file).
     """
     problems: list[str] = []
-    config = _build(RunConfig, data, "", problems)
+    config = build(RunConfig, data, "", problems)
     if problems:
         raise InputError(f"the configuration {where} has {len(problems)} problem(s):\n  " + "\n  ".join(problems))
     return config
@@ -363,50 +367,3 @@ def _flatten(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         is_section = isinstance(value, dict) and name != "model.rope_scaling"
         flat |= _flatten(value, f"{name}.") if is_section else {name: value}
     return flat
-
-
-def _build(cls: type, data: Any, prefix: str, problems: list[str]) -> Any:
-    """Builds `cls` from a dict; appends to `problems` and returns None if it cannot."""
-    if not isinstance(data, dict):
-        problems.append(f"{prefix[:-1] or 'the file'}: expected a mapping of fields, found {data!r}")
-        return None
-    hints = typing.get_type_hints(cls)
-    fields = {field.name: field for field in dataclasses.fields(cls)}
-    n_before = len(problems)
-    for name in data:
-        if name not in fields:
-            close = difflib.get_close_matches(str(name), fields, n=1)
-            hint = f"did you mean {prefix}{close[0]}?" if close else f"known fields: {', '.join(fields)}"
-            problems.append(f"{prefix}{name}: unknown field; {hint}")
-    values = {}
-    for name, field in fields.items():
-        if name in data:
-            values[name] = _coerce(hints[name], data[name], f"{prefix}{name}", problems)
-        elif field.default is dataclasses.MISSING:
-            problems.append(f"{prefix}{name}: missing")
-    return cls(**values) if len(problems) == n_before else None
-
-
-def _coerce(hint: Any, value: Any, name: str, problems: list[str]) -> Any:
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        if value is None:
-            return None
-        hint = next(option for option in typing.get_args(hint) if option is not type(None))
-    if dataclasses.is_dataclass(hint):
-        return _build(typing.cast(type, hint), value, f"{name}.", problems)
-    if typing.get_origin(hint) is Literal:
-        hint = str
-    if hint is float and type(value) is int:
-        return float(value)
-    if type(value) is hint:
-        return value
-    problem = f"{name}: expected {hint.__name__}, found {value!r} ({type(value).__name__})"
-    if hint in (int, float) and isinstance(value, str):
-        with contextlib.suppress(ValueError):
-            problem += f"; write {hint(value)}, without quotes"
-    if hint is int and isinstance(value, float) and value.is_integer():
-        problem += f"; write {int(value)}"
-    if hint is bool and value in ("yes", "no", "on", "off"):
-        problem += "; write true or false"
-    problems.append(problem)
-    return None

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 from minillm_core.config import DataConfig, OptimConfig
+from minillm_core.data import batches
 from minillm_core.data.batches import Batch, PreparedData, permute
 from minillm_core.data.corpus import list_documents
 from minillm_core.data.prepare import prepare_data
@@ -118,6 +120,14 @@ def test_held_out_windows_cover_every_token_once(data_config: DataConfig) -> Non
     assert perplexity(math.log(7)) == pytest.approx(7)
     assert perplexity(709.9) == perplexity(math.inf) == math.inf, "exp overflows"
     assert bits_per_byte(2.0, data.tokens_per_byte("val")) == pytest.approx(expected, rel=1e-12)
+
+
+def test_a_long_evaluation_reports(
+    data_config: DataConfig, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batches, "REPORT_EVERY", 0.0)
+    assert len([*PreparedData(data_config.dir, TINY.vocab_size).eval_batches("val", 3, 33, n_batches=4)]) == 4
+    assert re.findall(r"evaluated (\d+)%, 0:00:00 left", caplog.text) == ["25", "50", "75"]
 
 
 @pytest.mark.parametrize("n_batches", [None, 2])

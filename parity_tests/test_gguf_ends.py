@@ -16,6 +16,8 @@ from parity_tests.conftest import TINY, random_weights
 from parity_tests.llama_cpp import LlamaCpp
 from parity_tests.test_gguf_tokenizer import GOOD_LLAMA
 
+pytestmark = pytest.mark.extended
+
 NEWER = {"[e~["}
 """Names that the installed llama.cpp does not know yet."""
 

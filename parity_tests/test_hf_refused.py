@@ -10,16 +10,25 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig
+from transformers import (
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PretrainedConfig,
+)
 
 from minillm_core.errors import InputError
 from minillm_core.interop.hf import open_hf, write_hf_weights
-from minillm_core.interop.hf_config import from_hf_config, to_hf_config
+from minillm_core.interop.hf_config import NEUTRAL, ORDINARY, READ, from_hf_config, to_hf_config
 from minillm_core.interop.imports import import_checkpoint
 from minillm_core.tensors import Tensors
 from parity_tests.conftest import BACKENDS, MODELS, TINY, random_weights
 from parity_tests.test_hf import rewrite, save_llama
 
+SMALL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+SMALL |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
 GOOD: dict[str, Any] = to_hf_config(TINY, "float32")
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LLAMA3 |= {"original_max_position_embeddings": 64}
@@ -33,14 +42,12 @@ LLAMA3 |= {"original_max_position_embeddings": 64}
         ({"sliding_window": 4096}, "sliding_window"),
         ({"hidden_act": "gelu"}, "hidden_act"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
-        ({"num_local_experts": 8}, "num_local_experts"),
         ({"model_type": "mixtral"}, "model_type"),
-        ({"model_type": "mistral"}, "missing: sliding_window"),
         ({"model_type": "mistral", "sliding_window": 0}, "sliding_window is out of range"),
         ({"model_type": "mistral", "sliding_window": "none"}, "sliding_window: expected int"),
-        ({"rope_interleaved": True}, "rope_interleaved"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ({"original_max_position_embeddings": 64}, "original_max_position_embeddings"),
         ({"is_causal": False}, "is_causal"),
-        ({"logit_scale": 0.0}, "logit_scale"),
         ({"rms_norm_eps": 10**400}, "finite number"),
         ({"rms_norm_eps": float("inf")}, "finite number"),
         ({"initializer_range": -(10**400)}, "finite number"),
@@ -48,8 +55,6 @@ LLAMA3 |= {"original_max_position_embeddings": 64}
         ({"rope_parameters": {"rope_type": "default", "rope_theta": 10**400}}, "above 0"),
         ({"layer_types": 5}, "layer_types"),
         ({"rope_theta": 5e5}, "rope_theta"),
-        ({"logits_scaling": 8.0}, "logits_scaling"),
-        ({"auto_map": {"AutoModel": "evil.Model"}}, "auto_map"),
         ({"layer_types": ["sliding_attention"] * 2}, "layer_types"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "yarn"),
         ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}}, "linear"),
@@ -108,6 +113,119 @@ def test_older_configurations() -> None:
     )
 
 
+INTERNAL = {
+    "base_model_ep_plan",
+    "base_model_fsdp_plan",
+    "base_model_pp_plan",
+    "base_model_tp_plan",
+    "dict_dtype_to_str",
+}
+INTERNAL |= {"get_text_config", "gradient_checkpointing", "to_dict", "vision_aspect_ratio", "vision_feature_layer"}
+INTERNAL |= {"vision_feature_select_strategy"}
+"""Attributes that transformers asks for and that no config.json of such a model sets, or that change no logits."""
+VALUES = (True, False, 0, 1, 7, 0.5, "x", [1], {})
+
+
+@pytest.mark.parametrize(("kind", "model"), [(LlamaConfig, LlamaForCausalLM), (MistralConfig, MistralForCausalLM)])
+def test_every_key_that_transformers_reads_is_known(kind: Any, model: Any) -> None:
+    """Recorded while transformers builds and runs a model. A key that it does not read cannot change the logits."""
+    asked: set[str] = set()
+
+    class Recording(kind):
+        def __getattribute__(self, name: str) -> Any:
+            asked.add(name)
+            return super().__getattribute__(name)
+
+    config = kind(**SMALL)
+    config.__class__ = Recording
+    built = model(config).eval()
+    built.config.__class__ = Recording
+    with torch.no_grad():
+        built(torch.arange(12)[None])
+    asked = {name for name in asked if not name.startswith("_") and not hasattr(object, name)}
+    assert asked - READ - NEUTRAL.keys() - ORDINARY - INTERNAL == set()
+    assert len(asked) > 20
+
+
+@pytest.mark.extended
+@pytest.mark.parametrize(("kind", "model"), [(LlamaConfig, LlamaForCausalLM), (MistralConfig, MistralForCausalLM)])
+def test_a_key_that_is_passed_over_changes_no_logits(kind: Any, model: Any) -> None:
+    """Every key of a configuration of transformers, with values of every kind: if the folder is read here and by
+    transformers, the logits are those without the key."""
+    torch.manual_seed(0)
+    plain = kind(**SMALL)
+    base, tokens = json.loads(plain.to_json_string(use_diff=False)), torch.arange(12)[None]
+    weights = model(plain).state_dict()
+
+    def logits(data: dict[str, Any]) -> torch.Tensor:
+        made = model(kind.from_dict(data)).eval()
+        made.load_state_dict(weights)
+        with torch.no_grad():
+            return made(tokens, return_dict=True, use_cache=False).logits
+
+    expected, ours = logits(base), from_hf_config(base, "x")
+    keys = {*base, *vars(plain), *ORDINARY, *NEUTRAL, *PretrainedConfig().to_dict(), *GenerationConfig().to_dict()}
+    compared = 0
+    for key in sorted(keys - READ - ({"sliding_window"} if kind is MistralConfig else set())):
+        for value in VALUES:
+            try:
+                found = from_hf_config(base | {key: value}, "x")
+                theirs = logits(base | {key: value})
+            except Exception:  # refused here, or by transformers in one of many ways
+                continue
+            assert found == ours
+            assert torch.equal(theirs, expected), (key, value)
+            compared += 1
+    assert compared > 300
+
+
+def test_keys_that_transformers_does_not_read(caplog: pytest.LogCaptureFixture) -> None:
+    more = {"logits_scaling": 8.0, "auto_map": {"AutoModel": "other.Model"}, "tokenizer_class": "LlamaTokenizer"}
+    assert from_hf_config(GOOD | more, "config.json") == TINY
+    assert "so they are ignored: auto_map, logits_scaling" in caplog.text
+
+
+def test_missing_keys_have_the_defaults_of_transformers() -> None:
+    for kind in (LlamaConfig, MistralConfig):
+        whole = json.loads(kind().to_json_string(use_diff=False))
+        assert from_hf_config({"model_type": kind.model_type}, "x") == replace(
+            from_hf_config(whole, "x"), head_dim=None
+        )
+
+
+@pytest.mark.parametrize("change", ["no prefix", "./", "a folder", "unlisted frequencies", "index and file"])
+def test_folders_that_transformers_reads(change: str, tmp_path: Path) -> None:
+    """What transformers loads with the same logits is imported."""
+    folder = tmp_path / "hf"
+    save_llama(TINY, folder, torch.float32, shard="1GB" if change in ("no prefix", "index and file") else "40KB")
+    index = folder / "model.safetensors.index.json"
+    if change == "no prefix":
+        tensors = load_file(folder / "model.safetensors")
+        tensors = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    elif change == "index and file":
+        index.write_text("{}", encoding="utf-8")
+    elif change == "unlisted frequencies":
+        shard = sorted(folder.glob("*.safetensors"))[0]
+        H = TINY.resolved_head_dim
+        more = {FREQUENCIES: TINY.rope_theta ** (-torch.arange(0, H, 2) / H)}
+        save_file(load_file(shard) | more, shard, {"format": "pt"})
+    else:
+        data = json.loads(index.read_text(encoding="utf-8"))
+        place = {"./": "./", "a folder": "part/"}[change]
+        data["weight_map"] = {name: place + file for name, file in data["weight_map"].items()}
+        index.write_text(json.dumps(data), encoding="utf-8")
+        (folder / "part").mkdir()
+        for path in list(folder.glob("*.safetensors")) * (change == "a folder"):
+            path.rename(folder / "part" / path.name)
+    theirs = LlamaForCausalLM.from_pretrained(folder).requires_grad_(False)
+    expected = {name: tensor.numpy() for name, tensor in theirs.named_parameters()}
+    found = dict(open_hf(folder).tensors())
+    assert found.keys() == random_weights(TINY).keys()
+    for name, array in found.items():
+        assert np.array_equal(array, expected[name])
+
+
 Change = Callable[[dict[str, torch.Tensor]], object]
 
 
@@ -154,10 +272,10 @@ FREQUENCIES = "model.layers.0.self_attn.rotary_emb.inv_freq"
         (lambda f: _index(f, "model-2.safetensors"), "shards are missing"),
         (lambda f: _index(f, "model-1.safetensors", {"more": "model-1.safetensors"}), "lacks tensors"),
         (lambda f: _index(f, "model-1.safetensors", {NORM: None}), "does not list"),
-        (lambda f: (f / "model.safetensors.index.json").write_text("{}"), "both an index"),
         (lambda f: rewrite(f / "config.json", num_hidden_layers=10**6), "more layers than tensors"),
         (_edit(lambda tensors: tensors.pop(NORM)), NORM),
-        (_set("model.layers.0.self_attn.q_proj.bias", torch.zeros(4)), "unexpected"),
+        (_set("model.layers.0.self_attn.q_proj.bias", torch.ones(4)), "unexpected"),
+        (_set("model.layers.0.mlp.experts.w1", torch.zeros(4)), "unexpected"),
         (_set(NORM, torch.zeros(3)), "shape"),
         (
             _edit(lambda t: [t.update({f"_orig_mod.{name}": t.pop(name)}) for name in list(t)]),
@@ -195,6 +313,7 @@ def test_redundant_tensors_are_left_out(tmp_path: Path) -> None:
         tensors["lm_head.weight"] = tensors[EMBEDDING].clone()
         H = TINY.resolved_head_dim
         tensors[FREQUENCIES] = TINY.rope_theta ** (-torch.arange(0, H, 2) / H)
+        tensors["model.layers.1.self_attn.q_proj.bias"] = torch.zeros(64)
 
     _edit(add)(tmp_path / "hf")
     found: Tensors = dict(open_hf(tmp_path / "hf").tensors())

@@ -19,6 +19,7 @@ from minillm_core.errors import InputError
 from minillm_core.model.params import init_params
 from minillm_core.training import loop
 from minillm_core.training.checkpoints import CheckpointWriter, checkpoint_steps
+from minillm_core.training.evaluation import evaluate
 from minillm_core.training.metrics import read_metrics
 from minillm_core.training.train import train
 from parity_tests.conftest import BACKENDS, TINY, run_config
@@ -131,6 +132,18 @@ def test_run_matches_an_independent_run(
     final = BACKENDS[framework].read_payload(checkpoint, config).weights
     for name, array in final.items():
         assert np.abs(array - weights[name].numpy()).max() <= 1e-4, name
+
+
+def test_the_last_evaluation_can_be_limited(data_config: DataConfig, tmp_path: Path) -> None:
+    """The run then equals one in which the last evaluation is as short as the others."""
+    config = small_run(data_config, tmp_path / "run", final_eval_batches=2)
+    checkpoint = train(config, BACKENDS["torch"])
+    data = PreparedData(data_config.dir, TINY.vocab_size)
+    model = BACKENDS["torch"].load(checkpoint)
+    expected = evaluate(BACKENDS["torch"].make_eval_step(model), data, "val", config.train, 2)
+    row = read_metrics(tmp_path / "run" / "torch" / "metrics.jsonl")[-1]
+    assert (row["split"], row["step"]) == ("val", STEPS)
+    assert row["loss"] == pytest.approx(expected, rel=1e-6)
 
 
 def test_failed_save_is_reported(data_config: DataConfig, tmp_path: Path) -> None:

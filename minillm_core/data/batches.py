@@ -6,6 +6,8 @@ There is no iterator state: a resumed run asks for the batch of its next step.
 import dataclasses
 import hashlib
 import json
+import logging
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,9 +21,13 @@ from minillm_core.files import hash_file
 from minillm_core.tensors import Array
 from minillm_core.text.tokenizer import Tokenizer
 
+logger = logging.getLogger(__name__)
+
 SPLITS = ("train", "val")
 FORMAT_VERSION = 1
 ALL_ROWS = slice(None)
+REPORT_EVERY = 30.0
+"""Seconds between two reports of a long evaluation."""
 
 
 def redo_hint(folder: Path) -> str:
@@ -183,14 +189,21 @@ class PreparedData:
     def eval_batches(self, split: str, batch_size: int, seq_len: int, n_batches: int | None = None) -> Iterator[Batch]:
         """The split in order, every token except the first predicted once; or `n_batches` spread evenly over it.
 
-        Each window starts without context. The last batch is padded; the padding has weight 0.
+        Each window starts without context. The last batch is padded; the padding has weight 0. The share that is
+        done and the time left are logged every REPORT_EVERY seconds.
         """
         tokens = self.tokens[split]
         n_targets = len(tokens) - 1
         starts = np.arange(0, n_targets, seq_len)
         if n_batches is not None and n_batches * batch_size < len(starts):
             starts = starts[np.linspace(0, len(starts) - 1, n_batches * batch_size).astype(int)]
+        begin = reported = time.monotonic()
         for first in range(0, len(starts), batch_size):
+            if first and (now := time.monotonic()) - reported >= REPORT_EVERY:
+                left, reported = int((now - begin) / first * (len(starts) - first)), now
+                logger.info(
+                    f"evaluated {first / len(starts):.0%}, {left // 3600}:{left // 60 % 60:02}:{left % 60:02} left"
+                )
             rows = starts[first : first + batch_size]
             rows = np.concatenate([rows, np.full(batch_size - len(rows), n_targets)])
             is_target_BT = rows[:, None] + np.arange(seq_len) < n_targets

@@ -4,7 +4,9 @@ hf_config.py reads and writes config.json.
 """
 
 import json
+import logging
 import math
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +34,11 @@ from minillm_core.text.tokenizer import (
     read_generation_config,
 )
 
+logger = logging.getLogger(__name__)
+
+FREQUENCIES = "rotary_emb.inv_freq"
+"""The end of the names of buffers that old versions of transformers wrote."""
+
 SHARD_BYTES = 5_000_000_000
 """The largest file of an export, as in transformers. A single larger tensor gets its own file."""
 
@@ -42,8 +49,8 @@ class HFCheckpoint:
 
     folder: Path
     config: ModelConfig
-    files: dict[str, Path]
-    """Parameter -> the file that holds it, in the order of the table of parameters."""
+    places: dict[str, tuple[Path, str]]
+    """Parameter -> the file that holds it and its name there, in the order of the table of parameters."""
 
     def tensors(self) -> Iterator[tuple[str, np.ndarray]]:
         """Every parameter, one at a time. float64 is kept; smaller types become float32, which is exact.
@@ -51,8 +58,8 @@ class HFCheckpoint:
         Raises:
             InputError: a tensor has values that are not finite, or a file is damaged.
         """
-        for name, path in self.files.items():
-            yield name, checked_weight(read_tensor(path, name), name, path)
+        for name, (path, stored) in self.places.items():
+            yield name, checked_weight(read_tensor(path, stored), stored, path)
 
     def write_tokenizer(self, folder: Path) -> None:
         """Copies the tokenizer's files. Special ids in config.json become a generation_config.json if there is none."""
@@ -79,17 +86,21 @@ def open_hf(folder: Path) -> HFCheckpoint:
     read_generation_config(folder)
     check_special_ids(data, folder / "config.json")
     layout: dict[str, tuple[tuple[int, ...], str]] = {}
-    files: dict[str, Path] = {}
+    places: dict[str, tuple[Path, str]] = {}
     for path, expected in _shards(folder).items():
         found = safetensors_layout(path)
         if lost := (expected or set()) - found.keys():
             problem, hint = "a shard lacks tensors that the index lists for it", "get the shard and the index again"
             raise InputError(problem, found=sorted(lost)[:5], where=path, hint=hint)
-        if expected is not None and (more := found.keys() - expected):
+        unlisted = set() if expected is None else found.keys() - expected
+        if more := [name for name in unlisted if not name.endswith(FREQUENCIES)]:
             problem, hint = "a shard has tensors that the index does not list", "get the shard and the index again"
             raise InputError(problem, found=sorted(more)[:5], where=path, hint=hint)
         for name in sorted(found):
-            layout[name], files[name] = found[name], path
+            layout[name], places[name] = found[name], (path, name)
+    if "embed_tokens.weight" in layout:  # saved from LlamaModel, without the head
+        for name in [name for name in layout if not name.startswith(("model.", "lm_head."))]:
+            layout[f"model.{name}"], places[f"model.{name}"] = layout.pop(name), places.pop(name)
     if wrong := [f"{name}: {dtype}" for name, (_, dtype) in layout.items() if dtype not in DTYPES]:
         problem = "quantised or integer weights are not supported:\n  " + "\n  ".join(wrong[:8])
         raise InputError(
@@ -98,20 +109,19 @@ def open_hf(folder: Path) -> HFCheckpoint:
     if config.n_layers > len(layout):  # before a table of that size is built
         hint = "get config.json and the weights of the same model again"
         raise InputError("more layers than tensors", expected=f"{config.n_layers} layers", where=folder, hint=hint)
-    _drop_redundant(config, layout, files, folder)
+    _drop_redundant(config, layout, places, folder)
     check_shapes(config, {name: shape for name, (shape, _) in layout.items()}, folder)
-    return HFCheckpoint(folder, config, {name: files[name] for name in param_table(config)})
+    return HFCheckpoint(folder, config, {name: places[name] for name in param_table(config)})
 
 
 def _shards(folder: Path) -> dict[Path, set[str] | None]:
     """File of the checkpoint -> the tensors that the index lists for it (None: there is no index)."""
     index = folder / "model.safetensors.index.json"
-    if index.is_file() and (folder / "model.safetensors").is_file():
-        hint = "remove the one that is out of date"
-        raise InputError("the folder has both an index of shards and a model.safetensors", where=folder, hint=hint)
+    if (folder / "model.safetensors").is_file():
+        if index.is_file():
+            logger.warning(f"{folder} also has an index of shards: using model.safetensors, as transformers does")
+        return {folder / "model.safetensors": None}
     if not index.is_file():
-        if (folder / "model.safetensors").is_file():
-            return {folder / "model.safetensors": None}
         found = ", ".join(sorted(path.name for path in folder.iterdir())[:8])
         hint = "save the weights as safetensors; pickled weights (*.bin, *.pt) can run code and are not read"
         raise InputError("no weights", expected="*.safetensors", found=found, where=folder, hint=hint)
@@ -121,8 +131,9 @@ def _shards(folder: Path) -> dict[Path, set[str] | None]:
         raise InputError("damaged index", expected="weight_map: tensor -> file", where=index, hint="get the file again")
     by_file: dict[Path, set[str]] = {}
     for name, file in weight_map.items():
-        if Path(file).name != file or not file.endswith(".safetensors"):
-            expected = "names of *.safetensors files in the same folder"
+        file = os.path.normpath(file)
+        if file.startswith(("..", "/")) or not file.endswith(".safetensors"):
+            expected = "names of *.safetensors files in the folder"
             hint = "do not trust this checkpoint; get it again from its source"
             raise InputError(
                 "the index points outside the folder", expected=expected, found=file[:200], where=index, hint=hint
@@ -133,20 +144,25 @@ def _shards(folder: Path) -> dict[Path, set[str] | None]:
     return {**by_file}
 
 
-def _drop_redundant(config: ModelConfig, layout: dict[str, Any], files: dict[str, Path], where: Path) -> None:
-    """Removes redundant tensors: the copy of a tied model's head, and buffers of rotary frequencies.
+def _drop_redundant(
+    config: ModelConfig, layout: dict[str, Any], places: dict[str, tuple[Path, str]], where: Path
+) -> None:
+    """Removes redundant tensors: the copy of a tied model's head, buffers of rotary frequencies, biases of zero.
 
     Raises:
         InputError: the copy differs from the embedding, or the frequencies contradict the configuration.
     """
     head, embedding = "lm_head.weight", "model.embed_tokens.weight"
     if config.tie_embeddings and head in layout and layout[head] == layout.get(embedding):
-        if not np.array_equal(read_tensor(files[head], head), read_tensor(files[embedding], embedding)):
+        if not np.array_equal(read_tensor(*places[head]), read_tensor(*places[embedding])):
             hint = 'set "tie_word_embeddings": false in config.json if the model has its own head'
             raise InputError("the model is tied, but its head differs from its embedding", where=where, hint=hint)
         del layout[head]
-    for name in [name for name in layout if name.endswith("rotary_emb.inv_freq")]:
-        own = read_tensor(files[name], name).astype(np.float64)
+    for name in [name for name in layout if name.endswith("_proj.bias")]:
+        if not read_tensor(*places[name]).any():
+            del layout[name]
+    for name in [name for name in layout if name.endswith(FREQUENCIES)]:
+        own = read_tensor(*places[name]).astype(np.float64)
         expected = inverse_frequencies(config)
         if own.shape != expected.shape or not np.allclose(own, expected, rtol=1e-2):
             hint = "correct rope_theta or rope_scaling in config.json"

@@ -1,11 +1,12 @@
 """Converts a Hugging Face config.json of the Llama architecture to a ModelConfig, and back. With a sliding window it is
 the Mistral architecture, which is otherwise the same.
 
-Features that this architecture cannot express are refused by name: a key of config.json is ignored only if it is known
-to change no logits.
+What transformers loads with the same logits is read: a key changes logits only if transformers reads it while it builds
+or runs such a model. Those keys are read here or refused by name (NEUTRAL); every other key is passed over.
 """
 
 import json
+import logging
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,54 @@ from minillm_core.config import ModelConfig, RopeScaling
 from minillm_core.errors import InputError, listed
 from minillm_core.text.tokenizer import BOS_ID, EOS_ID, PAD_ID
 
-HARMLESS = frozenset(
+logger = logging.getLogger(__name__)
+
+READ = frozenset(
     {
+        "head_dim",
+        "hidden_act",
+        "hidden_size",
+        "initializer_range",
+        "intermediate_size",
+        "max_position_embeddings",
+        "model_type",
+        "num_attention_heads",
+        "num_hidden_layers",
+        "num_key_value_heads",
+        "rms_norm_eps",
+        "rope_parameters",
+        "rope_scaling",
+        "rope_theta",
+        "tie_word_embeddings",
+        "vocab_size",
+    }
+)
+"""Keys of config.json that become a ModelConfig."""
+
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "attention_bias": (False,),
+    "attention_chunk_size": (),
+    "decoder": (),
+    "generator": (),
+    "is_causal": (True,),
+    "is_encoder_decoder": (False,),
+    "is_heterogeneous": (False,),
+    "kv_sharing_modes": (),
+    "layer_types": (),
+    "mlp_bias": (False,),
+    "original_max_position_embeddings": (),
+    "partial_rotary_factor": (1, 1.0),
+    "per_layer_config": (),
+    "quantization_config": (),
+    "sliding_window": (),
+    "text_config": (),
+}
+"""Other keys that transformers reads for such a model and that may change its logits -> the values, besides null, with
+which they do not."""
+
+ORDINARY = frozenset(
+    {
+        "_attn_implementation",
         "_attn_implementation_autoset",
         "_name_or_path",
         "architectures",
@@ -23,31 +70,17 @@ HARMLESS = frozenset(
         "bos_token_id",
         "dtype",
         "eos_token_id",
-        "head_dim",
-        "hidden_act",
-        "hidden_size",
         "id2label",
-        "initializer_range",
-        "intermediate_size",
         "is_decoder",
         "is_llama_config",
         "label2id",
-        "max_length",
-        "max_position_embeddings",
-        "max_sequence_length",
-        "model_type",
         "name_or_path",
-        "num_attention_heads",
-        "num_hidden_layers",
-        "num_key_value_heads",
+        "output_attentions",
+        "output_hidden_states",
         "pad_token_id",
         "pretraining_tp",
-        "rms_norm_eps",
         "return_dict",
-        "rope_parameters",
-        "rope_scaling",
-        "rope_theta",
-        "tie_word_embeddings",
+        "tokenizer_class",
         "torch_dtype",
         "transformers.js_config",
         "transformers_version",
@@ -55,64 +88,66 @@ HARMLESS = frozenset(
         "unsloth_fixed",
         "unsloth_version",
         "use_cache",
-        "vocab_size",
-    }
-)
-"""Keys of config.json that are read here, or that change no logits. Others are refused unless they are null or OFF."""
-
-
-OFF = frozenset(
-    {
-        "attention_bias",
-        "mlp_bias",
-        "output_attentions",
-        "output_hidden_states",
-        "rope_interleaved",
         "use_sliding_window",
     }
+    # settings of generation and of training, which transformers 4 wrote here too
+    | {"do_sample", "max_length", "max_sequence_length", "min_length", "num_beams", "repetition_penalty", "temperature"}
+    | {"top_k", "top_p", "chunk_size_feed_forward", "problem_type", "pruned_heads", "torchscript", "use_bfloat16"}
 )
-"""Keys that change nothing if they are false. This does not hold for every key, for example `is_causal`."""
+"""Keys that are passed over without a word."""
 
 
 LARGEST = 1 << 24
 """Upper bound of every size and count. With a larger one, the rotary table alone would take gigabytes."""
 
 
-REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-MISTRAL_REQUIRED = ("num_key_value_heads", "max_position_embeddings", "sliding_window")
-"""Their defaults in transformers are those of Mistral 7B."""
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "llama": {"intermediate_size": 11008, "max_position_embeddings": 2048},
+    "mistral": {
+        "intermediate_size": 14336,
+        "max_position_embeddings": 131_072,
+        "num_key_value_heads": 8,
+        "sliding_window": 4096,
+    },
+}
+COMMON_DEFAULTS = {"vocab_size": 32000, "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32}
+"""What transformers takes for a missing key: a configuration may leave out what equals its default."""
 
 
 def from_hf_config(data: Any, where: object) -> ModelConfig:
-    """The ModelConfig of a `config.json`. Missing keys get the defaults of transformers' LlamaConfig.
+    """The ModelConfig of a `config.json`. Missing keys get the defaults of transformers.
 
     Raises:
-        InputError: keys are missing, have a wrong type, or are not supported by this architecture. One message lists
-            them all.
+        InputError: keys have a wrong type, or are not supported by this architecture. One message lists them all.
     """
     if not isinstance(data, dict):
         found, hint = type(data).__name__, "get the file again"
         raise InputError("not a configuration", expected="a JSON object", found=found, where=where, hint=hint)
-    is_mistral = data.get("model_type") == "mistral"
-    required = REQUIRED + MISTRAL_REQUIRED if is_mistral else REQUIRED
-    problems = [f"missing: {key}" for key in required if key not in data]
-    if not is_mistral and data.get("model_type") != "llama":
-        problems.append(f"model_type: expected 'llama' or 'mistral', found {data.get('model_type')!r}")
-    if data.get("hidden_act", "silu") != "silu":
-        problems.append(f"hidden_act: expected 'silu', found {data['hidden_act']!r}")
-    for key in sorted(data.keys() - HARMLESS - ({"sliding_window"} if is_mistral else set())):
+    model_type = data.get("model_type")
+    if model_type not in DEFAULTS:
+        problem = "the configuration cannot be read as a Llama or Mistral model:\n  "
+        problem += f"model_type: expected 'llama' or 'mistral', found {repr(model_type)[:60]}"
+        raise InputError(problem, where=where, hint="use a model of one of these architectures")
+    given, data = data.keys(), COMMON_DEFAULTS | DEFAULTS[model_type] | data
+    problems = []
+    if data.get("hidden_act", "silu") not in ("silu", "swish"):
+        problems.append(f"hidden_act: expected 'silu', found {repr(data['hidden_act'])[:60]}")
+    for key in sorted(NEUTRAL.keys() & data.keys()):
         value = data[key]
+        is_read = key == "sliding_window" and model_type == "mistral"
         all_full = key == "layer_types" and isinstance(value, list) and all(x == "full_attention" for x in value)
-        if not (value is None or all_full or (value is False and key in OFF) or (value is True and key == "is_causal")):
-            problems.append(f"{key[:60]}: {str(data[key])[:60]} is not supported by this architecture")
+        if not (is_read or all_full or value is None or value in NEUTRAL[key]):
+            problems.append(f"{key}: {str(value)[:60]} is not supported by this architecture")
+    if strange := sorted(given - READ - NEUTRAL.keys() - ORDINARY):
+        names = ", ".join(key[:60] for key in strange[:8]) + " ..." * (len(strange) > 8)
+        logger.warning(f"{where}: transformers does not read these keys for such a model, so they are ignored: {names}")
     theta, scaling = _rope(data, problems)
 
     def number(key: str, default: Any, kind: type) -> Any:
         value = default if data.get(key) is None else data[key]
         fits: bool = isinstance(value, (int, float) if kind is float else kind)
         if isinstance(value, bool) is not (kind is bool) or not fits:
-            if key in data:  # otherwise it is already reported as missing
-                problems.append(f"{key}: expected {kind.__name__}, found {repr(value)[:60]}")
+            problems.append(f"{key}: expected {kind.__name__}, found {repr(value)[:60]}")
             return kind(1)
         if kind is int and value > LARGEST:
             problems.append(f"{key}: expected at most {LARGEST}, found {str(value)[:60]}")
@@ -135,7 +170,7 @@ def from_hf_config(data: Any, where: object) -> ModelConfig:
         "norm_eps": number("rms_norm_eps", 1e-6, float),
         "init_std": number("initializer_range", 0.02, float),
     }
-    if is_mistral and data.get("sliding_window") is not None:
+    if model_type == "mistral" and data["sliding_window"] is not None:
         fields["sliding_window"] = number("sliding_window", None, int)
     if problems:
         hint = "use a model of the Llama or Mistral architecture; if this is one, correct its config.json"

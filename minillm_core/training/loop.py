@@ -213,11 +213,11 @@ class _Loop:
     def _evaluate(self) -> None:
         c, step = self.config.train, self.step
         with self.progress.paused():
-            if step == c.steps:
+            n_batches = c.final_eval_batches if step == c.steps else c.eval_batches
+            if n_batches is None:
                 logger.info(f"evaluating on the whole held-out text, {len(self.data.tokens['val']):,} tokens")
             model = self.backend.model_of(self.config, self.state)
             eval_step = self.backend.make_eval_step(model, deterministic=c.deterministic)
-            n_batches = None if step == c.steps else c.eval_batches
             loss = evaluate(eval_step, self.data, "val", c, n_batches, self.stop.check)
             if not math.isfinite(loss) and c.nonfinite == "stop":
                 hint = "start a new run (--train.out_dir) with a lower optim.learning_rate, or resume with "

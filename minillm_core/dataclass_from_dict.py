@@ -1,0 +1,55 @@
+"""Builds a dataclass from nested dicts, and names every field that is unknown, missing or of the wrong type."""
+
+import contextlib
+import dataclasses
+import difflib
+import types
+import typing
+from typing import Any, Literal
+
+
+def build(cls: type, data: Any, prefix: str, problems: list[str]) -> Any:
+    """Builds `cls` from a dict; appends to `problems` and returns None if it cannot."""
+    if not isinstance(data, dict):
+        problems.append(f"{prefix[:-1] or 'the file'}: expected a mapping of fields, found {data!r}")
+        return None
+    hints = typing.get_type_hints(cls)
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    n_before = len(problems)
+    for name in data:
+        if name not in fields:
+            close = difflib.get_close_matches(str(name), fields, n=1)
+            hint = f"did you mean {prefix}{close[0]}?" if close else f"known fields: {', '.join(fields)}"
+            problems.append(f"{prefix}{name}: unknown field; {hint}")
+    values = {}
+    for name, field in fields.items():
+        if name in data:
+            values[name] = _coerce(hints[name], data[name], f"{prefix}{name}", problems)
+        elif field.default is dataclasses.MISSING:
+            problems.append(f"{prefix}{name}: missing")
+    return cls(**values) if len(problems) == n_before else None
+
+
+def _coerce(hint: Any, value: Any, name: str, problems: list[str]) -> Any:
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        if value is None:
+            return None
+        hint = next(option for option in typing.get_args(hint) if option is not type(None))
+    if dataclasses.is_dataclass(hint):
+        return build(typing.cast(type, hint), value, f"{name}.", problems)
+    if typing.get_origin(hint) is Literal:
+        hint = str
+    if hint is float and type(value) is int:
+        return float(value)
+    if type(value) is hint:
+        return value
+    problem = f"{name}: expected {hint.__name__}, found {value!r} ({type(value).__name__})"
+    if hint in (int, float) and isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            problem += f"; write {hint(value)}, without quotes"
+    if hint is int and isinstance(value, float) and value.is_integer():
+        problem += f"; write {int(value)}"
+    if hint is bool and value in ("yes", "no", "on", "off"):
+        problem += "; write true or false"
+    problems.append(problem)
+    return None
