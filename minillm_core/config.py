@@ -38,6 +38,9 @@ FREE_TO_CHANGE = {
 hash, not by its place.)"""
 
 
+RUN_RECORD = "run.json"
+"""The file that shows that the config.yaml beside it is that of a run."""
+
 LARGEST_TABLE = 1 << 31
 """Limit in bytes for the table of rotary cosines and sines: float64, computed for the whole context."""
 
@@ -341,9 +344,14 @@ def load_config(name_or_path: str) -> RunConfig:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not valid YAML", found=str(error).replace("\n", " ")) from error
     try:
-        return run_config_from_dict(data, path)
+        config = run_config_from_dict(data, path)
     except InputError as error:
         raise error if str(path) in str(error) else InputError(f"{error}\n  where: {path}") from None
+    if (
+        path.name == "config.yaml" and (path.parent / RUN_RECORD).is_file()
+    ):  # the file of a run, which may have been moved
+        config = dataclasses.replace(config, train=dataclasses.replace(config.train, out_dir=str(path.parent)))
+    return config
 
 
 def preset_names() -> list[str]:

@@ -66,13 +66,29 @@ def hash_arrays(arrays: Mapping[str, np.ndarray]) -> str:
     return digest.hexdigest()
 
 
+@contextmanager
+def named_if_it_fails(path: Path) -> Iterator[None]:
+    """Gives an OSError in this block the name of the file that is being written. (A failed write does not know it.)"""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
+
+
 def replace_file(path: Path, content: bytes | str) -> None:
     """Replaces a file atomically: after a crash it has either the old or the new content, never a part."""
     path = path.resolve()  # a symbolic link stays, and what it points to is replaced
     partial = beside(path, "partial")
-    partial.write_bytes(content.encode() if isinstance(content, str) else content)
-    flush(partial)
-    partial.replace(path)
+    try:
+        with named_if_it_fails(path):
+            partial.write_bytes(content.encode() if isinstance(content, str) else content)
+            flush(partial)
+            partial.replace(path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
     flush(path.parent)
 
 
@@ -172,7 +188,8 @@ def lock(path: Path, *, wait: bool = False) -> Iterator[None]:
                 where=path.parent,
                 hint="wait for it to end, or use a different path",
             ) from None
-        file.truncate(0)
-        file.write(f"process {os.getpid()}: {' '.join(sys.argv)}\n")
-        file.flush()
+        with named_if_it_fails(path):
+            file.truncate(0)
+            file.write(f"process {os.getpid()}: {' '.join(sys.argv)}\n")
+            file.flush()
         yield

@@ -8,7 +8,15 @@ import numpy as np
 import pytest
 
 from minillm_core.errors import InputError
-from minillm_core.files import hash_arrays, is_disk_full, lock, make_folder, replace_file, written_aside
+from minillm_core.files import (
+    hash_arrays,
+    is_disk_full,
+    lock,
+    make_folder,
+    named_if_it_fails,
+    replace_file,
+    written_aside,
+)
 
 pytestmark = pytest.mark.extended
 
@@ -101,3 +109,21 @@ def test_a_hash_of_arrays_covers_everything() -> None:
     ]
     assert len({hash_arrays(arrays) for arrays in variants}) == len(variants)
     assert hash_arrays({"a": np.repeat(array, 2)[::2]}) == hash_arrays({"a": array})
+
+
+def test_a_failed_write_names_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The system's error of a write has no name. The old content stays, and no part of the new."""
+    (tmp_path / "file").write_text("old", encoding="utf-8")
+
+    def full(self: Path, content: bytes) -> None:
+        self.touch()
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match="No space left") as error:
+        replace_file(tmp_path / "file", "new")
+    assert error.value.filename == str(tmp_path / "file")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    with pytest.raises(OSError, match="No space left") as error, named_if_it_fails(tmp_path / "log"):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert error.value.filename == str(tmp_path / "log")

@@ -353,15 +353,14 @@ def test_tokenizers_panics_become_input_errors(change: Any, tmp_path: Path) -> N
         use()
 
 
-def test_ids_beyond_the_vocabulary_are_refused(tmp_path: Path) -> None:
-    """If the template of tokenizer.json uses an id beyond the embedding, it is refused before anything is computed."""
+def test_ids_that_the_tokenizer_does_not_have(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """If the template of tokenizer.json puts such an id before a text, the file is named, not the prompt."""
     save_llama(TINY, tmp_path / "hf", torch.float32)
     byte_level(tmp_path / "hf", TINY.vocab_size - 10)
     data = json.loads((tmp_path / "hf" / "tokenizer.json").read_text())
     data["post_processor"]["special_tokens"]["<|begin|>"]["ids"] = [TINY.vocab_size]
     (tmp_path / "hf" / "tokenizer.json").write_text(json.dumps(data))
     checkpoint = import_checkpoint("hf", tmp_path / "hf", tmp_path / "run", BACKENDS["jax"])
-    generator = BACKENDS["jax"].Generator(BACKENDS["jax"].load(checkpoint), load_tokenizer(checkpoint, TINY.vocab_size))
-    for call in (generator.score, lambda texts: generator.generate(texts, max_new_tokens=2)):
-        with pytest.raises(InputError, match="outside the vocabulary"):
-            call(["the people"])
+    assert "the tokenizer cannot be used" in caplog.text
+    with pytest.raises(InputError, match=rf"does not have: {TINY.vocab_size}\n.*tokenizer\.json"):
+        load_tokenizer(checkpoint, TINY.vocab_size)

@@ -13,7 +13,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import minillm_torch
-from minillm_core.config import DataConfig, OptimConfig, RunConfig
+from minillm_core.config import DataConfig, OptimConfig, RunConfig, load_config
 from minillm_core.data.batches import PreparedData
 from minillm_core.errors import InputError
 from minillm_core.model.params import init_params
@@ -132,6 +132,15 @@ def test_run_matches_an_independent_run(
     final = BACKENDS[framework].read_payload(checkpoint, config).weights
     for name, array in final.items():
         assert np.abs(array - weights[name].numpy()).max() <= 1e-4, name
+
+
+def test_a_moved_run_is_found_by_its_own_file(data_config: DataConfig, tmp_path: Path) -> None:
+    train(small_run(data_config, tmp_path / "old"), BACKENDS["torch"])
+    (tmp_path / "old").rename(tmp_path / "new")
+    config = load_config(str(tmp_path / "new" / "config.yaml"))
+    assert config.train.out_dir == str(tmp_path / "new")
+    assert train(config, BACKENDS["torch"]) == tmp_path / "new" / "torch" / "checkpoints" / str(STEPS)
+    assert not (tmp_path / "old").exists()
 
 
 def test_the_last_evaluation_can_be_limited(data_config: DataConfig, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from minillm_core.config import DataConfig
 from minillm_core.data.batches import FORMAT_VERSION, SPLITS, PreparedData, redo_hint
 from minillm_core.data.corpus import Document, digest_of_places, digest_of_text, list_documents
 from minillm_core.errors import InputError
-from minillm_core.files import beside, commit_folder, hash_file, lock, make_folder
+from minillm_core.files import beside, commit_folder, hash_file, lock, make_folder, named_if_it_fails
 from minillm_core.text.tokenizer import Tokenizer, train_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -59,7 +59,8 @@ def prepare_data(config: DataConfig, vocab_size: int) -> bool:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
         try:
-            _pack(documents, config, vocab_size, partial)
+            with named_if_it_fails(target):
+                _pack(documents, config, vocab_size, partial)
             commit_folder(partial, target.resolve())
         finally:
             shutil.rmtree(partial, ignore_errors=True)

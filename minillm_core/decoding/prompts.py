@@ -9,7 +9,7 @@ from typing import Any
 
 from minillm_core.decoding.generation import BaseGenerator
 from minillm_core.errors import InputError
-from minillm_core.files import beside, lock, replace_file
+from minillm_core.files import beside, lock, named_if_it_fails, replace_file
 
 
 def continue_file(
@@ -58,7 +58,7 @@ def continue_file(
         lengths = [len(generator.tokenizer.encode(text)) for text in texts]
         waiting = sorted((i for i in range(len(texts)) if i not in done), key=lambda i: -lengths[i])
         on_progress(len(done), len(texts))
-        with partial.open("a", encoding="utf-8") as file:
+        with named_if_it_fails(partial), partial.open("a", encoding="utf-8") as file:
             for start in range(0, len(waiting), batch_size):
                 batch = waiting[start : start + batch_size]
                 for index, line in zip(batch, _continue(generator, [texts[i] for i in batch], options), strict=True):

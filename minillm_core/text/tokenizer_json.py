@@ -58,6 +58,10 @@ class JsonTokenizer(Tokenizer):
         starts = [at for at in range(len(framed)) if framed[at : at + len(plain)] == plain]
         self._before: list[int] = framed[: starts[0]] if starts else []
         self.adds_bos = self._before == [self.bos_id]
+        if unknown := set(self._before) - set(self.vocabulary().values()):
+            hint = "correct the ids in its post_processor, or get the file again"
+            found = f"token ids that it does not have: {', '.join(map(str, sorted(unknown)))}"
+            raise InputError("damaged tokenizer: what it puts before a text", found=found, where=self.path, hint=hint)
 
     @contextlib.contextmanager
     def _damage(self) -> Iterator[None]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from minillm_core.errors import InputError
-from minillm_core.files import replace_file
+from minillm_core.files import named_if_it_fails, replace_file
 
 Row = dict[str, Any]
 """A line of metrics.jsonl: `step`, `split` (`train` or `val`), `loss` (nats per token; null if not finite), etc."""
@@ -40,7 +40,7 @@ class MetricsLog:
         """Appends a row and returns it. Numbers that are not finite become null, because JSON cannot represent them."""
         row = {"step": step, "split": split, "loss": loss, **values}
         row = {name: None if isinstance(x, float) and not math.isfinite(x) else x for name, x in row.items()}
-        with self.path.open("a", encoding="utf-8") as file:
+        with named_if_it_fails(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         self.rows.append(row)
         return row

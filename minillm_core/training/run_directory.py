@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
-from minillm_core.config import ComputeDtype, RunConfig, config_differences, dump_config, load_config
+from minillm_core.config import RUN_RECORD, ComputeDtype, RunConfig, config_differences, dump_config, load_config
 from minillm_core.errors import InputError
 from minillm_core.files import lock, make_folder, replace_file
 from minillm_core.text.tokenizer import TOKENIZER_FILES
@@ -40,7 +40,7 @@ class RunDirectory:
         _require_run_or_nothing(run)
         make_folder(run)
         with lock(run / ".lock"):
-            recorded, known = _known_hashes(run / "run.json"), saved_config(run)
+            recorded, known = _known_hashes(run / RUN_RECORD), saved_config(run)
             if recorded is not None:
                 require_same_data(recorded, data_hashes, run)
             if known is not None:
@@ -48,7 +48,7 @@ class RunDirectory:
             record = {"format_version": FORMAT_VERSION, "version": __version__, "data_hashes": data_hashes}
             files: dict[str, str | bytes] = {
                 CONFIG: dump_config(self.config),
-                "run.json": json.dumps(record, indent=1) + "\n",
+                RUN_RECORD: json.dumps(record, indent=1) + "\n",
             }
             files |= {name: (tokenizer / name).read_bytes() for name in TOKENIZER_FILES if (tokenizer / name).is_file()}
             for name, content in files.items():
@@ -70,7 +70,7 @@ def find_run(config: RunConfig, auto_dtype: str) -> RunDirectory:
     """
     path = Path(config.train.out_dir)
     _require_run_or_nothing(path)
-    if "weights" in (_known_hashes(path / "run.json") or {}):
+    if "weights" in (_known_hashes(path / RUN_RECORD) or {}):
         problem, hint = "the run holds an imported model, which cannot be trained", "use a different run directory"
         raise InputError(problem, where=path, hint=f"{hint} (--train.out_dir)")
     known = saved_config(path)
