@@ -148,7 +148,7 @@ class ModelConfig:
             table <= LARGEST_TABLE,
             "model.context_length is out of range",
             expected=f"at most {LARGEST_TABLE // (8 * self.resolved_head_dim):,}",
-            found=f"{self.context_length:,} (its rotary table takes {table / 1e9:,.1f} GB)",
+            found=f"{self.context_length:,} (its rotary table takes {table // 10**9:,} GB)",
             hint="use a shorter context: no weight depends on it",
         )
 

@@ -40,7 +40,11 @@ def _coerce(hint: Any, value: Any, name: str, problems: list[str]) -> Any:
     if typing.get_origin(hint) is Literal:
         hint = str
     if hint is float and type(value) is int:
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            problems.append(f"{name}: the number is too large for a float")
+            return None
     if type(value) is hint:
         return value
     problem = f"{name}: expected {hint.__name__}, found {value!r} ({type(value).__name__})"

@@ -55,7 +55,10 @@ for _tag, _pattern, _first in _RESOLVERS:
 
 def load_yaml(text: str) -> Any:
     """The content of a YAML document. Raises yaml.YAMLError."""
-    return yaml.load(text, _Loader)
+    try:
+        return yaml.load(text, _Loader)
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:  # as for `!!int x`
+        raise yaml.YAMLError(f"a value cannot be read: {error}") from error
 
 
 def dump_yaml(data: dict[str, Any]) -> str:
