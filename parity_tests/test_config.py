@@ -214,19 +214,19 @@ def test_paths(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 # fmt: off
 ODD = [
     "\n", "\t", ":", "- ", "{", "}", "[", "]", "&a", "*a", "!!python/object:os.system", "!!int x", "<<", "'", '"', "|",
-    ">", "#", "%", "@", "`", "1e999", ".nan", ".inf", "-1", "0", "1e400", "9" * 400, "9" * 5000, "\0", "\ud800", "\u2028",
-    "\u00e9", "~", "null", "true", "yes", "0x", "0o9", "? ", ", ", "---\n", "...\n", "!!binary aGk=", "!!set {a}", "1_0",
-    "2024-01-01", "_", "~nobody/x", "!!timestamp x", "!!float x", "[" * 2000,
+    ">", "#", "%", "@", "`", "1e999", ".nan", ".inf", "-1", "0", "1e400", "9" * 400, "9" * 5000, "\0", "\ud800",
+    "\u2028", "\u00e9", "~", "null", "true", "yes", "0x", "0o9", "? ", ", ", "---\n", "...\n", "!!binary aGk=",
+    "!!set {a}", "1_0", "2024-01-01", "_", "~nobody/x", "!!timestamp x", "!!float x", "[" * 2000,
 ]
 # fmt: on
 
 
 @pytest.mark.extended
 def test_damaged_configurations_never_crash(tmp_path: Path) -> None:
-    """Each of 1,500 mutations is read, and then survives a round trip, or is refused with an InputError."""
+    """Each of 1,000 mutations is read, and then survives a round trip, or is refused with an InputError."""
     rng, original = np.random.default_rng(0), dump_config(load_config("quickstart"))
     path, again, outcomes = tmp_path / "x.yaml", tmp_path / "again.yaml", {"read": 0, "refused": 0}
-    for _ in range(1500):
+    for _ in range(1000):
         text = original
         for _ in range(rng.integers(1, 4)):
             at, lines, odd = int(rng.integers(len(text) + 1)), text.split("\n"), ODD[rng.integers(len(ODD))]
@@ -243,8 +243,8 @@ def test_damaged_configurations_never_crash(tmp_path: Path) -> None:
         again.write_text(dump_config(config), encoding="utf-8")
         assert load_config(str(again)) == config
         outcomes["read"] += 1
-    assert outcomes["refused"] > 1000
-    assert outcomes["read"] > 10
+    assert outcomes["refused"] > 500
+    assert outcomes["read"] > 5
 
 
 def test_config_differences() -> None:
