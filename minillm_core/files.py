@@ -43,8 +43,10 @@ def beside(path: Path, ending: str) -> Path:
 
 
 def first_bytes(path: Path, n: int) -> bytes:
-    """The first n bytes of a file; empty if the path is not a file or cannot be read."""
+    """The first n bytes of a file; empty if the path is not a file (a pipe would wait) or cannot be read."""
     try:
+        if not path.is_file():
+            return b""
         with path.open("rb") as file:
             return file.read(n)
     except OSError:

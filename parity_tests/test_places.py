@@ -11,9 +11,11 @@ import pytest
 import yaml
 
 from minillm_core.config import DataConfig, to_dict
+from minillm_core.data.corpus import list_documents
 from minillm_core.errors import InputError
 from minillm_core.files import beside, hash_file, replace_file, user_path
 from minillm_core.interop import convert
+from minillm_core.interop.imports import import_checkpoint
 from minillm_core.training.checkpoints import CheckpointInfo, CheckpointWriter, find_checkpoint, verify_checkpoint
 from minillm_core.training.train import train
 from parity_tests.conftest import BACKENDS, ROOT, TINY, run_config, text_run, train_until
@@ -102,6 +104,19 @@ def test_hidden_neighbours(path: str, root: Path, monkeypatch: pytest.MonkeyPatc
     assert beside(Path(path), "lock") == place.parent / f".{place.name}.lock"
     with pytest.raises(InputError, match="not a usable path"):
         beside(Path("/"), "lock")
+
+
+@pytest.mark.parametrize("name", ["pipe", "pipe.gguf", "pipe.pt"])
+def test_a_pipe_is_refused_where_it_cannot_be_read(name: str, tmp_path: Path) -> None:
+    """Nothing waits for a program that writes into it. (Prompts can come from a pipe: test_prompts.py.)"""
+    os.mkfifo(tmp_path / name)
+    for format in ("hf", "minillm", "gguf"):
+        with pytest.raises(InputError, match="no such file or folder"):
+            import_checkpoint(format, tmp_path / name, tmp_path / "run", BACKENDS["torch"])
+    with pytest.raises(InputError, match="no torch checkpoint"):
+        find_checkpoint(tmp_path / name, "torch")
+    with pytest.raises(InputError, match="neither a file nor a folder"):
+        list_documents(DataConfig(str(tmp_path / name), "unused"))
 
 
 def test_a_linked_file_is_replaced_where_it_is(root: Path) -> None:

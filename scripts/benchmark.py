@@ -28,6 +28,7 @@ from minillm_core.config import RunConfig
 from minillm_core.data.batches import Batch, PreparedData
 from minillm_core.data.prepare import prepare_data
 from minillm_core.errors import InputError
+from minillm_core.files import user_path
 from minillm_core.model.params import forward_flops, init_params
 from minillm_core.model.tolerance import (
     BFLOAT16_GRADIENT_COSINE,
@@ -94,8 +95,9 @@ def main() -> None:
     report = "\n".join([*header(config), "", *table, "", *rates, ""])
     print(report)
     if config.out:
-        Path(config.out).parent.mkdir(parents=True, exist_ok=True)
-        Path(config.out).write_text(report, encoding="utf-8")
+        out = user_path(config.out)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(report, encoding="utf-8")
     if not all(check.holds for check in checks):
         raise InputError("the frameworks differ by more than the bounds in the report")
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from minillm_core.config import ModelConfig
 from minillm_core.errors import InputError
-from minillm_core.files import hash_file
+from minillm_core.files import hash_file, user_path
 from minillm_core.tensors import Array
 from minillm_core.text.tokenizer import Tokenizer
 
@@ -112,7 +112,7 @@ class PreparedData:
         Raises:
             InputError: a file is missing or truncated, or the vocabulary size differs.
         """
-        self.dir = Path(folder)
+        self.dir = user_path(folder)
         redo = redo_hint(self.dir)
         meta_path = self.dir / "meta.json"
         if not meta_path.is_file():

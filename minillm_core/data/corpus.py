@@ -58,9 +58,9 @@ def list_documents(config: DataConfig) -> list[Document]:
     """
     path = Path(config.corpus)
     every = config.holdout_every
-    if config.corpus != "sotu" and not path.exists():
+    if config.corpus != "sotu" and not (path.is_file() or path.is_dir()):
         raise InputError(
-            "the corpus does not exist",
+            "the corpus is neither a file nor a folder" if path.exists() else "the corpus does not exist",
             expected="`sotu`, a text file, or a folder of .txt files",
             where=path,
             hint="check the path",

@@ -52,7 +52,7 @@ def import_checkpoint(format: str, source: Path, run_dir: Path, backend: Backend
         InputError: the source is damaged, or has features that the architecture cannot express, or the run directory
             holds something different. Nothing is written in these cases.
     """
-    if not source.exists():
+    if not (source.is_file() or source.is_dir()):  # a pipe would be read in vain
         raise InputError(
             "no such file or folder", expected="a checkpoint to import", where=source, hint="check the path"
         )
