@@ -143,6 +143,7 @@ def test_the_same_files_in_every_locale(corpus: Path, tmp_path: Path) -> None:
         home = tmp_path / name
         home.mkdir()
         (home / "corpus.txt").write_text(text, encoding="utf-8")
+        os.utime(home / "corpus.txt", (0, 0))  # meta.json records it
         (home / "run.yaml").write_text(yaml.safe_dump(to_dict(config)), encoding="utf-8")
 
         def command(*arguments: str, home: Path = home, environment: Any = environment) -> bytes:
