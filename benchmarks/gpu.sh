@@ -9,6 +9,7 @@ cd "$(dirname "$0")/.."
 export PYTHONPATH=. XLA_PYTHON_CLIENT_PREALLOCATE=false
 
 report=${1:-benchmarks/gpu.md}
+case $report in -*) sed -n '2,6s/^# \{0,1\}//p' "$0"; exit 2 ;; esac
 shift || true
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
