@@ -347,9 +347,8 @@ def load_config(name_or_path: str) -> RunConfig:
         config = run_config_from_dict(data, path)
     except InputError as error:
         raise error if str(path) in str(error) else InputError(f"{error}\n  where: {path}") from None
-    if (
-        path.name == "config.yaml" and (path.parent / RUN_RECORD).is_file()
-    ):  # the file of a run, which may have been moved
+    if path.name == "config.yaml" and (path.parent / RUN_RECORD).is_file():
+        # The run is where its file is, although it may have been moved since the file was written.
         config = dataclasses.replace(config, train=dataclasses.replace(config.train, out_dir=str(path.parent)))
     return config
 

@@ -20,7 +20,7 @@ import pytest
 
 from minillm_core.config import RunConfig, dump_config, load_config, preset_names
 from minillm_core.errors import InputError
-from minillm_jax.compiled import CARDS, Program, card_device, compile_programs, compile_train_step, materialised
+from minillm_jax.compiled import CARDS, Program, card, card_device, compile_programs, compile_train_step, materialised
 from minillm_jax.compiled.card import standing_in_for
 from minillm_jax.compiled.hlo import Costs, read_costs
 from minillm_jax.device import target_device
@@ -184,8 +184,14 @@ def test_unknown_card() -> None:
         card_device("v100")
 
 
-@pytest.mark.skipif(HAS_CUDA, reason="nothing is missing: the extra cuda is installed")
-def test_missing_extra() -> None:
+def test_missing_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if the extra were not installed, also where it is."""
+
+    def no_platform(**_: object) -> None:
+        raise NotImplementedError("topology")
+
+    monkeypatch.setattr(card.topologies, "get_topology_desc", no_platform)
+    monkeypatch.setattr(card.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"jax\[cuda13\](?s:.*)\[cuda\]"):
         compile_programs(load_config("quickstart"), "h100")
 

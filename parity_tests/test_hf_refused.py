@@ -148,6 +148,7 @@ def test_every_key_that_transformers_reads_is_known(kind: Any, model: Any) -> No
 
 
 @pytest.mark.extended
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of transformers, about some of its own keys
 @pytest.mark.parametrize(("kind", "model"), [(LlamaConfig, LlamaForCausalLM), (MistralConfig, MistralForCausalLM)])
 def test_a_key_that_is_passed_over_changes_no_logits(kind: Any, model: Any) -> None:
     """Every key of a configuration of transformers, with values of every kind: if the folder is read here and by
@@ -170,8 +171,11 @@ def test_a_key_that_is_passed_over_changes_no_logits(kind: Any, model: Any) -> N
         for value in VALUES:
             try:
                 found = from_hf_config(base | {key: value}, "x")
+            except InputError:
+                continue
+            try:
                 theirs = logits(base | {key: value})
-            except Exception:  # refused here, or by transformers in one of many ways
+            except Exception:  # transformers fails in many ways with a value of the wrong kind: there is no model
                 continue
             assert found == ours
             assert torch.equal(theirs, expected), (key, value)

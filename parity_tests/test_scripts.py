@@ -251,10 +251,7 @@ def test_plan(home: Path) -> None:
             ["train_torch", "tiny.yaml", "--model.vocab-size", "600", "--data.dir", "data/new"],
         ),
         (r"no jax checkpoint.*train first", ["generate", "runs/nothing"]),
-        (
-            r"a torch checkpoint where a jax one is needed.*convert\.py 'torch->jax'",
-            ["generate", "runs/tiny/torch/checkpoints/6"],
-        ),
+        (r"a torch checkpoint where.*convert\.py 'torch->jax'", ["generate", "runs/tiny/torch/checkpoints/6"]),
         (r"longer than the context.*at most 320", ["generate", "runs/tiny", "--prompt", "word " * 900]),
         (r"temperature is out of range.*-1", ["generate", "runs/tiny", "--temperature", "-1"]),
         (r"unknown conversion.*'torch->hx'", ["convert", "torch->hx"]),
@@ -266,10 +263,7 @@ def test_plan(home: Path) -> None:
         (r"no such file or folder.*where: none\.gguf", ["convert", "hf->jax", "none.gguf", "runs/new"]),
         (r"of the steps: 3, 6\n.*name one of these", ["generate", "runs/tiny/jax/checkpoints/4"]),
         (r"no such configuration: quickstrat.*did you mean quickstart\?", ["plan", "tiny.yaml", "quickstrat"]),
-        (
-            r"did you mean --prompt 'My fellow citizens'",
-            ["generate", "My fellow citizens"],
-        ),
+        (r"did you mean --prompt 'My fellow citizens'", ["generate", "My fellow citizens"]),
         (r"no metrics found.*where: data/jax", ["compare_runs", "data"]),
         (r"both folders are the same", ["compare_runs", "runs/tiny/jax", "runs/tiny/jax"]),
     ],

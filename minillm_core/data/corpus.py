@@ -85,8 +85,9 @@ def list_documents(config: DataConfig) -> list[Document]:
 
 
 def digest_of_places(documents: Sequence[Document]) -> str:
-    """SHA-256 of the sizes and times of change of the documents' files: if it is the same, so is the text."""
-    stats = [(d.split, d.start, d.stop, d.path.stat().st_mtime_ns) for d in documents]
+    """SHA-256 of the documents' files as the system identifies them, with their times of change (ctime, which cannot be
+    set): if it is the same, so is the text."""
+    stats = [(d.split, d.start, d.stop, s.st_dev, s.st_ino, s.st_ctime_ns) for d in documents for s in [d.path.stat()]]
     return hashlib.sha256(repr(stats).encode()).hexdigest()
 
 
@@ -114,6 +115,7 @@ def _texts_in(folder: Path) -> list[Path]:
             subfolders.clear()
             continue
         seen.add(real)
+        subfolders.sort()  # of two links to one folder, always the same one is taken
         for path in (Path(place) / name for name in names):
             if path.suffix.lower() != ".txt":
                 others.append(path)
