@@ -43,6 +43,7 @@ LLAMA3 |= {"original_max_position_embeddings": 64}
         ({"hidden_act": "gelu"}, "hidden_act"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"model_type": "mixtral"}, "model_type"),
+        ({"model_type": ["llama"]}, "model_type"),
         ({"model_type": "mistral", "sliding_window": 0}, "sliding_window is out of range"),
         ({"model_type": "mistral", "sliding_window": "none"}, "sliding_window: expected int"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),

@@ -124,7 +124,7 @@ def from_hf_config(data: Any, where: object) -> ModelConfig:
         found, hint = type(data).__name__, "get the file again"
         raise InputError("not a configuration", expected="a JSON object", found=found, where=where, hint=hint)
     model_type = data.get("model_type")
-    if model_type not in DEFAULTS:
+    if not isinstance(model_type, str) or model_type not in DEFAULTS:
         problem = "the configuration cannot be read as a Llama or Mistral model:\n  "
         problem += f"model_type: expected 'llama' or 'mistral', found {repr(model_type)[:60]}"
         raise InputError(problem, where=where, hint="use a model of one of these architectures")
