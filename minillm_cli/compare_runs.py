@@ -5,7 +5,7 @@ from typing import Annotated
 
 import tyro
 
-from minillm_cli.console import say
+from minillm_cli.console import parse, say
 from minillm_core.config import config_differences, load_config
 from minillm_core.errors import InputError
 from minillm_core.files import user_path
@@ -15,7 +15,7 @@ from minillm_core.training.plots import plot_two_losses
 
 
 def main() -> None:
-    tyro.cli(compare_runs)
+    parse(compare_runs)
 
 
 def compare_runs(

@@ -8,7 +8,7 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import tyro
 
@@ -17,6 +17,7 @@ from minillm_core.errors import InputError, Interrupted
 from minillm_core.files import is_disk_full
 
 C = TypeVar("C", bound=RunConfig)
+T = TypeVar("T")
 
 SCRIPTS = {"prepare": "prepare_data", "compare-runs": "compare_runs"}
 """Commands whose script has a different name."""
@@ -113,6 +114,26 @@ def run(main: Callable[[], None], *, as_script: bool = False) -> None:
         sys.exit(2)
 
 
+def parse(command: Callable[..., T], *, arguments: Sequence[str] | None = None, **how: Any) -> T:
+    """Calls a command with the arguments of the command line, as tyro reads them; `how` goes to `tyro.cli`.
+
+    Raises:
+        InputError: an option is given twice; tyro would use the last one.
+    """
+    words = sys.argv[1:] if arguments is None else arguments
+    seen: dict[str, str] = {}
+    for word, following in itertools.pairwise([*itertools.takewhile(lambda word: word != "--", words), ""]):
+        name, equals, value = word.partition("=")
+        name, value = name.replace("_", "-"), value if equals else following
+        if not name.startswith("--"):
+            continue
+        if name in seen:
+            hint = "give it once; an option with several values takes them together, as in `--stop A B`"
+            raise InputError(f"{name} is given twice", found=f"{seen[name]!r} and {value!r}", hint=hint)
+        seen[name] = value
+    return tyro.cli(command, args=words, **how)
+
+
 def _python_word(before: str, word: str) -> str:
     """Python's form of `true`, `false` and `null`, which tyro expects. (`null` only for fields that are no texts.)"""
     if word == "null" and before.startswith(("--model.", "--train.final")):
@@ -134,10 +155,10 @@ def parse_run_config(description: str | None, config_class: type[C], preset: str
         f"{description}\n\nFirst argument: a preset ({', '.join(preset_names())}) or a .yaml file. "
         f"Default: {preset}. The options below change single fields of it."
     )
-    return tyro.cli(
+    return parse(
         config_class,
+        arguments=arguments[named:],
         default=config_class(loaded.model, loaded.optim, loaded.data, loaded.train),
-        args=arguments[named:],
         description=description,
         config=(tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands),
     )

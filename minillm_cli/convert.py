@@ -31,7 +31,7 @@ from typing import Annotated, Literal
 import tyro
 
 from minillm_cli.backends import let_threads_sleep
-from minillm_cli.console import command_line, say
+from minillm_cli.console import command_line, parse, say
 from minillm_core.errors import InputError
 from minillm_core.interop import Conversion, convert
 from minillm_core.interop.conversion import FORMATS, parse_direction
@@ -43,7 +43,7 @@ DEFAULT_RUN = "runs/quickstart"
 
 def main() -> None:
     arguments = undo_redirection(sys.argv[1:])
-    direction, source, destination, dtype = tyro.cli(parse, args=arguments, description=__doc__)
+    direction, source, destination, dtype = parse(read, arguments=arguments, description=__doc__)
     source_format, target_format = parse_direction(direction)
     if source is None and source_format in OPENERS:
         expected = f"'{source_format}->{target_format}' SRC RUN"
@@ -55,7 +55,7 @@ def main() -> None:
     print(conversion.result)
 
 
-def parse(
+def read(
     direction: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="SOURCE->TARGET")]],
     src: tyro.conf.Positional[Annotated[str | None, tyro.conf.arg(metavar="[SRC]")]] = None,
     dst: tyro.conf.Positional[Annotated[str | None, tyro.conf.arg(metavar="[DST]")]] = None,

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 import tyro
 
 from minillm_cli.backends import load_backend
-from minillm_cli.console import say
+from minillm_cli.console import parse, say
 from minillm_core.data.batches import PreparedData
 from minillm_core.decoding.scoring import score_split
 from minillm_core.text.tokenizer_json import load_tokenizer
@@ -14,7 +14,7 @@ from minillm_core.training.metrics import bits_per_byte, perplexity
 
 
 def main() -> None:
-    tyro.cli(evaluate)
+    parse(evaluate)
 
 
 def evaluate(

@@ -8,7 +8,7 @@ import tyro
 from tqdm import tqdm
 
 from minillm_cli.backends import load_backend
-from minillm_cli.console import print_stream, text_argument
+from minillm_cli.console import parse, print_stream, text_argument
 from minillm_core.decoding.prompts import continue_file
 from minillm_core.errors import InputError
 from minillm_core.files import hash_file, user_path
@@ -17,7 +17,7 @@ from minillm_core.training.checkpoints import find_checkpoint
 
 
 def main() -> None:
-    tyro.cli(generate)
+    parse(generate)
 
 
 class ProgressBar:

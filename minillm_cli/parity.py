@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 import tyro
 
 from minillm_cli.backends import let_threads_sleep
-from minillm_cli.console import say
+from minillm_cli.console import parse, say
 from minillm_cli.transformers_engine import TRANSFORMERS
 from minillm_core.doctor.compare import compare
 from minillm_core.doctor.report import html_report, json_report, text_report
@@ -22,7 +22,7 @@ from minillm_core.files import make_folder, replace_file, user_path
 
 
 def main() -> None:
-    tyro.cli(parity, description=__doc__)
+    parse(parity, description=__doc__)
 
 
 def parity(

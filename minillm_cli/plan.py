@@ -10,14 +10,14 @@ from typing import Annotated, Any
 import tyro
 
 from minillm_cli.backends import load_backend
-from minillm_cli.console import say
+from minillm_cli.console import parse, say
 from minillm_core.config import load_config, preset_names
 from minillm_core.training.checkpoints import FRAMEWORKS
 from minillm_core.training.plan import plan as compute_plan
 
 
 def main() -> None:
-    tyro.cli(plan)
+    parse(plan)
 
 
 def plan(

@@ -132,6 +132,34 @@ def test_a_command_may_be_written_with_an_underscore(
         assert "usage: minillm compare-runs" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("train quickstart --train.steps 5 --train.steps=6", "--train.steps is given twice.*found:.*'5' and '6'"),
+        ("generate --stop A --stop B", "--stop is given twice.*together, as in `--stop A B`"),
+        ("generate --max-new-tokens 5 --max_new_tokens 6", "--max-new-tokens is given twice"),
+        ("convert torch-to-jax --dtype float32 --dtype float16", "--dtype is given twice"),
+        ("plan --json --json", "--json is given twice"),
+    ],
+)
+def test_an_option_is_given_once(
+    arguments: str, message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["minillm", *arguments.split()])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    assert re.search(message, capsys.readouterr().err, re.DOTALL)
+
+
+def test_values_may_be_equal() -> None:
+    def command(prompt: str, stop: tuple[str, ...] = (), seed: int = 0) -> tuple[str, tuple[str, ...], int]:
+        return prompt, stop, seed
+
+    arguments = ["--prompt=--seed is", "--stop", "A", "A", "--seed", "-1"]
+    assert console.parse(command, arguments=arguments) == ("--seed is", ("A", "A"), -1)
+
+
 @pytest.mark.parametrize("word", ["true", "false"])
 def test_truth_values_are_written_as_in_yaml(word: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["minillm train", "quickstart", "--train.deterministic", word])

@@ -19,7 +19,7 @@ import numpy as np
 import tyro
 
 from minillm_cli.backends import load_backend
-from minillm_cli.console import run, say
+from minillm_cli.console import parse, run, say
 from minillm_core.config import ModelConfig, load_config
 from minillm_core.interop.hf_config import to_hf_config
 from minillm_core.model.params import init_params
@@ -170,4 +170,4 @@ def main(
 
 
 if __name__ == "__main__":
-    run(lambda: tyro.cli(main), as_script=True)
+    run(lambda: parse(main), as_script=True)
