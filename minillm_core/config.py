@@ -330,7 +330,7 @@ def load_config(name_or_path: str) -> RunConfig:
         InputError: no such preset or file, not YAML, or a field that is unknown, missing, mistyped or out of range.
     """
     path = user_path(name_or_path)
-    if path.suffix not in (".yaml", ".yml"):
+    if path.suffix.lower() not in (".yaml", ".yml"):
         path = PRESETS_DIR / f"{name_or_path}.yaml"
     if not path.is_file():
         close = difflib.get_close_matches(name_or_path, preset_names(), n=1)

@@ -17,7 +17,13 @@ from minillm_core.errors import InputError
 from minillm_core.files import beside, hash_file, replace_file, user_path
 from minillm_core.interop import convert
 from minillm_core.interop.imports import import_checkpoint
-from minillm_core.training.checkpoints import CheckpointInfo, CheckpointWriter, find_checkpoint, verify_checkpoint
+from minillm_core.training.checkpoints import (
+    CheckpointInfo,
+    CheckpointWriter,
+    find_checkpoint,
+    foreign_kind,
+    verify_checkpoint,
+)
 from minillm_core.training.train import train
 from parity_tests.conftest import BACKENDS, ROOT, TINY, run_config, text_run, train_until
 from parity_tests.test_payload import assert_same_tensors, random_state
@@ -105,6 +111,15 @@ def test_hidden_neighbours(path: str, root: Path, monkeypatch: pytest.MonkeyPatc
     assert beside(Path(path), "lock") == place.parent / f".{place.name}.lock"
     with pytest.raises(InputError, match="not a usable path"):
         beside(Path("/"), "lock")
+
+
+@pytest.mark.parametrize("name", ["x.pt", "x.gguf", "x"])
+def test_a_folder_is_what_is_in_it(name: str, tmp_path: Path) -> None:
+    folder = tmp_path / name
+    folder.mkdir()
+    assert foreign_kind(folder) is None
+    (folder / "config.json").write_text('{"model_type": "llama"}', encoding="utf-8")
+    assert foreign_kind(folder) == "hf"
 
 
 @pytest.mark.parametrize("name", ["pipe", "pipe.gguf", "pipe.pt"])

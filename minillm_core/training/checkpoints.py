@@ -159,10 +159,12 @@ def read_info(checkpoint: Path) -> CheckpointInfo:
 
 
 def foreign_kind(path: Path) -> str | None:
-    """Guesses the format of a foreign checkpoint: `gguf`, `minillm` (the original Mini-LLM), `hf`, or None."""
-    if path.suffix == ".gguf" or first_bytes(path, 4) == b"GGUF":
+    """Guesses the format of a foreign checkpoint: `gguf`, `minillm` (the original Mini-LLM), `hf`, or None. The name
+    of a folder says nothing."""
+    suffix = "" if path.is_dir() else path.suffix.lower()
+    if suffix == ".gguf" or first_bytes(path, 4) == b"GGUF":
         return "gguf"
-    if path.suffix == ".pt" or (path / "ckpt.pt").is_file():
+    if suffix == ".pt" or (path / "ckpt.pt").is_file():
         return "minillm"
     if not (path / "config.json").is_file():
         return None
