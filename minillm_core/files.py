@@ -14,6 +14,9 @@ import numpy as np
 
 from minillm_core.errors import InputError
 
+LONGEST_NAME = 255
+"""Bytes that file systems allow in the name of a file."""
+
 
 def user_path(text: str | Path) -> Path:
     """A path as a user gives it, with `~` expanded.
@@ -31,7 +34,8 @@ def user_path(text: str | Path) -> Path:
 
 
 def beside(path: Path, ending: str) -> Path:
-    """The hidden path `.NAME.ending` in the folder of a file or folder, however its own path is spelt (`.`, `a/..`).
+    """The hidden path `.NAME.ending` in the folder of a file or folder, however its own path is spelt (`.`, `a/..`). In
+    place of a NAME that leaves no room for the ending, its hash.
 
     Raises:
         InputError: the path is the root folder.
@@ -39,6 +43,9 @@ def beside(path: Path, ending: str) -> Path:
     place = path.resolve()
     if not place.name:
         raise InputError("not a usable path", expected="a path below the root folder", found=path)
+    name = os.fsencode(place.name)
+    if len(name) + len(ending) + 2 > LONGEST_NAME:
+        return place.with_name(f".{hashlib.sha256(name).hexdigest()}.{ending}")
     return place.with_name(f".{place.name}.{ending}")
 
 

@@ -14,7 +14,7 @@ import yaml
 from minillm_core.config import DataConfig, to_dict
 from minillm_core.data.corpus import list_documents
 from minillm_core.errors import InputError
-from minillm_core.files import beside, hash_file, replace_file, user_path
+from minillm_core.files import beside, hash_file, replace_file, user_path, written_aside
 from minillm_core.interop import convert
 from minillm_core.interop.imports import import_checkpoint
 from minillm_core.training.checkpoints import (
@@ -133,6 +133,16 @@ def test_a_pipe_is_refused_where_it_cannot_be_read(name: str, tmp_path: Path) ->
         find_checkpoint(tmp_path / name, "torch")
     with pytest.raises(InputError, match="neither a file nor a folder"):
         list_documents(DataConfig(str(tmp_path / name), "unused"))
+
+
+@pytest.mark.parametrize("n", [240, 250, 255])
+def test_a_name_as_long_as_the_system_allows(n: int, tmp_path: Path) -> None:
+    folder = tmp_path / ("n" * n)
+    with written_aside(folder) as partial:
+        partial.mkdir()
+        replace_file(partial / ("f" * n), "text")
+    assert (folder / ("f" * n)).read_text(encoding="utf-8") == "text"
+    assert beside(folder, "lock") != beside(tmp_path / ("m" * n), "lock")
 
 
 def test_a_linked_file_is_replaced_where_it_is(root: Path) -> None:
