@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
+    AutoModelForCausalLM,
     GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
@@ -18,11 +19,13 @@ from transformers import (
     MistralForCausalLM,
     PretrainedConfig,
 )
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from minillm_core.errors import InputError
 from minillm_core.interop.hf import open_hf, write_hf_weights
 from minillm_core.interop.hf_config import NEUTRAL, ORDINARY, READ, from_hf_config, to_hf_config
 from minillm_core.interop.imports import import_checkpoint
+from minillm_core.model.rope import inverse_frequencies
 from minillm_core.tensors import Tensors
 from parity_tests.conftest import BACKENDS, MODELS, TINY, random_weights
 from parity_tests.test_hf import rewrite, save_llama
@@ -37,8 +40,6 @@ LLAMA3 |= {"original_max_position_embeddings": 64}
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"attention_bias": True}, "attention_bias"),
-        ({"mlp_bias": True}, "mlp_bias"),
         ({"sliding_window": 4096}, "sliding_window"),
         ({"hidden_act": "gelu"}, "hidden_act"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
@@ -47,7 +48,7 @@ LLAMA3 |= {"original_max_position_embeddings": 64}
         ({"model_type": "mistral", "sliding_window": 0}, "sliding_window is out of range"),
         ({"model_type": "mistral", "sliding_window": "none"}, "sliding_window: expected int"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
-        ({"original_max_position_embeddings": 64}, "original_max_position_embeddings"),
+        ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "full_attention"),
         ({"is_causal": False}, "is_causal"),
         ({"rms_norm_eps": 10**400}, "finite number"),
         ({"rms_norm_eps": float("inf")}, "finite number"),
@@ -128,23 +129,26 @@ VALUES = (True, False, 0, 1, 7, 0.5, "x", [1], {})
 
 
 @pytest.mark.parametrize(("kind", "model"), [(LlamaConfig, LlamaForCausalLM), (MistralConfig, MistralForCausalLM)])
-def test_every_key_that_transformers_reads_is_known(kind: Any, model: Any) -> None:
-    """Recorded while transformers builds and runs a model. A key that it does not read cannot change the logits."""
+def test_every_key_that_transformers_reads_is_known(
+    kind: Any, model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Recorded while transformers finds, loads and runs a model of a folder. A key that it does not read cannot change
+    the logits."""
+    model(kind(**SMALL)).save_pretrained(tmp_path)
     asked: set[str] = set()
+    get = kind.__getattribute__
 
-    class Recording(kind):
-        def __getattribute__(self, name: str) -> Any:
-            asked.add(name)
-            return super().__getattribute__(name)
+    def recording(self: Any, name: str) -> Any:
+        asked.add(name)
+        return get(self, name)
 
-    config = kind(**SMALL)
-    config.__class__ = Recording
-    built = model(config).eval()
-    built.config.__class__ = Recording
+    monkeypatch.setattr(kind, "__getattribute__", recording)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert isinstance(loaded, model)
     with torch.no_grad():
-        built(torch.arange(12)[None])
-    asked = {name for name in asked if not name.startswith("_") and not hasattr(object, name)}
-    assert asked - READ - NEUTRAL.keys() - ORDINARY - INTERNAL == set()
+        loaded(torch.arange(12)[None])
+    asked = {name for name in asked if not name.startswith("_") and not callable(getattr(kind, name, None))}
+    assert " ".join(sorted(asked - READ - NEUTRAL.keys() - ORDINARY - INTERNAL)) == "auto_map"
     assert len(asked) > 20
 
 
@@ -187,7 +191,26 @@ def test_a_key_that_is_passed_over_changes_no_logits(kind: Any, model: Any) -> N
 def test_keys_that_transformers_does_not_read(caplog: pytest.LogCaptureFixture) -> None:
     more = {"logits_scaling": 8.0, "auto_map": {"AutoModel": "other.Model"}, "tokenizer_class": "LlamaTokenizer"}
     assert from_hf_config(GOOD | more, "config.json") == TINY
-    assert "so they are ignored: auto_map, logits_scaling" in caplog.text
+    assert "so they are ignored: logits_scaling" in caplog.text
+    assert "the model's own code (auto_map) is not run" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "default", "rope_theta": 1e4, "factor": 8.0, "beta_fast": 3},
+        {"rope_theta": 1e4, "factor": 8.0},
+        LLAMA3 | {"beta_fast": 3.0},
+        {key: value for key, value in LLAMA3.items() if not key.startswith("original")},
+    ],
+)
+@pytest.mark.parametrize("outer", [{}, {"original_max_position_embeddings": 24}])
+def test_frequencies_are_those_of_transformers(rope: dict[str, Any], outer: dict[str, Any]) -> None:
+    """Keys of other types of scaling are ignored, and missing ones have its defaults."""
+    config = LlamaConfig.from_dict(SMALL | {"rope_parameters": dict(rope)} | outer)
+    theirs = LlamaRotaryEmbedding(config).inv_freq.numpy()
+    ours = inverse_frequencies(from_hf_config(SMALL | {"model_type": "llama", "rope_parameters": rope} | outer, "x"))
+    assert np.allclose(ours, theirs, rtol=1e-6)
 
 
 def test_missing_keys_have_the_defaults_of_transformers() -> None:
@@ -280,6 +303,9 @@ FREQUENCIES = "model.layers.0.self_attn.rotary_emb.inv_freq"
         (lambda f: rewrite(f / "config.json", num_hidden_layers=10**6), "more layers than tensors"),
         (_edit(lambda tensors: tensors.pop(NORM)), NORM),
         (_set("model.layers.0.self_attn.q_proj.bias", torch.ones(4)), "unexpected"),
+        (_set("model.layers.9.self_attn.q_proj.bias", torch.zeros(64)), "unexpected"),
+        (_set("norm.weight", torch.zeros(TINY.width)), "unexpected"),
+        (_edit(lambda t: t.update({n.removeprefix("model."): t[n].clone() for n in (EMBEDDING, NORM)})), "unexpected"),
         (_set("model.layers.0.mlp.experts.w1", torch.zeros(4)), "unexpected"),
         (_set(NORM, torch.zeros(3)), "shape"),
         (
@@ -318,11 +344,15 @@ def test_redundant_tensors_are_left_out(tmp_path: Path) -> None:
         tensors["lm_head.weight"] = tensors[EMBEDDING].clone()
         H = TINY.resolved_head_dim
         tensors[FREQUENCIES] = TINY.rope_theta ** (-torch.arange(0, H, 2) / H)
-        tensors["model.layers.1.self_attn.q_proj.bias"] = torch.zeros(64)
+        for name in [name for name in tensors if name.endswith("_proj.weight")]:
+            tensors[name.replace("weight", "bias")] = torch.zeros(len(tensors[name]))
 
+    save_llama(TINY, tmp_path / "plain", torch.float32, shard="1GB")
+    expected = dict(open_hf(tmp_path / "plain").tensors())
+    rewrite(tmp_path / "hf/config.json", attention_bias=True, mlp_bias=True)
     _edit(add)(tmp_path / "hf")
     found: Tensors = dict(open_hf(tmp_path / "hf").tensors())
-    assert found.keys() == random_weights(TINY).keys()
+    assert found.keys() == expected.keys()
 
 
 @pytest.mark.extended

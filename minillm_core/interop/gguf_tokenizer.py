@@ -1,5 +1,6 @@
 """Reads and writes tokenizers in GGUF files: SentencePiece BPE (`llama` in llama.cpp) and byte-level BPE (`gpt2`)."""
 
+import itertools
 import json
 import logging
 import re
@@ -70,7 +71,8 @@ def end_ids(tokens: Sequence[str], special: Mapping[str, int]) -> set[int]:
 
 
 BYTE_NAME = re.compile("<0x[0-9A-F]{2}>")
-"""llama.cpp finds the tokens of single bytes by their names, whatever their types (SentencePiece models)."""
+"""llama.cpp finds the tokens of single bytes by their names, whatever their types (SentencePiece models). One of them
+alone is an ordinary token."""
 
 AGAIN = "get the file again"
 
@@ -282,10 +284,11 @@ def tokenizer_files(fields: dict[str, Any], where: Path) -> dict[str, bytes]:
         if len(scores) != len(tokens):
             raise InputError("damaged tokenizer", expected="as many scores as tokens", where=where, hint=AGAIN)
         prefix = get("add_space_prefix", bool, True)
-        types = [
-            BYTE if kind == NORMAL and BYTE_NAME.fullmatch(token) else kind
-            for token, kind in zip(tokens, types, strict=True)
-        ]
+        is_byte = [bool(BYTE_NAME.fullmatch(token)) for token in tokens]
+        if sum(is_byte) == 256:
+            if USER_DEFINED in itertools.compress(types, is_byte):
+                logger.warning("llama.cpp also finds the names of byte tokens in a text; this project does not")
+            types = [BYTE if byte else kind for byte, kind in zip(is_byte, types, strict=True)]
         tokens = [t.replace(" ", SPACE) if kind == USER_DEFINED else t for t, kind in zip(tokens, types, strict=True)]
         if prefix and USER_DEFINED in types:
             example = tokens[types.index(USER_DEFINED)]

@@ -98,8 +98,8 @@ def open_hf(folder: Path) -> HFCheckpoint:
             raise InputError(problem, found=sorted(more)[:5], where=path, hint=hint)
         for name in sorted(found):
             layout[name], places[name] = found[name], (path, name)
-    if "embed_tokens.weight" in layout:  # saved from LlamaModel, without the head
-        for name in [name for name in layout if not name.startswith(("model.", "lm_head."))]:
+    if "embed_tokens.weight" in layout and "model.embed_tokens.weight" not in layout:  # saved without the head
+        for name in [name for name in layout if f"model.{name}" not in layout and not name.startswith("lm_head.")]:
             layout[f"model.{name}"], places[f"model.{name}"] = layout.pop(name), places.pop(name)
     if wrong := [f"{name}: {dtype}" for name, (_, dtype) in layout.items() if dtype not in DTYPES]:
         problem = "quantised or integer weights are not supported:\n  " + "\n  ".join(wrong[:8])
@@ -158,8 +158,10 @@ def _drop_redundant(
             hint = 'set "tie_word_embeddings": false in config.json if the model has its own head'
             raise InputError("the model is tied, but its head differs from its embedding", where=where, hint=hint)
         del layout[head]
+    table = param_table(config)
     for name in [name for name in layout if name.endswith("_proj.bias")]:
-        if not read_tensor(*places[name]).any():
+        spec = table.get(name.removesuffix("bias") + "weight")
+        if spec is not None and layout[name][0] == spec.shape[:1] and not read_tensor(*places[name]).any():
             del layout[name]
     for name in [name for name in layout if name.endswith(FREQUENCIES)]:
         own = read_tensor(*places[name]).astype(np.float64)

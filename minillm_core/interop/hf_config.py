@@ -29,6 +29,7 @@ READ = frozenset(
         "num_attention_heads",
         "num_hidden_layers",
         "num_key_value_heads",
+        "original_max_position_embeddings",
         "rms_norm_eps",
         "rope_parameters",
         "rope_scaling",
@@ -40,22 +41,30 @@ READ = frozenset(
 """Keys of config.json that become a ModelConfig."""
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "attention_bias": (False,),
+    "attention_bias": (False, True),  # biases of the file must be zero
     "attention_chunk_size": (),
     "decoder": (),
+    "default_rope_type": (),
+    "default_theta": (),
+    "fusion_config": (),
     "generator": (),
+    "ignore_keys_at_rope_validation": (),
     "is_causal": (True,),
     "is_encoder_decoder": (False,),
     "is_heterogeneous": (False,),
     "kv_sharing_modes": (),
     "layer_types": (),
-    "mlp_bias": (False,),
-    "original_max_position_embeddings": (),
+    "mlp_bias": (False, True),
+    "mtp_layer_types": (),
+    "num_heads": (),
     "partial_rotary_factor": (1, 1.0),
     "per_layer_config": (),
     "quantization_config": (),
     "sliding_window": (),
+    "sub_configs": (),
+    "sub_configs_defaults": (),
     "text_config": (),
+    "transformers_weights": (),
 }
 """Other keys that transformers reads for such a model and that may change its logits -> the values, besides null, with
 which they do not."""
@@ -75,6 +84,7 @@ ORDINARY = frozenset(
         "is_llama_config",
         "label2id",
         "name_or_path",
+        "num_labels",
         "output_attentions",
         "output_hidden_states",
         "pad_token_id",
@@ -138,7 +148,9 @@ def from_hf_config(data: Any, where: object) -> ModelConfig:
         all_full = key == "layer_types" and isinstance(value, list) and all(x == "full_attention" for x in value)
         if not (is_read or all_full or value is None or value in NEUTRAL[key]):
             problems.append(f"{key}: {str(value)[:60]} is not supported by this architecture")
-    if strange := sorted(given - READ - NEUTRAL.keys() - ORDINARY):
+    if data.get("auto_map"):
+        logger.warning(f"{where}: the model's own code (auto_map) is not run; with it, a model may give other logits")
+    if strange := sorted(given - READ - NEUTRAL.keys() - ORDINARY - {"auto_map"}):
         names = ", ".join(key[:60] for key in strange[:8]) + " ..." * (len(strange) > 8)
         logger.warning(f"{where}: transformers does not read these keys for such a model, so they are ignored: {names}")
     theta, scaling = _rope(data, problems)
@@ -202,6 +214,9 @@ def _rope(data: dict[str, Any], problems: list[str]) -> tuple[float, RopeScaling
         if thetas[-1] != theta:
             problems.append(f"rope_theta: {data['rope_theta']!r}, but {theta!r} in {key}")
         names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+        if kind == "llama3":  # transformers prefers a length outside of this object
+            lengths = (data.get(names[3]), rope.get(names[3]), data.get("max_position_embeddings"))
+            rope = rope | {names[3]: next((x for x in lengths if x is not None), None)}
         values = [theta, *(rope.get(name) for name in names if kind == "llama3")]
         if kind not in ("default", "llama3"):
             problems.append(f"{key}: rope_type {kind!r} is not supported by this architecture (default or llama3)")
@@ -215,9 +230,10 @@ def _rope(data: dict[str, Any], problems: list[str]) -> tuple[float, RopeScaling
             factor, low, high, length = values[1:] or (0, 0, 0, 0)
             scaling = RopeScaling(factor, low, high, int(length)) if kind == "llama3" else None
             found.append((float(theta), scaling))
-        for name in sorted(rope.keys() - {"rope_type", "type", "rope_theta", *(names if kind == "llama3" else ())}):
-            if rope[name] is not None and not (name == "partial_rotary_factor" and rope[name] == 1):
-                problems.append(f"{key}.{name}: {rope[name]!r} is not supported by this architecture")
+        for name in sorted(map(str, rope)):  # transformers ignores the keys of other types, except a nested object
+            is_partial = name == "partial_rotary_factor" and rope[name] not in (None, 1)
+            if is_partial or isinstance(rope[name], dict):
+                problems.append(f"{key}.{name}: {str(rope[name])[:60]} is not supported by this architecture")
     if len(set(found)) > 1:
         problems.append(f"rope_scaling and rope_parameters differ: {found[0]} and {found[1]}")
     return found[0] if found else (1.0, None)
