@@ -8,7 +8,7 @@ import tyro
 from minillm_cli.console import parse, say
 from minillm_core.config import config_differences, load_config
 from minillm_core.errors import InputError
-from minillm_core.files import user_path
+from minillm_core.files import output_file, real_path, user_path
 from minillm_core.training.checkpoints import FRAMEWORKS
 from minillm_core.training.metrics import Row, read_metrics
 from minillm_core.training.plots import plot_two_losses
@@ -28,13 +28,14 @@ def compare_runs(
     Args:
         a: the framework folder of a run (`runs/x/jax`); or, without `b`, a run that was trained in both frameworks.
         b: the framework folder of a second run.
-        out: the PNG file to write.
+        out: the PNG file to write; an existing PNG is replaced.
     """
+    picture = output_file(out, b"\x89PNG")
     folders = [user_path(a) / name for name in FRAMEWORKS] if b is None else [user_path(a), user_path(b)]
     runs = {str(folder): read_rows(folder) for folder in folders}
     if len(runs) < 2:
         raise InputError("both folders are the same", found=a, hint="give two different folders")
-    differences = plot_two_losses(runs, user_path(out))
+    differences = plot_two_losses(runs, picture)
     if not any(differences.values()):
         raise InputError("the runs have no logged step in common", found=" and ".join(runs))
     ours, theirs = runs.values()
@@ -51,7 +52,7 @@ def compare_runs(
 
 def differing_fields(a: Path, b: Path) -> list[str]:
     """The fields in which the configurations of two framework folders' runs differ."""
-    saved = [folder.resolve().parent / "config.yaml" for folder in (a, b)]
+    saved = [real_path(folder).parent / "config.yaml" for folder in (a, b)]
     if not all(path.is_file() for path in saved):
         return []
     return config_differences(*(load_config(str(path)) for path in saved))

@@ -1,20 +1,24 @@
 """What the commands share: printing, parsing a RunConfig, and turning bad input into a message and an exit status."""
 
+import codecs
 import contextlib
 import io
 import itertools
+import locale
 import logging
 import os
 import shlex
 import sys
+import typing
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import tyro
 
 from minillm_core.config import RunConfig, load_config, preset_names
 from minillm_core.errors import InputError, Interrupted
-from minillm_core.files import is_disk_full
+from minillm_core.files import is_disk_full, owner
 
 C = TypeVar("C", bound=RunConfig)
 T = TypeVar("T")
@@ -27,8 +31,9 @@ _started_as_script = False
 
 
 def say(message: str = "") -> None:
-    """Prints a message for the user to stderr, and ignores a closed stderr. Only results go to stdout."""
-    with contextlib.suppress(BrokenPipeError):
+    """Prints a message for the user to stderr, and ignores a stderr that is closed or full. Only results go to
+    stdout."""
+    with contextlib.suppress(OSError):
         print(message, file=sys.stderr, flush=True)
 
 
@@ -40,17 +45,10 @@ def print_stream(prompt: str, pieces: Iterable[str]) -> None:
     print()
 
 
-def text_argument(word: str) -> str:
-    """A text from the command line as UTF-8, although Python decodes arguments as the locale says. A text that is not
-    valid UTF-8 stays as it is."""
-    with contextlib.suppress(UnicodeError):
-        return os.fsencode(word).decode("utf-8")
-    return word
-
-
 def command_line(command: Sequence[str]) -> str:
     """A command as the user would type it: as a script, if this process was started as one, or with `minillm`."""
     name, *arguments = command
+    arguments = [f"./{word}" if word.startswith("~") else word for word in arguments]  # a name, not a home folder
     if not _started_as_script:
         return shlex.join(["minillm", name, *arguments])
     if name == "train" and "--backend" in arguments:
@@ -79,15 +77,34 @@ def show_progress() -> None:
             ours.addHandler(_Console())
 
 
+def _use_utf8() -> None:
+    """Starts this process again in Python's UTF-8 mode if the locale has a different encoding. Then arguments, names of
+    files and output are the same in every locale."""
+    is_ours = sys.argv[0] in sys.orig_argv or "minillm_cli" in sys.orig_argv  # not a test that calls a command
+    if is_ours and not sys.flags.utf8_mode and codecs.lookup(locale.getpreferredencoding(False)).name != "utf-8":
+        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
+
+
+def _what_cannot_be_encoded(error: UnicodeError) -> tuple[bytes, int]:
+    """Encodes the bytes of a name that is not UTF-8 as they are, and a question mark for any other character that a
+    stream cannot show."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    characters = map(ord, error.object[error.start : error.end])
+    return bytes(c - 0xDC00 if 0xDC80 <= c <= 0xDCFF else ord("?") for c in characters), error.end
+
+
 def run(main: Callable[[], None], *, as_script: bool = False) -> None:
     """Calls a command's main. After an InputError, a full disk or a file error, it exits with status 2 and a plain
     message; after Ctrl-C, with status 130."""
     global _started_as_script
     _started_as_script = as_script
+    _use_utf8()
     show_progress()
+    codecs.register_error("minillm", _what_cannot_be_encoded)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # what a terminal cannot show is no reason to stop
+            stream.reconfigure(errors="minillm")
     try:
         main()
     except InputError as error:
@@ -110,7 +127,8 @@ def run(main: Callable[[], None], *, as_script: bool = False) -> None:
             raise
         else:
             problem, hint = error.strerror or str(error), "check the given paths"
-        say(f"error: {InputError(problem, where=error.filename, hint=hint)}")
+        where = error.filename if error.filename is None else owner(Path(os.fsdecode(error.filename)))
+        say(f"error: {InputError(problem, where=where, hint=hint)}")
         sys.exit(2)
 
 
@@ -134,11 +152,23 @@ def parse(command: Callable[..., T], *, arguments: Sequence[str] | None = None, 
     return tyro.cli(command, args=words, **how)
 
 
-def _python_word(before: str, word: str) -> str:
-    """Python's form of `true`, `false` and `null`, which tyro expects. (`null` only for fields that are no texts.)"""
-    if word == "null" and before.startswith(("--model.", "--train.final")):
-        return "None"
-    return word.capitalize() if word in ("true", "false") else word
+def _python_words(words: Sequence[str], config_class: type) -> list[str]:
+    """Replaces `true`, `false` and `null` by Python's words, which tyro expects, in the options of fields that can have
+    such a value."""
+    sections = typing.get_type_hints(config_class)
+    changed = list(words)
+    for i, word in enumerate(words):
+        option, equals, value = word.partition("=")
+        section, _, field = option.removeprefix("--").replace("-", "_").partition(".")
+        hints = typing.get_type_hints(sections[section]) if field and section in sections else {}
+        options = {hints.get(field), *typing.get_args(hints.get(field))}
+        known = {"true": "True", "false": "False"} if bool in options else {}
+        known |= {"null": "None"} if type(None) in options else {}
+        if equals:
+            changed[i] = f"{option}={known.get(value, value)}"
+        elif i + 1 < len(words):
+            changed[i + 1] = known.get(words[i + 1], words[i + 1])
+    return changed
 
 
 def parse_run_config(description: str | None, config_class: type[C], preset: str = "quickstart") -> C:
@@ -148,7 +178,7 @@ def parse_run_config(description: str | None, config_class: type[C], preset: str
         config_class: RunConfig, or a subclass. Its additional fields need defaults and become options too.
         preset: used if the command line names neither a preset nor a file.
     """
-    arguments = [_python_word(before, word) for before, word in itertools.pairwise(sys.argv)]
+    arguments = _python_words(sys.argv[1:], config_class)
     named = bool(arguments) and not arguments[0].startswith("-")
     loaded = load_config(arguments[0] if named else preset)
     description = (

@@ -1,17 +1,16 @@
 """Continues a prompt, or every prompt of a file, from any checkpoint of either framework."""
 
 import shlex
-from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import tyro
 from tqdm import tqdm
 
 from minillm_cli.backends import load_backend
-from minillm_cli.console import parse, print_stream, text_argument
+from minillm_cli.console import parse, print_stream
 from minillm_core.decoding.prompts import continue_file
 from minillm_core.errors import InputError
-from minillm_core.files import hash_file, user_path
+from minillm_core.files import hash_file, output_file, user_path
 from minillm_core.text.tokenizer_json import load_tokenizer
 from minillm_core.training.checkpoints import find_checkpoint
 
@@ -43,8 +42,8 @@ def generate(
     path: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="[RUN]")]] = "runs/quickstart",
     backend: Literal["jax", "torch"] = "jax",
     prompt: str = "The state of the Union is",
-    prompts: Path | None = None,
-    output: Path | None = None,
+    prompts: str | None = None,
+    output: str | None = None,
     batch_size: int = 16,
     max_new_tokens: int = 200,
     temperature: float = 0.8,
@@ -90,14 +89,17 @@ def generate(
         compile: compile torch's decoding step with torch.compile (takes minutes at first, then decodes faster).
     """
     if (prompts is None) != (output is None):
-        raise InputError("--prompts and --output need each other", found=f"--prompts {prompts} --output {output}")
+        missing = "--output FILE.jsonl" if output is None else "--prompts FILE"
+        raise InputError("--prompts and --output need each other", expected=missing, hint=f"add {missing}")
+    if prompts == "-":
+        raise InputError("not a file of prompts", found="-", hint="to read standard input: --prompts /dev/stdin")
+    answers = None if output is None else output_file(output)
     if prompts is None and (n != 1 or logprobs):
         raise InputError("--n and --logprobs need a file to write to", hint="give --prompts FILE --output FILE.jsonl")
     if compile and backend == "jax":
         raise InputError("--compile is for torch; JAX always compiles", hint="omit --compile, or add --backend torch")
     if " " in path and not user_path(path).exists():
         raise InputError("no such run", found=repr(path), hint=f"did you mean --prompt {shlex.quote(path)}?")
-    prompt, stop = text_argument(prompt), tuple(map(text_argument, stop))
     framework = load_backend(backend, decoding=True)
     checkpoint = find_checkpoint(path, backend)
     extra = {"compile": True} if compile else {}
@@ -114,11 +116,11 @@ def generate(
         "stop": (*stop, *stop_ids),
         "truncate": truncate,
     }
-    if prompts is None or output is None:
+    if prompts is None or answers is None:
         print_stream(prompt, generator.stream(prompt, **options))
     else:
         hashes = hash_file(checkpoint / "manifest.json")  # it holds the hashes of all files of the checkpoint
         setup = {"checkpoint": str(checkpoint), "hashes": hashes, "backend": backend, "dtype": dtype}
         options |= {"n": n, "logprobs": logprobs}
         with ProgressBar() as bar:
-            continue_file(generator, user_path(prompts), user_path(output), batch_size, setup, options, bar.show)
+            continue_file(generator, user_path(prompts), answers, batch_size, setup, options, bar.show)

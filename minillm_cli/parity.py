@@ -5,9 +5,7 @@ original Mini-LLM. If a path is ambiguous, write KIND:PATH. The exit status is 0
 tolerance of the precision, and 1 if they are not.
 """
 
-import os
 import sys
-from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
@@ -16,9 +14,8 @@ from minillm_cli.backends import let_threads_sleep
 from minillm_cli.console import parse, say
 from minillm_cli.transformers_engine import TRANSFORMERS
 from minillm_core.doctor.compare import compare
-from minillm_core.doctor.report import html_report, json_report, text_report
-from minillm_core.errors import InputError
-from minillm_core.files import make_folder, replace_file, user_path
+from minillm_core.doctor.report import PAGE_BEGINS, html_report, json_report, text_report
+from minillm_core.files import make_folder, output_file, replace_file, user_path
 
 
 def main() -> None:
@@ -32,7 +29,7 @@ def parity(
     tokens: int = 512,
     seed: int = 0,
     as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
-    html: Path | None = None,
+    html: str | None = None,
 ) -> None:
     """Compares two checkpoints.
 
@@ -45,25 +42,16 @@ def parity(
             only in long rows.
         seed: seed of the random ids.
         as_json: print the whole report as JSON.
-        html: also write an HTML page with tables and plots.
+        html: also write an HTML page with tables and plots; an existing page is replaced.
     """
+    page = None
     if html is not None:
-        html = user_path(html)
-        check_writable(html)
+        make_folder(user_path(html).absolute().parent)
+        page = output_file(html, PAGE_BEGINS.encode())
     let_threads_sleep()
     report = compare(a, b, dtype=dtype, n_tokens=tokens, seed=seed, engines={"hf": TRANSFORMERS})
     print(json_report(report) if as_json else text_report(report, color=sys.stdout.isatty()))
-    if html is not None:
-        replace_file(html, html_report(report))
-        say(f"wrote {html}")
+    if page is not None:
+        replace_file(page, html_report(report))
+        say(f"wrote {page}")
     sys.exit(0 if report.equal else 1)
-
-
-def check_writable(page: Path) -> None:
-    """Creates the folder of a page; raises InputError if the page cannot be written, before any work is done."""
-    if page.is_dir():
-        raise InputError("the HTML page must be a file", expected="--html FILE", found="a folder", where=page)
-    folder = page.absolute().parent
-    make_folder(folder)
-    if not os.access(folder, os.W_OK):
-        raise InputError("no permission to write the page", where=page.parent, hint="name a different file")

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import logging
+import os
 import typing
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +21,8 @@ from minillm_core.dataclass_from_dict import build
 from minillm_core.errors import InputError
 from minillm_core.files import user_path
 from minillm_core.yaml_text import dump_yaml, load_yaml
+
+logger = logging.getLogger(__name__)
 
 _PACKAGE = Path(__file__).resolve().parent
 PRESETS_DIR = next(folder for folder in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if folder.is_dir())
@@ -324,7 +328,8 @@ def run_config_from_dict(data: Any, where: object) -> RunConfig:
 
 
 def load_config(name_or_path: str) -> RunConfig:
-    """Reads a preset by name (`quickstart`) or a YAML file by path.
+    """Reads a preset by name (`quickstart`) or a YAML file by path. The run of a config.yaml in a run directory is that
+    directory, although it may have been moved since the file was written.
 
     Raises:
         InputError: no such preset or file, not YAML, or a field that is unknown, missing, mistyped or out of range.
@@ -334,23 +339,38 @@ def load_config(name_or_path: str) -> RunConfig:
         path = PRESETS_DIR / f"{name_or_path}.yaml"
     if not path.is_file():
         close = difflib.get_close_matches(name_or_path, preset_names(), n=1)
+        hint = f"did you mean {close[0]}?" if close else "check the spelling"
+        if (user_path(name_or_path) / RUN_RECORD).is_file():
+            hint = f"to continue this run, give its configuration: {Path(name_or_path) / 'config.yaml'}"
         raise InputError(
             f"no such configuration: {name_or_path}",
             expected=f"a preset ({', '.join(preset_names())}) or the path of a .yaml file",
-            hint=f"did you mean {close[0]}?" if close else "check the spelling",
+            hint=hint,
         )
+    config = read_config(path)
+    if (path.parent / RUN_RECORD).is_file() and path.name == "config.yaml":
+        written, run = config.train.out_dir, str(path.parent)
+        if os.path.realpath(written) != os.path.realpath(run):
+            logger.info(f"this run is now in {run}, no longer in {written}")
+        run = f"./{run}" if run.startswith("~") else run
+        config = dataclasses.replace(config, train=dataclasses.replace(config.train, out_dir=run))
+    return config
+
+
+def read_config(path: Path) -> RunConfig:
+    """Reads a YAML file as it is.
+
+    Raises:
+        InputError: it is not YAML, or a field is unknown, missing, mistyped or out of range.
+    """
     try:
         data = load_yaml(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not valid YAML", found=str(error).replace("\n", " ")) from error
     try:
-        config = run_config_from_dict(data, path)
+        return run_config_from_dict(data, path)
     except InputError as error:
         raise error if str(path) in str(error) else InputError(f"{error}\n  where: {path}") from None
-    if path.name == "config.yaml" and (path.parent / RUN_RECORD).is_file():
-        # The run is where its file is, although it may have been moved since the file was written.
-        config = dataclasses.replace(config, train=dataclasses.replace(config.train, out_dir=str(path.parent)))
-    return config
 
 
 def preset_names() -> list[str]:

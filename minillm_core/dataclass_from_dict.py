@@ -3,15 +3,21 @@
 import contextlib
 import dataclasses
 import difflib
+import re
+import reprlib
 import types
 import typing
 from typing import Any, Literal
+
+import yaml
+
+from minillm_core.yaml_text import load_yaml
 
 
 def build(cls: type, data: Any, prefix: str, problems: list[str]) -> Any:
     """Builds `cls` from a dict; appends to `problems` and returns None if it cannot."""
     if not isinstance(data, dict):
-        problems.append(f"{prefix[:-1] or 'the file'}: expected a mapping of fields, found {data!r}")
+        problems.append(f"{prefix[:-1] or 'the file'}: expected a mapping of fields, found {_short(data)}")
         return None
     hints = typing.get_type_hints(cls)
     fields = {field.name: field for field in dataclasses.fields(cls)}
@@ -47,13 +53,31 @@ def _coerce(hint: Any, value: Any, name: str, problems: list[str]) -> Any:
             return None
     if type(value) is hint:
         return value
-    problem = f"{name}: expected {hint.__name__}, found {value!r} ({type(value).__name__})"
-    if hint in (int, float) and isinstance(value, str):
-        with contextlib.suppress(ValueError):
-            problem += f"; write {hint(value)}, without quotes"
-    if hint is int and isinstance(value, float) and value.is_integer():
-        problem += f"; write {int(value)}"
-    if hint is bool and value in ("yes", "no", "on", "off"):
-        problem += "; write true or false"
+    problem = f"{name}: expected {hint.__name__}, found {_short(value)} ({type(value).__name__})"
+    if (advice := _advice(hint, value)) is not None:
+        problem += f"; write {advice}"
     problems.append(problem)
     return None
+
+
+def _advice(hint: type, value: Any) -> str | None:
+    """How to write a value of the wrong type, if it is clear what it was meant to be."""
+    if isinstance(value, str):
+        written = value.strip().lower()
+        if hint is bool and written in ("true", "false"):
+            return f"{written}, without quotes"
+        if hint is bool and written in ("yes", "on", "no", "off"):
+            return "true" if written in ("yes", "on") else "false"
+        if hint is float and (special := re.fullmatch(r"([-+]?)\.?(nan|inf)(?:inity)?", written)):
+            return f"{special[1]}.{special[2]}"
+        with contextlib.suppress(yaml.YAMLError):
+            if type(load_yaml(value)) is hint or (hint is float and type(load_yaml(value)) is int):
+                return f"{value.strip()}, without quotes"
+    if hint is int and isinstance(value, float) and value.is_integer() and abs(value) < 1 << 53:
+        return str(int(value))
+    return None
+
+
+def _short(value: Any) -> str:
+    """A value as a message shows it: the beginning of a long one."""
+    return reprlib.repr(value) if isinstance(value, (dict, list)) else repr(value)[:200]

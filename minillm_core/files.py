@@ -4,6 +4,7 @@ import errno
 import fcntl
 import hashlib
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
@@ -19,18 +20,25 @@ LONGEST_NAME = 255
 
 
 def user_path(text: str | Path) -> Path:
-    """A path as a user gives it, with `~` expanded.
+    """A path as a user gives it, with `~` expanded if it is a text that begins with it (`./~x` is a name).
 
     Raises:
         InputError: it is empty, or no file can have such a name.
     """
     if not str(text) or "\0" in str(text):
         raise InputError("not a path", expected="the name of a file or folder", found=repr(str(text)))
+    if isinstance(text, Path) or not text.startswith("~"):
+        return Path(text)
     try:
         return Path(text).expanduser()
     except RuntimeError as error:  # ~name of an unknown user
         hint = "write the whole path, or ./~name for a name that begins with ~"
         raise InputError("no such home folder", found=repr(str(text)), hint=hint) from error
+
+
+def real_path(path: Path) -> Path:
+    """The absolute path without symbolic links. (Path.resolve raises RuntimeError for a link to itself.)"""
+    return Path(os.path.realpath(path))
 
 
 def beside(path: Path, ending: str) -> Path:
@@ -40,13 +48,47 @@ def beside(path: Path, ending: str) -> Path:
     Raises:
         InputError: the path is the root folder.
     """
-    place = path.resolve()
+    place = real_path(path)
     if not place.name:
         raise InputError("not a usable path", expected="a path below the root folder", found=path)
     name = os.fsencode(place.name)
     if len(name) + len(ending) + 2 > LONGEST_NAME:
         return place.with_name(f".{hashlib.sha256(name).hexdigest()}.{ending}")
     return place.with_name(f".{place.name}.{ending}")
+
+
+def owner(path: Path) -> Path:
+    """The path that a user gave, for a hidden neighbour of it (see `beside`); any other path as it is."""
+    name = re.fullmatch(r"\.(.+)\.(?:lock|partial)", path.name, re.DOTALL)
+    return owner(path.with_name(name[1])) if name else path
+
+
+def output_file(text: str, beginning: bytes = b"") -> Path:
+    """The path of a file to write, as a user gives it.
+
+    Args:
+        beginning: an existing file is replaced if its content begins so; b"": it is not replaced.
+
+    Raises:
+        InputError: it is a folder, in a folder that does not exist or cannot be written, or an existing file.
+    """
+    path = user_path(text)
+    problem = found = None
+    if text == "-":
+        problem, found = "standard output is not supported here", "-"
+    elif text.endswith("/") or path.is_dir():
+        problem, found = "the output is a folder", "a folder"
+    elif not path.absolute().parent.is_dir():
+        problem, found = "the folder of the output does not exist", f"no folder {path.parent}"
+    elif path.exists() and not path.is_file():
+        problem, found = "the output is not a file", "a pipe or a device"
+    elif path.exists() and not (beginning and first_bytes(path, len(beginning)) == beginning):
+        problem, found = "the output exists already", "a file" + " of a different kind" * bool(beginning)
+    elif not os.access(path.absolute().parent, os.W_OK):
+        problem, found = "the output cannot be written", "no permission to write in its folder, or a read-only disk"
+    if problem is not None:
+        raise InputError(problem, expected="the name of a new file", found=found, where=path)
+    return path
 
 
 def first_bytes(path: Path, n: int) -> bytes:
@@ -88,7 +130,7 @@ def named_if_it_fails(path: Path) -> Iterator[None]:
 
 def replace_file(path: Path, content: bytes | str) -> None:
     """Replaces a file atomically: after a crash it has either the old or the new content, never a part."""
-    path = path.resolve()  # a symbolic link stays, and what it points to is replaced
+    path = real_path(path)  # a symbolic link stays, and what it points to is replaced
     partial = beside(path, "partial")
     try:
         with named_if_it_fails(path):
@@ -133,7 +175,7 @@ def written_aside(destination: Path) -> Iterator[Path]:
             refuse_existing(destination)
             _remove(partial)  # left by a process that was killed
             yield partial
-            commit_folder(partial, destination.resolve())
+            commit_folder(partial, real_path(destination))
         finally:
             _remove(partial)
             lock_file.unlink()
@@ -155,7 +197,11 @@ def _remove(path: Path) -> None:
 def make_folder(path: Path) -> None:
     """Creates a folder and its parents, and flushes their names to disk."""
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]
-    path.mkdir(parents=True, exist_ok=True)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        is_file = next((folder for folder in (path, *path.parents) if folder.exists() and not folder.is_dir()), path)
+        raise InputError("not a folder", expected="a folder", found="a file", where=is_file) from error
     for folder in missing:
         flush(folder.parent)
 

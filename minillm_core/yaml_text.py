@@ -1,4 +1,5 @@
-"""YAML as a person reads it: the core schema of YAML 1.2, in which a key given twice is an error.
+"""YAML as a person reads it: the core schema of YAML 1.2, with underscores in numbers (`1_000`) and merge keys (`<<`),
+and without tags. A key given twice is an error.
 
 PyYAML itself reads YAML 1.1: there `010` is 8, `1e-3` is a text, `off` is false, `2024-01-01` is a date, and a key that
 is given twice has its last value.
@@ -27,14 +28,22 @@ _RESOLVERS = (
 class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 (PyYAML's own name and form)
 
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        event: Any = self.peek_event()
+        if getattr(event, "tag", None) is not None:
+            problem = f"the tag `{event.tag}` in line {event.start_mark.line + 1} is not supported"
+            raise yaml.constructor.ConstructorError(None, None, problem)
+        return super().compose_node(parent, index)
+
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        node = super().compose_mapping_node(anchor)
         first: dict[str, Any] = {}
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode) and first.setdefault(key.value, key) is not key:
                 lines = [mark.line + 1 for mark in (first[key.value].start_mark, key.start_mark)]
                 problem = f"the key `{key.value}` is given twice, in lines {lines[0]} and {lines[1]}"
                 raise yaml.constructor.ConstructorError(None, None, problem)
-        return super().construct_mapping(node, deep)
+        return node
 
     def construct_int(self, node: Any) -> int:
         text = self.construct_scalar(node).replace("_", "")
@@ -57,7 +66,7 @@ def load_yaml(text: str) -> Any:
     """The content of a YAML document. Raises yaml.YAMLError."""
     try:
         return yaml.load(text, _Loader)
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:  # as for `!!int x`
+    except (ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
         raise yaml.YAMLError(f"a value cannot be read: {error}") from error
 
 

@@ -9,6 +9,7 @@ itself reads all chunks at once and needs half an array more memory. If Orbax ch
 """
 
 import itertools
+import os
 import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -23,6 +24,7 @@ import tensorstore
 
 from minillm_core.config import ModelConfig
 from minillm_core.errors import InputError
+from minillm_core.files import real_path
 
 FILE_BYTES, CHUNK_BYTES = 1 << 24, 1 << 22
 """Orbax starts a new file after FILE_BYTES (by default, it first collects 2 GB in memory) and a new chunk of an array
@@ -73,6 +75,8 @@ def start_writing(folder: Path, config: ModelConfig, groups: Mapping[str, Mappin
     def finish() -> None:
         with until_written:
             checkpointer.close()
+        for group, tensors in groups.items():
+            read_tensor(folder, group, next(iter(tensors)))
 
     return finish
 
@@ -130,18 +134,29 @@ def _plain_path(folder: Path) -> Iterator[Path]:
     They shorten `a/link/..` to `a`, read `*`, `?`, `[` and `]` as a pattern and a backslash as a separator, and need
     UTF-8. If the absolute path has such characters, a temporary symbolic link stands for it.
     """
-    resolved = folder.resolve()
-    if not re.search(r"[\\*?\[\]\udc80-\udcff]", str(resolved)):
+    resolved = real_path(folder)
+    if not _is_odd(str(resolved)):
         yield resolved
         return
     with tempfile.TemporaryDirectory() as links:
+        if _is_odd(links):
+            problem = "Orbax cannot use such a path, nor a link to it in the folder for temporary files"
+            raise InputError(problem, found=links, where=folder, hint="set TMPDIR to a folder with a plain name")
         link = Path(links) / "folder"
         link.symlink_to(resolved)
         yield link
 
 
+def _is_odd(path: str) -> bool:
+    """Whether Orbax or tensorstore could take a path for a different one."""
+    return bool(re.search(r"[\\*?\[\]]", path)) or os.fsencode(path) != path.encode("utf-8", "backslashreplace")
+
+
 @contextmanager
 def _damage_named(folder: Path) -> Iterator[None]:
+    if not (folder / "manifest.ocdbt").is_file():  # after such an error, Orbax's threads print tracebacks of their own
+        hint = "use a different checkpoint of the run"
+        raise InputError("missing or damaged Orbax tree", expected="manifest.ocdbt", where=folder, hint=hint)
     try:
         yield
     except (ValueError, OSError, KeyError, AttributeError) as error:

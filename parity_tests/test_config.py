@@ -81,12 +81,15 @@ def test_published_shapes(preset: str) -> None:
 
 
 BAD_FIELDS = {
-    "optim.learning_rate='6e-4'": r"learning_rate: expected float, found '6e-4' \(str\); write 0\.0006, without quotes",
+    "optim.learning_rate='6e-4'": r"learning_rate: expected float, found '6e-4' \(str\); write 6e-4, without quotes",
     "model.n_kv_head=2": r"model\.n_kv_head: unknown field; did you mean model\.n_kv_heads\?",
     "train.steps='100'": r"train\.steps: expected int, found '100' \(str\); write 100, without quotes",
     "train.steps=1.5": r"train\.steps: expected int, found 1\.5 \(float\)",
     "train.steps=1e4": r"train\.steps: expected int, found 10000\.0 \(float\); write 10000",
-    "train.deterministic=yes": r"train\.deterministic: expected bool, found 'yes' \(str\); write true or false",
+    "train.deterministic='true'": "write true, without quotes",
+    "optim.learning_rate=nan": r"found 'nan' \(str\); write \.nan",
+    "train.steps=1e300": r"expected int, found 1e\+300 \(float\)$",
+    "train.deterministic=yes": r"train\.deterministic: expected bool, found 'yes' \(str\); write true",
     "train.steps=true": r"train\.steps: expected int, found True \(bool\)",
     "model.width=null": r"model\.width: expected int, found None",
     "model.tie_embeddings=1": r"model\.tie_embeddings: expected bool, found 1",
@@ -216,7 +219,8 @@ ODD = [
     "\n", "\t", ":", "- ", "{", "}", "[", "]", "&a", "*a", "!!python/object:os.system", "!!int x", "<<", "'", '"', "|",
     ">", "#", "%", "@", "`", "1e999", ".nan", ".inf", "-1", "0", "1e400", "9" * 400, "9" * 5000, "\0", "\ud800",
     "\u2028", "\u00e9", "~", "null", "true", "yes", "0x", "0o9", "? ", ", ", "---\n", "...\n", "!!binary aGk=",
-    "!!set {a}", "1_0", "2024-01-01", "_", "~nobody/x", "!!timestamp x", "!!float x", "[" * 2000,
+    "!!set {a}", "1_0", "2024-01-01", "_", "~nobody/x", "!!timestamp x", "!!float x",
+    "!!float", "!!bool maybe", "[" * 2000,
 ]
 # fmt: on
 

@@ -17,8 +17,8 @@ import pytest
 from minillm_cli import console
 from minillm_cli import train as train_command
 from minillm_cli.main import main
-from minillm_cli.parity import check_writable
 from minillm_core.errors import InputError, missing_package
+from minillm_core.files import output_file, owner
 from minillm_core.text.tokenizer import Tokenizer
 from minillm_jax import attention as jax_attention
 from minillm_torch import attention as torch_attention
@@ -113,11 +113,35 @@ def test_a_missing_package_can_be_done_without() -> None:
     assert re.search(r"pip install wandb; .*-e '\.\[wandb\]'; or leave out --train\.wandb$", str(error)), error
 
 
-def test_a_page_that_cannot_be_written_is_refused_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    check_writable(tmp_path / "new/page.html")
-    monkeypatch.setattr(os, "access", lambda *_: False)
-    with pytest.raises(InputError, match="no permission to write the page"):
-        check_writable(tmp_path / "new/page.html")
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("-", "standard output"),
+        ("new/", "is a folder"),
+        ("nowhere/x.png", "folder of the output does not exist"),
+        ("pipe", "a pipe or a device"),
+        ("note.md", "a file of a different kind"),
+        ("x.png", None),
+    ],
+)
+def test_an_output_does_not_replace_what_is_there(
+    name: str, problem: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo("pipe")
+    Path("note.md").write_text("precious", encoding="utf-8")
+    Path("x.png").write_bytes(b"\x89PNG...")
+    if problem is None:
+        assert output_file(name, b"\x89PNG") == Path(name)
+        monkeypatch.setattr(os, "access", lambda *_: False)
+        problem = "cannot be written"
+    with pytest.raises(InputError, match=f"(?s){problem}"):
+        output_file(name, b"\x89PNG")
+
+
+def test_hidden_names_are_not_shown() -> None:
+    for hidden in (".x.jsonl.lock", ".x.jsonl.partial", "..x.jsonl.partial.partial"):
+        assert owner(Path("/a") / hidden) == Path("/a/x.jsonl")
 
 
 def test_a_command_may_be_written_with_an_underscore(

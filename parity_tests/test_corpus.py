@@ -6,12 +6,14 @@ import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from minillm_core.config import DataConfig
 from minillm_core.data import corpus as corpus_module
+from minillm_core.data import prepare as prepare_module
 from minillm_core.data.batches import PreparedData
 from minillm_core.data.corpus import Document, list_documents
 from minillm_core.data.prepare import open_or_prepare, prepare_data
@@ -61,13 +63,19 @@ def test_a_corpus_that_is_gone(home: DataConfig, caplog: pytest.LogCaptureFixtur
 
 @pytest.mark.parametrize("with_hash", [True, False])
 @pytest.mark.parametrize("what", ["longer", "one letter", "one file less"])
-def test_an_edited_corpus_is_refused(what: str, with_hash: bool, home: DataConfig) -> None:
+def test_an_edited_corpus_is_refused(
+    what: str, with_hash: bool, home: DataConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Also data of version 0.1, which has no hash of the text, if the number of bytes differs."""
     if not with_hash:
         meta = json.loads(Path("prepared/meta.json").read_text(encoding="utf-8"))
         del meta["corpus_sha256"], meta["corpus_places"]
         Path("prepared/meta.json").write_text(json.dumps(meta), encoding="utf-8")
     assert not prepare_data(home, TINY.vocab_size)
+    with monkeypatch.context() as patch:
+        if with_hash:  # files that were not changed since are not read again
+            patch.setattr(prepare_module, "digest_of_text", None)
+        assert not prepare_data(home, TINY.vocab_size)
     path = sorted(Path("corpus").iterdir())[3]
     content = path.read_bytes()
     if what == "one file less":
@@ -99,14 +107,24 @@ def test_lines_of_any_length(chunk: int, separator: str, tmp_path: Path, monkeyp
     assert 0.05 < len(text_of(documents, "val")) / len(text) < 0.15
 
 
-def test_a_long_last_line(tmp_path: Path) -> None:
-    """Cut at the line end before it if that is near, else inside it."""
+@pytest.mark.parametrize(
+    ("text", "held_out"),
+    [
+        ("ten bytes\n" * 90 + "x" * 100, 100),
+        ("ten bytes\n" * 89 + "x" * 110, 110),
+        ("ten bytes\n" * 20 + "x" * 800, 100),
+        ("one\ntwo\n" + "word " * 2000 + "\nend", 1000),
+        ("word " * 2000 + "\n\n", 1000),
+        ("word " * 920 + "\n" + "word " * 1080, 1000),
+    ],
+)
+def test_where_a_file_is_cut(text: str, held_out: int, tmp_path: Path) -> None:
+    """At a line end near the last tenth, else at a space, else inside a word."""
     path = tmp_path / "text.txt"
-    for short, held_out in ((8, 20), (2, 10)):
-        path.write_text("ten bytes\n" * short + "x" * 10 * (10 - short), encoding="utf-8")
-        documents = list_documents(DataConfig(str(path), "unused"))
-        assert sum(d.stop - d.start for d in documents) == 100
-        assert len(text_of(documents, "val")) == held_out
+    path.write_text(text, encoding="utf-8")
+    documents = list_documents(DataConfig(str(path), "unused"))
+    assert text_of(documents, "train") + text_of(documents, "val") == text
+    assert abs(len(text_of(documents, "val")) - held_out) < 6
 
 
 def test_documents_of_one_line_are_learnt_from(tmp_path: Path) -> None:
@@ -121,7 +139,20 @@ def test_documents_of_one_line_are_learnt_from(tmp_path: Path) -> None:
     assert PreparedData(config.dir, 300).meta["train"]["n_bytes"] == 2 * len(line)
 
 
-def test_every_file_is_read_or_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def _refusing(folder: Path, scandir: Callable[..., Any]) -> Callable[..., Any]:
+    """os.scandir for a user without the permission to read a folder. (Root may read everything.)"""
+
+    def refuse(path: Any) -> Any:
+        if Path(path) == folder:
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    return refuse
+
+
+def test_every_file_is_read_or_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder, more = tmp_path / "folder", tmp_path / "more"
     for path in (folder / "notes.txt", more):
         path.mkdir(parents=True)
@@ -132,9 +163,13 @@ def test_every_file_is_read_or_named(tmp_path: Path, caplog: pytest.LogCaptureFi
     (folder / "f.txt").symlink_to(more / "d.txt")
     caplog.set_level(logging.WARNING, logger="minillm_core")
     documents = list_documents(DataConfig(str(folder), "unused", holdout_every=2))
-    names = ["B.TXT", "a.txt", "f.txt", "linked/d.txt", "notes.txt/c.txt"]
+    names = ["B.TXT", "a.txt", "f.txt", "notes.txt/c.txt"]
     assert [document.path.relative_to(folder).as_posix() for document in documents] == names
-    assert f"left out 1 files of the corpus that are not .txt, for example {folder / 'e.md'}" in caplog.text
+    assert f"left out 1 file(s) of the corpus that are not .txt, for example {folder / 'e.md'}" in caplog.text
+    assert f"that are links to others, for example {folder / 'linked/d.txt'}" in caplog.text
+    monkeypatch.setattr(os, "scandir", _refusing(folder / "notes.txt", os.scandir))
+    with pytest.raises(PermissionError):
+        list_documents(DataConfig(str(folder), "unused", holdout_every=2))
 
 
 @pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("nowhere")])

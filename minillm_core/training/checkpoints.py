@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minillm_core.config import RunConfig, run_config_from_dict, to_dict
+from minillm_core.config import RUN_RECORD, RunConfig, run_config_from_dict, to_dict
 from minillm_core.errors import InputError
 from minillm_core.files import (
     commit_folder,
@@ -31,6 +31,7 @@ from minillm_core.files import (
     hash_file,
     is_disk_full,
     make_folder,
+    real_path,
     remove_folder,
     user_path,
 )
@@ -78,7 +79,7 @@ def find_checkpoint(path: str | Path, framework: str) -> Path:
     """
     path = user_path(path)
     if (path / "checkpoint.json").is_file():
-        found = path.resolve()  # its name is its step, and its parents are those of the run
+        found = real_path(path)  # its name is its step, and its parents are those of the run
     else:
         for folder in (path / "checkpoints", path / framework / "checkpoints"):
             if steps := checkpoint_steps(folder):
@@ -115,6 +116,8 @@ def _none_found(path: Path, framework: str) -> InputError:
             "name one of these, or the run",
             (),
         )
+    elif run := next((folder for folder in path.absolute().parents if (folder / RUN_RECORD).is_file()), None):
+        found, hint, command = "a part of a run", f"name the run, {run}, or one of its checkpoints", ()
     expected = "a run, a run's framework folder, or one checkpoint folder"
     return InputError(
         f"no {framework} checkpoint", expected=expected, found=found, where=path, hint=hint, command=command
@@ -203,6 +206,9 @@ def verify_checkpoint(checkpoint: Path) -> None:
         manifest = {}
     if not problems and "checkpoint.json" not in manifest:
         problems.append("manifest.json: no entry for checkpoint.json")
+    if not checkpoint.is_dir():
+        hint = "give the command again: a run in progress removes old checkpoints"
+        raise InputError("the checkpoint was removed", where=checkpoint, hint=hint)
     if problems:
         raise InputError(
             "damaged checkpoint:\n  " + "\n  ".join(problems),

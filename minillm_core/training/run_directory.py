@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
-from minillm_core.config import RUN_RECORD, ComputeDtype, RunConfig, config_differences, dump_config, load_config
+from minillm_core.config import RUN_RECORD, ComputeDtype, RunConfig, config_differences, dump_config, read_config
 from minillm_core.errors import InputError
-from minillm_core.files import lock, make_folder, replace_file
+from minillm_core.files import lock, make_folder, real_path, replace_file
 from minillm_core.text.tokenizer import TOKENIZER_FILES
 from minillm_core.version import __version__
 
@@ -80,6 +80,11 @@ def find_run(config: RunConfig, auto_dtype: str) -> RunDirectory:
     return RunDirectory(path, config)
 
 
+def run_name(run: str | Path) -> str:
+    """The name of a run: that of its folder, however its path is spelt."""
+    return real_path(Path(run)).name or "model"
+
+
 def resolve_compute_dtype(config: RunConfig, known: RunConfig | None, auto_dtype: str) -> RunConfig:
     """The configuration with `compute_dtype: auto` replaced by the dtype of the known run, or else by `auto_dtype`."""
     if config.train.compute_dtype != "auto":
@@ -99,7 +104,7 @@ def _require_run_or_nothing(path: Path) -> None:
 
 def saved_config(run: Path) -> RunConfig | None:
     """The configuration of a run; None if there is no run."""
-    return load_config(str(run / CONFIG)) if (run / CONFIG).exists() else None
+    return read_config(run / CONFIG) if (run / CONFIG).exists() else None
 
 
 def _known_hashes(path: Path) -> dict[str, str] | None:

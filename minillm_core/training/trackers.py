@@ -11,6 +11,7 @@ from minillm_core.config import RunConfig, to_dict
 from minillm_core.errors import missing_package
 from minillm_core.files import replace_file
 from minillm_core.training.metrics import Row
+from minillm_core.training.run_directory import run_name
 
 
 class TensorBoard:
@@ -53,7 +54,7 @@ class WeightsAndBiases:
             replace_file(id_file, secrets.token_hex(4))
         self._run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", "minillm"),
-            name=f"{Path(config.train.out_dir).name}-{folder.name}",
+            name=f"{run_name(config.train.out_dir)}-{folder.name}",
             id=id_file.read_text(encoding="utf-8"),
             resume="allow",
             mode=config.train.wandb,
