@@ -18,7 +18,7 @@ from minillm_core.data.corpus import list_documents
 from minillm_core.errors import InputError
 from minillm_core.files import beside, hash_file, replace_file, user_path, written_aside
 from minillm_core.interop import convert
-from minillm_core.interop.imports import import_checkpoint
+from minillm_core.interop.imports import import_checkpoint, open_foreign
 from minillm_core.training.checkpoints import (
     CheckpointInfo,
     CheckpointWriter,
@@ -132,6 +132,8 @@ def test_a_pipe_is_refused_where_it_cannot_be_read(name: str, tmp_path: Path) ->
     for format in ("hf", "minillm", "gguf"):
         with pytest.raises(InputError, match="no such file or folder"):
             import_checkpoint(format, tmp_path / name, tmp_path / "run", BACKENDS["torch"])
+        with pytest.raises(InputError, match="no such file or folder"):
+            open_foreign(format, tmp_path / name)
     with pytest.raises(InputError, match="no torch checkpoint"):
         find_checkpoint(tmp_path / name, "torch")
     with pytest.raises(InputError, match="neither a file nor a folder"):

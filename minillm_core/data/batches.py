@@ -130,9 +130,6 @@ class PreparedData:
             if min(self.meta[split]["n_bytes"] for split in SPLITS) < 1:
                 raise ValueError("n_bytes is not positive")
             self.hashes()
-            self.meta["corpus"], self.meta["holdout_every"]
-            if "corpus_sha256" in self.meta:  # not in data prepared by version 0.1
-                self.meta["corpus_places"]
         except (ValueError, KeyError, TypeError) as error:
             raise InputError("damaged data file", found=repr(error), where=meta_path, hint=redo) from error
         if found != vocab_size:

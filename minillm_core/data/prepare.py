@@ -86,11 +86,11 @@ def _is_prepared(target: Path, config: DataConfig, vocab_size: int) -> bool:
     if not target.exists():
         return False
     existing = PreparedData(target, vocab_size).meta
-    if existing["holdout_every"] != config.holdout_every:
+    if existing.get("holdout_every") != config.holdout_every:
         raise InputError(
             "the folder was prepared with a different holdout_every",
             expected=config.holdout_every,
-            found=existing["holdout_every"],
+            found=existing.get("holdout_every"),
             where=target,
             hint=redo_hint(target),
         )
@@ -98,7 +98,7 @@ def _is_prepared(target: Path, config: DataConfig, vocab_size: int) -> bool:
         raise InputError(
             "the folder was prepared from a different corpus, or the corpus has changed since",
             expected=f"the present text of {config.corpus}",
-            found=f"a text of {sum(existing[split]['n_bytes'] for split in SPLITS):,} bytes, from {existing['corpus']}",
+            found=f"a text of {sum(existing[split]['n_bytes'] for split in SPLITS):,} bytes, from {existing.get('corpus')}",
             where=target,
             hint="to go on with runs that use this data, restore the text; for the present text, choose a different "
             "--data.dir (and, to train, a different --train.out_dir)",
@@ -108,14 +108,14 @@ def _is_prepared(target: Path, config: DataConfig, vocab_size: int) -> bool:
 
 def _has_text_of(target: Path, meta: dict[str, Any], config: DataConfig) -> bool:
     """Whether data was prepared from the text that the corpus has now, whatever the spelling of its path."""
-    if config.corpus != "sotu" and not Path(config.corpus).exists() and config.corpus == meta["corpus"]:
+    if config.corpus != "sotu" and not Path(config.corpus).exists() and config.corpus == meta.get("corpus"):
         logger.info(f"the corpus {config.corpus} is not there any more; its prepared data is used")
         return True
     documents = list_documents(config)
     if "corpus_sha256" not in meta:  # prepared by version 0.1
         n_bytes = {split: sum(d.stop - d.start for d in documents if d.split == split) for split in SPLITS}
         return n_bytes == {split: meta[split]["n_bytes"] for split in SPLITS}
-    if (places := digest_of_places(documents)) == meta["corpus_places"]:
+    if (places := digest_of_places(documents)) == meta.get("corpus_places"):
         return True
     if digest_of_text(documents) != meta["corpus_sha256"]:
         return False

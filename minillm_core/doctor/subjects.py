@@ -12,7 +12,7 @@ import numpy as np
 from minillm_core.config import ModelConfig
 from minillm_core.errors import InputError
 from minillm_core.files import user_path
-from minillm_core.interop.imports import OPENERS
+from minillm_core.interop.imports import OPENERS, open_foreign
 from minillm_core.model.stages import Trace
 from minillm_core.tensors import Tensors
 from minillm_core.text.tokenizer import Tokenizer
@@ -97,7 +97,7 @@ def open_subject(place: str, engines: Mapping[str, Engine]) -> Subject:
         weights = dict(backend.open_weights(checkpoint, run_config))
         tokenizer = _tokenizer(checkpoint, run_config.model)
         return Subject(kind, checkpoint, run_config.model, weights, kind, backend.trace, tokenizer)
-    opened = OPENERS[kind](path)
+    opened = open_foreign(kind, path)
     weights = dict(opened.tensors())
     with tempfile.TemporaryDirectory() as folder:
         try:

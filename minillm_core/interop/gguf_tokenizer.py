@@ -123,7 +123,9 @@ def tokenizer_fields(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
     given = {"eos": tokenizer.eos_id, **dict(zip(("eot", "eom"), more_ends, strict=False))}
     theirs = end_ids(tokens, given)
     if lost := sorted(tokenizer.end_ids - theirs):
-        logger.warning(f"a GGUF file can name only three tokens that end a text: {lost} are not exported")
+        logger.warning(
+            f"llama.cpp will not end a text at {', '.join(tokens[i] for i in lost)} (GGUF names at most three ends)"
+        )
     if more := [tokens[i] for i in sorted(theirs - tokenizer.end_ids)]:
         logger.warning(
             f"llama.cpp will also end a text at {', '.join(more)}: it treats every token of such a name as an end"

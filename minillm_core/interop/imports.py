@@ -37,6 +37,23 @@ OPENERS: dict[str, Callable[[Path], HFCheckpoint | OriginalCheckpoint | GGUFChec
 """Format -> the function that checks a checkpoint of this format without reading its weights."""
 
 
+def open_foreign(format: str, source: Path) -> HFCheckpoint | OriginalCheckpoint | GGUFCheckpoint:
+    """Checks a checkpoint of another project, without reading its weights.
+
+    Raises:
+        InputError: there is none, it is damaged, or it has features that the architecture cannot express.
+    """
+    _require_file_or_folder(source)
+    return OPENERS[format](source)
+
+
+def _require_file_or_folder(source: Path) -> None:
+    if not (source.is_file() or source.is_dir()):  # a pipe would be read in vain
+        raise InputError(
+            "no such file or folder", expected="a checkpoint to import", where=source, hint="check the path"
+        )
+
+
 def import_checkpoint(format: str, source: Path, run_dir: Path, backend: Backend) -> Path:
     """Makes a run with one checkpoint, of step 0, from a checkpoint of another project.
 
@@ -52,10 +69,7 @@ def import_checkpoint(format: str, source: Path, run_dir: Path, backend: Backend
         InputError: the source is damaged, or has features that the architecture cannot express, or the run directory
             holds something different. Nothing is written in these cases.
     """
-    if not (source.is_file() or source.is_dir()):  # a pipe would be read in vain
-        raise InputError(
-            "no such file or folder", expected="a checkpoint to import", where=source, hint="check the path"
-        )
+    _require_file_or_folder(source)
     kind = foreign_kind(source)
     # a folder of the original Mini-LLM may look like a Hugging Face folder
     if kind not in (None, format) and (format, kind) != ("minillm", "hf"):
@@ -67,7 +81,7 @@ def import_checkpoint(format: str, source: Path, run_dir: Path, backend: Backend
             hint=f"convert it with {kind}->{backend.FRAMEWORK}",
             command=("convert", f"{kind}->{backend.FRAMEWORK}", str(source), str(run_dir)),
         )
-    opened = OPENERS[format](source)
+    opened = open_foreign(format, source)
     result = run_dir / backend.FRAMEWORK / "checkpoints" / "0"
     if checkpoint_steps(result.parent):
         raise InputError(

@@ -236,9 +236,11 @@ class _Loop:
             tracker.write(row)
 
     def _best(self) -> int | None:
-        """Step of the good checkpoint with the lowest held-out loss. Not the last step: its loss is over more text."""
-        losses = losses_by_step(self.log.rows, "val")
-        steps = [step for step in self.writer.good_steps() if step in losses and step != self.config.train.steps]
+        """Step of the good checkpoint with the lowest held-out loss. Not the last step, whose loss is over other text,
+        unless the setting is the same."""
+        losses, c = losses_by_step(self.log.rows, "val"), self.config.train
+        other = set() if c.final_eval_batches == c.eval_batches else {c.steps}
+        steps = [step for step in self.writer.good_steps() if step in losses and step not in other]
         return min(steps, key=lambda step: losses[step], default=None)
 
 
