@@ -98,7 +98,7 @@ def _is_prepared(target: Path, config: DataConfig, vocab_size: int) -> bool:
         raise InputError(
             "the folder was prepared from a different corpus, or the corpus has changed since",
             expected=f"the present text of {config.corpus}",
-            found=f"{sum(existing[split]['n_bytes'] for split in SPLITS):,} bytes of text, from {existing.get('corpus')}",
+            found=f"{sum(existing[split]['n_bytes'] for split in SPLITS):,} bytes, from {existing.get('corpus')}",
             where=target,
             hint="to go on with runs that use this data, restore the text; for the present text, choose a different "
             "--data.dir (and, to train, a different --train.out_dir)",
