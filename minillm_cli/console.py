@@ -23,7 +23,7 @@ from minillm_core.files import is_disk_full, owner
 C = TypeVar("C", bound=RunConfig)
 T = TypeVar("T")
 
-SCRIPTS = {"prepare": "prepare_data", "compare-runs": "compare_runs"}
+SCRIPTS = {"prepare": "prepare_data", "compare-runs": "compare_runs", "train-tokenizer": "train_tokenizer"}
 """Commands whose script has a different name."""
 
 _started_as_script = False

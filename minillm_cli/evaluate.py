@@ -6,7 +6,7 @@ import tyro
 
 from minillm_cli.backends import load_backend
 from minillm_cli.console import parse, say
-from minillm_core.data.batches import PreparedData
+from minillm_core.data.prepared import PreparedData
 from minillm_core.decoding.scoring import score_split
 from minillm_core.text.tokenizer_json import load_tokenizer
 from minillm_core.training.checkpoints import find_checkpoint, read_info

@@ -10,7 +10,8 @@ from minillm_core.version import __version__
 
 COMMANDS = {
     "train": ("train", "train a model, from raw text to a sample of what it has learnt"),
-    "prepare": ("prepare", "train a tokenizer and write the token files, without training a model"),
+    "train-tokenizer": ("train_tokenizer", "train a tokenizer on any text"),
+    "prepare": ("prepare", "encode text for training: the corpus of a configuration, or any files"),
     "generate": ("generate", "continue a prompt, or every prompt of a file"),
     "evaluate": ("evaluate", "print loss, perplexity and bits per byte on a prepared split"),
     "convert": ("convert", "convert a checkpoint: JAX, PyTorch, Hugging Face, GGUF"),

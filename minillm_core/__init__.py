@@ -18,8 +18,9 @@ if TYPE_CHECKING:
         TrainConfig,
         load_config,
     )
-    from minillm_core.data.batches import Batch, PreparedData
-    from minillm_core.data.prepare import prepare_data
+    from minillm_core.data.batches import Batch
+    from minillm_core.data.prepared import PreparedData
+    from minillm_core.data.run_data import prepare_data
     from minillm_core.decoding.generation import Completion
     from minillm_core.decoding.sampling import SamplingConfig
     from minillm_core.doctor.compare import compare
@@ -72,7 +73,7 @@ _MODULES = {
     "Interrupted": "errors",
     "ModelConfig": "config",
     "OptimConfig": "config",
-    "PreparedData": "data.batches",
+    "PreparedData": "data.prepared",
     "Report": "doctor.examine",
     "RopeScaling": "config",
     "RunConfig": "config",
@@ -85,7 +86,7 @@ _MODULES = {
     "load_backend": "training.backend",
     "load_config": "config",
     "load_tokenizer": "text.tokenizer_json",
-    "prepare_data": "data.prepare",
+    "prepare_data": "data.run_data",
     "read_metrics": "training.metrics",
     "train": "training.train",
 }

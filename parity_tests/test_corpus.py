@@ -13,18 +13,20 @@ import pytest
 
 from minillm_core.config import DataConfig
 from minillm_core.data import corpus as corpus_module
-from minillm_core.data import prepare as prepare_module
-from minillm_core.data.batches import PreparedData
-from minillm_core.data.corpus import Document, list_documents
-from minillm_core.data.prepare import open_or_prepare, prepare_data
+from minillm_core.data import run_data as prepare_module
+from minillm_core.data.corpus import list_documents
+from minillm_core.data.pieces import text_chunks
+from minillm_core.data.prepared import PreparedData
+from minillm_core.data.run_data import open_or_prepare, prepare_data
+from minillm_core.data.sources import Source
 from minillm_core.errors import InputError
 from parity_tests.conftest import TINY
 
 SPEECH = "The state of the Union is strong, and caf\u00e9s \u20ac 1 "
 
 
-def text_of(documents: list[Document], split: str) -> str:
-    return "".join(text for document in documents if document.split == split for text in document.chunks())
+def text_of(documents: list[Source], split: str) -> str:
+    return "".join(text for document in documents if document.split == split for text in text_chunks(document))
 
 
 @pytest.fixture
@@ -49,12 +51,12 @@ def test_the_same_text_is_found_by_any_path(spelling: str, home: DataConfig) -> 
 
 
 def test_a_corpus_that_is_gone(home: DataConfig, caplog: pytest.LogCaptureFixture) -> None:
-    meta = json.loads(Path("prepared/meta.json").read_text(encoding="utf-8"))
+    meta = json.loads(Path("prepared/index.json").read_text(encoding="utf-8"))
     assert not prepare_data(replace(home, corpus=meta["corpus"]), TINY.vocab_size)
     for path in Path("corpus").iterdir():
         path.unlink()
     Path("corpus").rmdir()
-    Path("prepared/meta.json").write_text(json.dumps(meta | {"corpus": home.corpus}), encoding="utf-8")
+    Path("prepared/index.json").write_text(json.dumps(meta | {"corpus": home.corpus}), encoding="utf-8")
     assert not prepare_data(home, TINY.vocab_size)
     assert "is not there any more" in caplog.text
     with pytest.raises(InputError, match="the corpus does not exist"):
@@ -68,9 +70,9 @@ def test_an_edited_corpus_is_refused(
 ) -> None:
     """Also data of version 0.1, which has no hash of the text, if the number of bytes differs."""
     if not with_hash:
-        meta = json.loads(Path("prepared/meta.json").read_text(encoding="utf-8"))
+        meta = json.loads(Path("prepared/index.json").read_text(encoding="utf-8"))
         del meta["corpus_sha256"], meta["corpus_places"]
-        Path("prepared/meta.json").write_text(json.dumps(meta), encoding="utf-8")
+        Path("prepared/index.json").write_text(json.dumps(meta), encoding="utf-8")
     assert not prepare_data(home, TINY.vocab_size)
     with monkeypatch.context() as patch:
         if with_hash:  # files that were not changed since are not read again
@@ -136,7 +138,7 @@ def test_documents_of_one_line_are_learnt_from(tmp_path: Path) -> None:
         (tmp_path / f"{n}.txt").write_text(line, encoding="utf-8")
     config = DataConfig(str(tmp_path), str(tmp_path / "data"), holdout_every=3)
     assert prepare_data(config, 300)
-    assert PreparedData(config.dir, 300).meta["train"]["n_bytes"] == 2 * len(line)
+    assert PreparedData(config.dir, 300).index["train"]["n_bytes"] == 2 * len(line)
 
 
 def _refusing(folder: Path, scandir: Callable[..., Any]) -> Callable[..., Any]:

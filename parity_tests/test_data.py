@@ -11,10 +11,13 @@ import numpy as np
 import pytest
 
 from minillm_core.config import DataConfig, OptimConfig
-from minillm_core.data import batches
-from minillm_core.data.batches import Batch, PreparedData, permute
+from minillm_core.data import prepared
+from minillm_core.data.batches import Batch
 from minillm_core.data.corpus import list_documents
-from minillm_core.data.prepare import prepare_data
+from minillm_core.data.order import permute
+from minillm_core.data.pieces import text_chunks
+from minillm_core.data.prepared import PreparedData
+from minillm_core.data.run_data import prepare_data
 from minillm_core.errors import InputError
 from minillm_core.text.tokenizer import BOS_ID, EOS_ID, Tokenizer
 from minillm_core.training.evaluation import evaluate
@@ -55,8 +58,8 @@ def test_token_files_hold_the_whole_corpus(data_config: DataConfig, tokenizer: T
     for split in ("train", "val"):
         texts = [d.path.read_text(encoding="utf-8") for d in documents if d.split == split]
         expected = [token for text in texts for token in (BOS_ID, *tokenizer.encode(text), EOS_ID)]
-        assert data.tokens[split].tolist() == expected
-        assert data.meta[split]["n_bytes"] == sum(len(text.encode()) for text in texts)
+        assert data.tokens[split][:].tolist() == expected
+        assert data.index[split]["n_bytes"] == sum(len(text.encode()) for text in texts)
 
 
 def test_single_file_is_split_at_a_line(tmp_path: Path) -> None:
@@ -64,7 +67,7 @@ def test_single_file_is_split_at_a_line(tmp_path: Path) -> None:
     lines = [f"line {i} of the only document we have\n" for i in range(2000)]
     path.write_text("".join(lines))
     train, val = list_documents(DataConfig(corpus=str(path), dir="unused", holdout_every=10))
-    texts = ["".join(d.chunks()) for d in (train, val)]
+    texts = ["".join(text_chunks(d)) for d in (train, val)]
     assert "".join(texts) == path.read_text()
     assert texts[0].endswith("\n")
     assert 0.09 < len(texts[1]) / path.stat().st_size < 0.11
@@ -116,7 +119,7 @@ def test_held_out_windows_cover_every_token_once(data_config: DataConfig) -> Non
     assert few[0].tokens_BT[0, 0] == data.tokens["val"][0]
     assert few[-1].tokens_BT[-1, 0] == data.tokens["val"][last_start], "the windows are not spread up to the last one"
     total = 2.0 * (len(data.tokens["val"]) - 1)  # nats, if every token costs 2
-    expected = total / math.log(2) / data.meta["val"]["n_bytes"]
+    expected = total / math.log(2) / data.index["val"]["n_bytes"]
     assert perplexity(math.log(7)) == pytest.approx(7)
     assert perplexity(709.9) == perplexity(math.inf) == math.inf, "exp overflows"
     assert bits_per_byte(2.0, data.tokens_per_byte("val")) == pytest.approx(expected, rel=1e-12)
@@ -125,7 +128,7 @@ def test_held_out_windows_cover_every_token_once(data_config: DataConfig) -> Non
 def test_a_long_evaluation_reports(
     data_config: DataConfig, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(batches, "REPORT_EVERY", 0.0)
+    monkeypatch.setattr(prepared, "REPORT_EVERY", 0.0)
     assert len([*PreparedData(data_config.dir, TINY.vocab_size).eval_batches("val", 3, 33, n_batches=4)]) == 4
     assert re.findall(r"evaluated (\d+)%, 0:00:00 left", caplog.text) == ["25", "50", "75"]
 
@@ -159,24 +162,24 @@ def test_learning_rate_follows_original_schedule() -> None:
 
 def damage(folder: Path, how: str) -> None:
     if how == "missing":
-        (folder / "val.bin").unlink()
+        (folder / "val-00000.bin").unlink()
     elif how == "truncated":
-        (folder / "train.bin").write_bytes((folder / "train.bin").read_bytes()[:-2])
+        (folder / "train-00000.bin").write_bytes((folder / "train-00000.bin").read_bytes()[:-2])
     elif how == "meta":
-        (folder / "meta.json").write_text("{")
+        (folder / "index.json").write_text("{")
     elif how == "no-meta":
-        (folder / "meta.json").unlink()
+        (folder / "index.json").unlink()
     elif how.startswith("token"):
-        tokens = np.fromfile(folder / "train.bin", "<u2")
+        tokens = np.fromfile(folder / "train-00000.bin", "<u2")
         tokens[:] = int(how.removeprefix("token "))
-        tokens.tofile(folder / "train.bin")
+        tokens.tofile(folder / "train-00000.bin")
 
 
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        ("missing", r"(?s)missing or truncated data file.*no file.*val\.bin"),
-        ("truncated", r"(?s)missing or truncated data file.*train\.bin"),
+        ("missing", r"(?s)missing or truncated data file.*no file.*val-00000\.bin"),
+        ("truncated", r"(?s)missing or truncated data file.*train-00000\.bin"),
         ("meta", "damaged data file"),
         ("no-meta", "not a folder of prepared data"),
         ("token 60000", r"(?s)token id outside the vocabulary.*below 512.*60000"),
@@ -209,29 +212,29 @@ def test_mismatched_data_is_refused(data_config: DataConfig, tmp_path: Path) -> 
 
 
 def test_prepared_data_is_reused(data_config: DataConfig) -> None:
-    before = json.loads((Path(data_config.dir) / "meta.json").read_text())
+    before = json.loads((Path(data_config.dir) / "index.json").read_text())
     assert not prepare_data(data_config, TINY.vocab_size)
-    assert json.loads((Path(data_config.dir) / "meta.json").read_text()) == before
+    assert json.loads((Path(data_config.dir) / "index.json").read_text()) == before
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format_version": 2}, "format version 2, not 1"),
+        ({"format_version": 3}, "format version 3"),
         ({"tokenizer_sha256": None}, "damaged data file"),
         ({"val": {"n_tokens": 23433, "n_bytes": 0, "sha256": ""}}, "n_bytes is not positive"),
     ],
 )
 def test_damaged_meta_data(change: dict[str, object], message: str, data_config: DataConfig, tmp_path: Path) -> None:
     shutil.copytree(data_config.dir, tmp_path / "data")
-    path = tmp_path / "data/meta.json"
+    path = tmp_path / "data/index.json"
     meta = json.loads(path.read_text()) | change
     path.write_text(json.dumps({name: value for name, value in meta.items() if value is not None}))
     with pytest.raises(InputError, match=message):
         PreparedData(tmp_path / "data", TINY.vocab_size)
 
 
-@pytest.mark.parametrize("name", ["tokenizer.model", "train.bin", "val.bin"])
+@pytest.mark.parametrize("name", ["tokenizer.model", "train-00000.bin", "val-00000.bin"])
 def test_changed_files_are_named(name: str, data_config: DataConfig, tmp_path: Path) -> None:
     """One bit differs, or the tokenizer is missing."""
     shutil.copytree(data_config.dir, tmp_path / "data")

@@ -14,7 +14,8 @@ import torch
 import minillm_jax
 import minillm_torch
 from minillm_core.config import DataConfig, RunConfig
-from minillm_core.data.batches import Batch, PreparedData
+from minillm_core.data.batches import Batch
+from minillm_core.data.prepared import PreparedData
 from minillm_core.errors import InputError
 from minillm_core.training import loop
 from minillm_core.training.checkpoints import checkpoint_steps, read_info

@@ -96,7 +96,7 @@ def test_faulty_port(home: Path, float64: Tier, capsys: pytest.CaptureFixture[st
     """Exit status 1; the table, the JSON and the HTML page name the fault."""
     for dtype in ("float64", "bfloat16"):
         page = tmp_path / "new" / f"{dtype}.html"
-        assert exit_code(home / "jax", home / "faulty", dtype=dtype, html=page) == 1
+        assert exit_code(home / "jax", home / "faulty", dtype=dtype, html=str(page)) == 1
         out = capsys.readouterr().out
         assert "1. weights, B against A: q and k are stored for interleaved RoPE" in out
         assert "NOT EQUAL" in out

@@ -196,7 +196,7 @@ def test_the_same_files_in_every_locale(corpus: Path, tmp_path: Path) -> None:
         options = ("again", "--backend", "torch", "--max-new-tokens", "5")
         command("generate", *options, "--prompts", "prompts.txt", "--output", "out.jsonl")
         printed[name] = command("generate", *options, "--prompt", os.fsdecode("caf\u00e9".encode()), "--seed", "3")
-        meta = home / data.dir / "meta.json"
+        meta = home / data.dir / "index.json"
         meta.write_text(re.sub(r'"corpus_places": "\w+"', "", meta.read_text(encoding="utf-8")), encoding="utf-8")
         hashes[name] = {
             str(path.relative_to(home)): hash_file(path)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from minillm_core.config import DataConfig, ModelConfig, OptimConfig
-from minillm_core.data.batches import PreparedData
+from minillm_core.data.prepared import PreparedData
 from minillm_core.training.evaluation import evaluate
 from minillm_core.training.schedule import learning_rate
 from parity_tests.conftest import BACKENDS, ROOT, Tier, run_config

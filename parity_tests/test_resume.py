@@ -16,7 +16,7 @@ import pytest
 import minillm_jax
 import minillm_torch
 from minillm_core.config import DataConfig, RunConfig
-from minillm_core.data.batches import PreparedData
+from minillm_core.data.prepared import PreparedData
 from minillm_core.errors import InputError, Interrupted
 from minillm_core.model.params import count_params
 from minillm_core.training import loop, progress

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import minillm_torch
 from minillm_core.config import DataConfig, OptimConfig, RunConfig, load_config
-from minillm_core.data.batches import PreparedData
+from minillm_core.data.prepared import PreparedData
 from minillm_core.errors import InputError
 from minillm_core.model.params import init_params
 from minillm_core.training import loop
@@ -65,7 +66,7 @@ def independent_run(config: RunConfig) -> tuple[list[dict[str, float]], dict[str
         [{"params": matrices, "weight_decay": 0.1}, {"params": norms, "weight_decay": 0.0}], betas=(0.9, 0.95), eps=1e-8
     )
     folder = Path(config.data.dir)
-    train, val = (np.fromfile(folder / f"{split}.bin", "<u2").astype(np.int64) for split in ("train", "val"))
+    train, val = (np.fromfile(folder / f"{split}-00000.bin", "<u2").astype(np.int64) for split in ("train", "val"))
     windows = {tuple(train[i * 32 : i * 32 + 33]) for i in range((len(train) - 1) // 32)}
     data = PreparedData(folder, 512)
     rows = []
@@ -175,6 +176,6 @@ def test_mismatched_data_is_refused_on_resume(framework: str, data_config: DataC
     info = json.loads((checkpoint / "checkpoint.json").read_text())
     assert info["data_hashes"].keys() == {"tokenizer", "train", "val"}
     other = PreparedData(data_config.dir, TINY.vocab_size)
-    other.meta["train"]["sha256"] = "0" * 64
+    other.splits["train"] = replace(other.splits["train"], hashes=("0" * 64,))
     with pytest.raises(InputError, match="uses a different training text"):
         loop.initial_or_newest(config, BACKENDS[framework], other, CheckpointWriter(checkpoint.parent))

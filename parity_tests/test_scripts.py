@@ -257,7 +257,7 @@ def test_plan(home: Path) -> None:
         (r"unknown conversion.*'torch->hx'", ["convert", "torch->hx"]),
         (r"no torch checkpoint.*where: runs/quickstart", ["convert", "torch->jax"]),
         (r"to jax does not round.*bfloat16", ["convert", "hf->jax", "x", "y", "--dtype", "bfloat16"]),
-        (r"the HTML page must be a file.*where: runs", ["parity", "runs/tiny", "runs/tiny", "--html", "runs"]),
+        (r"the output is a folder.*where: runs", ["parity", "runs/tiny", "runs/tiny", "--html", "runs"]),
         (r"not a folder of prepared data.*choose a different", ["evaluate", "runs/tiny", "--data-dir", "runs"]),
         (r"not a folder of prepared data.*check the path", ["evaluate", "runs/tiny", "--data-dir", "none"]),
         (r"no such file or folder.*where: none\.gguf", ["convert", "hf->jax", "none.gguf", "runs/new"]),
@@ -333,11 +333,11 @@ def test_newer_run_is_refused(home: Path, tmp_path: Path) -> None:
 def test_changed_data_is_refused(home: Path, tmp_path: Path) -> None:
     """One token of the prepared data was changed."""
     shutil.copytree(home, tmp_path, dirs_exist_ok=True)
-    path = tmp_path / "data/tiny/train.bin"
+    path = tmp_path / "data/tiny/train-00000.bin"
     content = bytearray(path.read_bytes())
     content[1000] ^= 1
     path.write_bytes(content)
-    fails(r"changed after it was prepared.*train\.bin", "train_torch", "tiny.yaml", cwd=tmp_path)
+    fails(r"changed after it was prepared.*train-00000\.bin", "train_torch", "tiny.yaml", cwd=tmp_path)
 
 
 def test_formats_of_other_versions(home: Path, tmp_path: Path) -> None:

@@ -25,8 +25,9 @@ import minillm_jax
 import minillm_torch
 from minillm_cli.console import parse_run_config, run, say
 from minillm_core.config import RunConfig
-from minillm_core.data.batches import Batch, PreparedData
-from minillm_core.data.prepare import prepare_data
+from minillm_core.data.batches import Batch
+from minillm_core.data.prepared import PreparedData
+from minillm_core.data.run_data import prepare_data
 from minillm_core.errors import InputError
 from minillm_core.files import user_path
 from minillm_core.model.params import forward_flops, init_params

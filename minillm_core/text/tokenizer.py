@@ -1,10 +1,9 @@
-"""SentencePiece BPE: train, encode, decode. decode(encode(text)) == text for every text without U+2581."""
+"""SentencePiece: encode, decode. decode(encode(text)) == text for every text without U+2581."""
 
-import io
+import hashlib
 import json
-import re
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +11,13 @@ import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 
 from minillm_core.errors import InputError
+from minillm_core.files import hash_file
 
 ModelProto: Any = sentencepiece_model_pb2.ModelProto  # type: ignore[attr-defined]  # created at import
 
 UNK_ID, BOS_ID, EOS_ID, PAD_ID = 0, 1, 2, 3
+USER_DEFINED = 4
+"""SentencePiece's type of a symbol that is always one piece."""
 
 TOKENIZER_MODEL, TOKENIZER_JSON = "tokenizer.model", "tokenizer.json"
 TOKENIZER_CONFIG, GENERATION_CONFIG = "tokenizer_config.json", "generation_config.json"
@@ -40,6 +42,16 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
     for path in (source / CHAT_TEMPLATES).glob("*.jinja"):
         (folder / CHAT_TEMPLATES).mkdir(exist_ok=True)
         shutil.copyfile(path, folder / CHAT_TEMPLATES / path.name)
+
+
+def hash_tokenizer(folder: Path) -> str:
+    """SHA-256 of the tokenizer files in a folder. If tokenizer.model is the only one, it is that of the file."""
+    paths = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
+    paths += sorted((folder / CHAT_TEMPLATES).glob("*.jinja"))
+    hashes = {path.name: hash_file(path) for path in paths}
+    if hashes.keys() == {TOKENIZER_MODEL}:
+        return hashes[TOKENIZER_MODEL]
+    return hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
 
 
 def read_tokenizer_config(folder: Path, name: str = TOKENIZER_CONFIG) -> dict[str, Any]:
@@ -86,58 +98,6 @@ def read_end_ids(folder: Path, eos_id: int) -> frozenset[int]:
     return frozenset(ids if isinstance(ids, list) and ids else [eos_id if ids in (None, []) else ids])
 
 
-def train_tokenizer(lines: Iterable[str], vocab_size: int, path: Path) -> None:
-    """Trains a BPE model of exactly vocab_size pieces and writes it to `path`.
-
-    The text is not changed: no normalisation, no merging of spaces. A newline is a separate piece, and a character
-    without a piece falls back to its UTF-8 bytes. So bits per byte refer to the original text.
-
-    Args:
-        lines: text, without newlines.
-
-    Raises:
-        InputError: the text is too small for that many pieces.
-    """
-    model = io.BytesIO()
-    try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=(line for line in lines if line),
-            model_writer=model,
-            vocab_size=vocab_size,
-            model_type="bpe",
-            byte_fallback=True,
-            character_coverage=1.0,
-            normalization_rule_name="identity",
-            remove_extra_whitespaces=False,
-            add_dummy_prefix=False,
-            allow_whitespace_only_pieces=True,
-            split_digits=True,
-            user_defined_symbols=["\n"],
-            max_sentence_length=1 << 20,
-            input_sentence_size=2_000_000,  # a random sample of longer corpora
-            unk_id=UNK_ID,
-            bos_id=BOS_ID,
-            eos_id=EOS_ID,
-            pad_id=PAD_ID,
-            minloglevel=2,
-        )
-    except (RuntimeError, OSError) as error:
-        raise _untrainable(vocab_size, " ".join(str(error).split())) from error
-    path.write_bytes(model.getvalue())
-
-
-def _untrainable(vocab_size: int, said: str) -> InputError:
-    """The error for a corpus that SentencePiece cannot train on, from what SentencePiece says."""
-    problem = f"SentencePiece cannot train {vocab_size} pieces on this corpus"
-    if needed := re.search(r"required_chars\. \d+ vs (\d+)", said):
-        found = f"{needed[1]} pieces are needed for the bytes, the control symbols and every character of the corpus"
-        return InputError(problem, found=found, hint=f"raise model.vocab_size to {needed[1]} or more")
-    if most := re.search(r"too high \(\d+\).*<= (\d+)", said):
-        hint = f"use more text, or lower model.vocab_size to {most[1]}"
-        return InputError(problem, found=f"text for {most[1]} pieces", hint=hint)
-    return InputError(problem, found=said, hint="use more text, or a different model.vocab_size")
-
-
 class Tokenizer:
     """A trained SentencePiece model. If tokenizer_config.json in the same folder sets `add_bos_token` or
     `add_prefix_space` to false, this is respected."""
@@ -178,8 +138,23 @@ class Tokenizer:
         """Token ids of a text, preceded by the begin-of-document token if `bos` and this tokenizer adds one."""
         return [self.bos_id] * (bos and self.adds_bos) + self._pieces.encode(text)
 
-    def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
-        return self._pieces.encode(list(texts), num_threads=-1)
+    def encode_many(self, texts: Sequence[str], n_threads: int = -1) -> list[list[int]]:
+        """Token ids of each text. -1: one thread for every CPU."""
+        return self._pieces.encode(list(texts), num_threads=n_threads)
+
+    @property
+    def splits_at_newlines(self) -> bool:
+        """Whether the ids of a text are those of its lines, one after the other."""
+        proto = ModelProto.FromString(self.content)
+        normalizer = proto.normalizer_spec
+        is_unchanged = normalizer.name == "identity" and not normalizer.precompiled_charsmap
+        adds_nothing = not (normalizer.add_dummy_prefix or normalizer.remove_extra_whitespaces)
+        return is_unchanged and adds_nothing and any(p.piece == "\n" and p.type == USER_DEFINED for p in proto.pieces)
+
+    def encode_after(self, before: str, text: str) -> list[int]:
+        """Token ids of a text that follows `before`, so without the space that some tokenizers put before a text."""
+        first, both = self.encode(before), self.encode(before + text)
+        return both[len(first) :] if both[: len(first)] == first else self.encode(text)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids, without control tokens (begin, end, padding) and ids outside the tokenizer."""

@@ -5,6 +5,7 @@ A SentencePiece BPE model and the `tokenizer.json` made from it give the same id
 
 import contextlib
 import json
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from minillm_core.text.tokenizer import (
     TOKENIZER_MODEL,
     ModelProto,
     Tokenizer,
+    copy_tokenizer,
     read_end_ids,
     read_tokenizer_config,
 )
@@ -91,9 +93,14 @@ class JsonTokenizer(Tokenizer):
         with self._damage():
             return self._before * bos + self._json.encode(text, add_special_tokens=False).ids
 
-    def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
+    def encode_many(self, texts: Sequence[str], n_threads: int = -1) -> list[list[int]]:
+        # TOKENIZERS_PARALLELISM=false in the environment means one thread
         with self._damage():
             return [encoding.ids for encoding in self._json.encode_batch(list(texts), add_special_tokens=False)]
+
+    @property
+    def splits_at_newlines(self) -> bool:
+        return False
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids, without special tokens and ids outside the tokenizer."""
@@ -148,6 +155,28 @@ def load_tokenizer(folder: str | Path, vocab_size: int) -> Tokenizer:
             if tokenizer.vocab_size == vocab_size:
                 return tokenizer
     return JsonTokenizer(folder / TOKENIZER_JSON)
+
+
+def collect_tokenizer(source: Path, folder: Path) -> None:
+    """Copies a tokenizer into an empty folder.
+
+    Args:
+        source: a SentencePiece model, a tokenizer.json (with its settings, in the same folder), or a folder with one.
+
+    Raises:
+        InputError: there is no tokenizer at this path.
+    """
+    if source.is_dir():
+        copy_tokenizer(source, folder)
+    elif source.is_file() and source.suffix.lower() == ".json":
+        copy_tokenizer(source.parent, folder)
+        (folder / TOKENIZER_MODEL).unlink(missing_ok=True)
+        shutil.copyfile(source, folder / TOKENIZER_JSON)
+    elif source.is_file():
+        shutil.copyfile(source, folder / TOKENIZER_MODEL)
+    if not any((folder / name).is_file() for name in (TOKENIZER_MODEL, TOKENIZER_JSON)):
+        expected = f"a SentencePiece model, a {TOKENIZER_JSON}, or a folder with one"
+        raise InputError("no tokenizer", expected=expected, where=source, hint="check the path")
 
 
 def bos_template(token: str, id: int) -> dict[str, Any]:

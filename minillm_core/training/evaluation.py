@@ -6,7 +6,7 @@ from collections.abc import Callable
 import numpy as np
 
 from minillm_core.config import TrainConfig
-from minillm_core.data.batches import PreparedData
+from minillm_core.data.prepared import PreparedData
 from minillm_core.training.backend import EvalStep
 
 

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from minillm_core.config import RunConfig
-from minillm_core.data.batches import PreparedData
+from minillm_core.data.prepared import PreparedData
 from minillm_core.errors import InputError, Interrupted
 from minillm_core.files import flush
 from minillm_core.interrupt import StopRequest

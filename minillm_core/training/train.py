@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from minillm_core.config import RunConfig
-from minillm_core.data.prepare import open_or_prepare
+from minillm_core.data.run_data import open_or_prepare
 from minillm_core.training.backend import Backend, load_backend
 from minillm_core.training.loop import run_to_end
 from minillm_core.training.run_directory import find_run

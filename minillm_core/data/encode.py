@@ -1,0 +1,199 @@
+"""Documents to token ids: what one worker does with the pieces of a task.
+
+As a program (`python -m minillm_core.data.encode`), it is a worker process: it reads pickled tasks from its standard
+input, and answers each on its standard output. It ends when its input ends, so no worker outlives its parent.
+"""
+
+import hashlib
+import io
+import json
+import pickle
+import re
+import signal
+import sys
+import zipfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from minillm_core.data.chunks import CHUNK_BYTES, Chunk
+from minillm_core.data.documents import Format, Piece, read_piece
+from minillm_core.data.sources import Source
+from minillm_core.errors import InputError
+from minillm_core.files import replace_file
+from minillm_core.text.tokenizer_json import load_tokenizer
+
+BEGINS, ENDS, BAD = 1, 2, 4
+
+ROW = np.dtype(
+    [("hash", "<u8", 2), ("n_tokens", "<u4"), ("n_bytes", "<u4"), ("source", "<u4"), ("flags", "<u4")], align=True
+)
+"""One chunk of a document: the hash of its text, its size, its source; whether it begins and ends its document."""
+
+LINES = re.compile(r"[^\n]*\n|[^\n]+")
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is the same for all tasks of a preparation."""
+
+    sources: tuple[Source, ...]
+    stamps: tuple[tuple[int, int, int], ...]
+    """Source.stamp() of each source when the preparation began."""
+    how: Format
+    tokenizer: Path
+    """A folder with the tokenizer's files."""
+    vocab_size: int
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Block:
+    """The tokens of a task, and what is known about its documents."""
+
+    tokens: np.ndarray
+    rows: np.ndarray
+    """ROW, one for each chunk, in order."""
+    problems: tuple[tuple[int, int, str], ...]
+    """Source, offset, and problem of each document that cannot be used."""
+
+
+class Encoder:
+    """Encodes the pieces of tasks."""
+
+    def __init__(self, work: Work, n_threads: int = -1):
+        """
+        Args:
+            n_threads: threads of the tokenizer; -1: one for every CPU.
+        """
+        self.work, self._n_threads = work, n_threads
+        self.tokenizer = load_tokenizer(work.tokenizer, work.vocab_size)
+        self._before = self.tokenizer.encode("", bos=True)
+
+    def encode(self, pieces: Sequence[Piece]) -> Block:
+        """
+        Raises:
+            InputError: a source changed since the preparation began, or cannot be read.
+        """
+        tokens, rows = [np.empty(0, self.work.dtype)], []
+        problems: list[tuple[int, int, str]] = []
+        for chunks in _groups(chain.from_iterable(self._read(piece) for piece in pieces)):
+            texts = []
+            for chunk in chunks:
+                text, problem = _text_of(chunk)
+                texts.append(text)
+                if problem:
+                    problems.append((chunk.source, chunk.offset, problem))
+                flags = BEGINS * chunk.begins + ENDS * chunk.ends + BAD * bool(problem)
+                digest = hashlib.blake2b(chunk.data, digest_size=16).digest()
+                rows.append((np.frombuffer(digest, "<u8"), 0, len(chunk.data), chunk.source, flags))
+            for i, ids in enumerate(self._encode(chunks, texts), len(rows) - len(chunks)):
+                rows[i] = (rows[i][0], len(ids), *rows[i][2:])
+                tokens.append(ids)
+        return Block(np.concatenate(tokens), np.array(rows, ROW), tuple(problems))
+
+    def _read(self, piece: Piece) -> Iterator[Chunk]:
+        source = self.work.sources[piece.source]
+        yield from read_piece(piece, self.work.sources, self.work.how)
+        if source.stamp() != self.work.stamps[piece.source]:
+            hint = "give the command again when nothing writes to the file"
+            raise InputError("a source changed while it was read", where=source.path, hint=hint)
+
+    def _encode(self, chunks: Sequence[Chunk], texts: Sequence[str]) -> Iterator[np.ndarray]:
+        """The ids of each chunk, with the tokens before and after a document."""
+        if self.tokenizer.splits_at_newlines:
+            parts = [LINES.findall(text) for text in texts]
+            found = iter(self.tokenizer.encode_many([line for lines in parts for line in lines], self._n_threads))
+            encoded = [list(chain.from_iterable(next(found) for _ in lines)) for lines in parts]
+        else:
+            whole = [i for i, chunk in enumerate(chunks) if chunk.begins]
+            encoded = [[] for _ in texts]
+            for i, ids in zip(
+                whole, self.tokenizer.encode_many([texts[i] for i in whole], self._n_threads), strict=True
+            ):
+                encoded[i] = ids
+            for i in sorted({*range(len(texts))} - {*whole}):
+                encoded[i] = self.tokenizer.encode_after("\n", texts[i])
+        for chunk, ids in zip(chunks, encoded, strict=True):
+            before, after = self._before * chunk.begins, [self.tokenizer.eos_id] * chunk.ends
+            yield np.array([*before, *ids, *after], self.work.dtype)
+
+
+def _groups(chunks: Iterator[Chunk]) -> Iterator[list[Chunk]]:
+    """Chunks in groups of about 1 MiB: one call of the tokenizer for each."""
+    group, n_bytes = list[Chunk](), 0
+    for chunk in chunks:
+        group.append(chunk)
+        n_bytes += len(chunk.data)
+        if n_bytes >= CHUNK_BYTES:
+            yield group
+            group, n_bytes = [], 0
+    if group:
+        yield group
+
+
+def _text_of(chunk: Chunk) -> tuple[str, str]:
+    """The text of a chunk, and why it cannot be used (empty if it can)."""
+    if chunk.problem:
+        return "", chunk.problem
+    if b"\0" in chunk.data:
+        return "", f"a NUL byte, {chunk.data.index(0)} bytes after the beginning"
+    if not chunk.data and chunk.begins and chunk.ends:
+        return "", "no text"
+    try:
+        return chunk.data.decode("utf-8"), ""
+    except UnicodeDecodeError as error:
+        return "", f"not UTF-8: {error.reason}, {error.start} bytes after the beginning"
+
+
+def write_block(path: Path, block: Block) -> None:
+    content = io.BytesIO()
+    problems = np.frombuffer(json.dumps(block.problems).encode(), np.uint8)
+    np.savez(content, tokens=block.tokens, rows=block.rows, problems=problems)
+    replace_file(path, content.getvalue())
+
+
+def read_block(path: Path, *, tokens: bool = True) -> Block:
+    """
+    Args:
+        tokens: whether to read the tokens too.
+
+    Raises:
+        InputError: the file is damaged.
+    """
+    try:
+        with np.load(path) as content:
+            problems = tuple(map(tuple, json.loads(content["problems"].tobytes())))
+            return Block(content["tokens"] if tokens else np.empty(0), content["rows"], problems)
+    except (ValueError, OSError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        hint = "remove this file, and give the command again"
+        raise InputError("damaged part of a preparation", found=error, where=path, hint=hint) from error
+
+
+def serve() -> None:
+    """Answers tasks until the input ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
+    tasks, answers = sys.stdin.buffer, sys.stdout.buffer
+    encoder = Encoder(pickle.load(tasks), n_threads=1)
+    while True:
+        try:
+            path, pieces = pickle.load(tasks)
+        except EOFError:
+            return
+        answer: Any
+        try:
+            block = encoder.encode(pieces)
+            write_block(path, block)
+            answer = block.problems
+        except Exception as error:
+            answer = error
+        pickle.dump(answer, answers)
+        answers.flush()
+
+
+if __name__ == "__main__":
+    serve()

@@ -1,0 +1,135 @@
+"""Sources in pieces of about the same size, for workers that read independently of each other."""
+
+import lzma
+import zlib
+from collections.abc import Iterator
+from typing import Any, BinaryIO, cast
+
+from minillm_core.data.chunks import CHUNK_BYTES, Chunk, DocumentChunks
+from minillm_core.data.documents import (
+    EMPTY,
+    LONGEST_LINE,
+    PLAIN,
+    Format,
+    Piece,
+    bad,
+    between_separators,
+    opened_parquet,
+    read_piece,
+)
+from minillm_core.data.sources import Source
+from minillm_core.errors import InputError
+
+
+def pieces_of(index: int, source: Source, how: Format, size: int) -> Iterator[Piece]:
+    """A source in pieces of about `size` bytes, a multiple of CHUNK_BYTES.
+
+    Raises:
+        InputError: the file is damaged; for a compressed file, possibly after some of its pieces.
+    """
+    if source.format == "parquet":
+        with opened_parquet(source, how.text_field) as file:
+            yield from _row_groups(index, source, file.metadata, size)
+    elif is_stream(source, how):
+        yield from _of_stream(index, source, how, size)
+    else:
+        end = source.start + source.n_bytes
+        for start in range(source.start, max(end, source.start + 1), size):
+            stop = min(start + size, end)
+            yield Piece(index, start, stop, stop - start)
+
+
+def _row_groups(index: int, source: Source, metadata: Any, size: int) -> Iterator[Piece]:
+    start, n_bytes = 0, 0
+    for group in range(metadata.num_row_groups):
+        n_bytes += metadata.row_group(group).total_byte_size
+        if n_bytes >= size or group == metadata.num_row_groups - 1:
+            share = source.n_bytes * (group + 1 - start) // metadata.num_row_groups
+            yield Piece(index, start, group + 1, share)
+            start, n_bytes = group + 1, 0
+
+
+def is_stream(source: Source, how: Format) -> bool:
+    """Whether a source can only be read from its beginning."""
+    overlaps = source.format == "text" and source.split is None and overlaps_itself(how.separator)
+    return bool(source.compression) or overlaps
+
+
+def overlaps_itself(separator: bytes) -> bool:
+    """Whether two occurrences of a separator can overlap: then a range of a file does not show where they are."""
+    return any(separator.startswith(separator[i:]) for i in range(1, len(separator)))
+
+
+def _of_stream(index: int, source: Source, how: Format, size: int) -> Iterator[Piece]:
+    """The pieces of a file that can only be read from its beginning. What was read before damage is kept."""
+    with source.opened() as (stream, file):
+        if not cast(Any, stream).peek(1):
+            yield Piece(index, 0, 0, source.n_bytes, chunks=(bad(index, 0, EMPTY),))
+            return
+        chunks_or_lines = _chunks(index, stream, how) if source.format == "text" else _whole_lines(stream)
+        found: list[Any] = []
+        start, n_bytes, passed = 0, 0, 0
+
+        def piece() -> Piece:
+            nonlocal start, n_bytes, passed
+            stop, before = start + n_bytes, passed
+            passed = file.tell()
+            is_text = source.format == "text"
+            chunks, lines = (tuple(found), None) if is_text else (None, b"".join(found))
+            found.clear()
+            begin, start, n_bytes = start, stop, 0
+            return Piece(index, begin, stop, passed - before, lines, chunks)
+
+        try:
+            for part in chunks_or_lines:
+                found.append(part)
+                n_bytes += len(part.data if isinstance(part, Chunk) else part)
+                if n_bytes >= size:
+                    yield piece()
+        except (EOFError, OSError, zlib.error, lzma.LZMAError):
+            if found:
+                yield piece()
+            raise
+        if found:
+            yield piece()
+
+
+def _whole_lines(stream: BinaryIO) -> Iterator[bytes]:
+    """Blocks of whole lines. A line that is longer than the limit may be cut: it cannot be read in any case."""
+    tail = b""
+    while block := stream.read(CHUNK_BYTES):
+        cut = block.rfind(b"\n") + 1
+        if cut or len(tail) > LONGEST_LINE:
+            yield tail + block[:cut]
+            tail = block[cut:]
+        else:
+            tail += block
+    if tail:
+        yield tail
+
+
+def _chunks(source: int, stream: BinaryIO, how: Format) -> Iterator[Chunk]:
+    if how.separator:
+        yield from between_separators(source, stream, how.separator)
+        return
+    document = DocumentChunks(source, 0)
+    while block := stream.read(CHUNK_BYTES):
+        yield from document.feed(block)
+    yield from document.finish(b"")
+
+
+def text_chunks(source: Source, how: Format = PLAIN) -> Iterator[str]:
+    """The text of all documents of a source, in chunks.
+
+    Raises:
+        InputError: a document is not UTF-8 text, or cannot be read.
+    """
+    for piece in pieces_of(0, source, how, CHUNK_BYTES):
+        for chunk in read_piece(piece, [source], how):
+            try:
+                if chunk.problem:
+                    raise ValueError(chunk.problem)
+                yield chunk.data.decode("utf-8")
+            except ValueError as error:
+                hint = "convert it to UTF-8" if isinstance(error, UnicodeDecodeError) else "correct the file"
+                raise InputError("not UTF-8 text", found=error, where=source.path, hint=hint) from error

@@ -1,0 +1,119 @@
+"""The data of a run: prepares its corpus once, with a tokenizer that is trained on it."""
+
+import contextlib
+import json
+import logging
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from minillm_core.config import DataConfig
+from minillm_core.data.assemble import Holdout
+from minillm_core.data.corpus import digest_of_places, digest_of_text, list_documents
+from minillm_core.data.pieces import text_chunks
+from minillm_core.data.prepare import Plan, carry_out
+from minillm_core.data.prepared import INDEX, OLD_INDEX, SPLITS, PreparedData, redo_hint
+from minillm_core.errors import InputError
+from minillm_core.files import beside, lock, make_folder, replace_file
+from minillm_core.text.tokenizer import TOKENIZER_MODEL
+from minillm_core.text.train_tokenizer import train_tokenizer
+
+logger = logging.getLogger(__name__)
+
+WORKER_BYTES = 32 << 20
+"""Text that is worth the start of one more process."""
+
+
+def open_or_prepare(config: DataConfig, vocab_size: int) -> PreparedData:
+    """The prepared data of a corpus. Prepares it if it is missing, then compares every file with its hash.
+
+    Raises:
+        InputError: the corpus is unusable, the folder holds different data, or a file was changed.
+    """
+    is_new = prepare_data(config, vocab_size)
+    logger.info(f"prepared {config.corpus} in {config.dir}" if is_new else f"found prepared data in {config.dir}")
+    data = PreparedData(config.dir, vocab_size)
+    data.verify()
+    return data
+
+
+def prepare_data(config: DataConfig, vocab_size: int) -> bool:
+    """Trains the tokenizer and packs the corpus into `config.dir`, unless this has been done before.
+
+    Every document becomes BOS, its tokens, EOS. The folder appears only when it is complete.
+
+    Returns:
+        True if the data was prepared now, False if it existed.
+
+    Raises:
+        InputError: the corpus is unusable, or the folder holds different data.
+    """
+    target = Path(config.dir)
+    if _is_prepared(target, config, vocab_size):
+        return False
+    sources = tuple(list_documents(config))
+    make_folder(beside(target, "partial").parent)
+    with lock(beside(target, "lock"), wait=True), tempfile.TemporaryDirectory() as trained:
+        if _is_prepared(target, config, vocab_size):
+            return False
+        texts = (text for source in sources if source.split == "train" for text in text_chunks(source))
+        train_tokenizer(texts, vocab_size, Path(trained) / TOKENIZER_MODEL)
+        about = {
+            "corpus": config.corpus,
+            "corpus_places": digest_of_places(sources),
+            "corpus_sha256": digest_of_text(sources),
+            "holdout_every": config.holdout_every,
+        }
+        plan = Plan(sources, Path(trained), vocab_size, holdout=Holdout(), about=tuple(about.items()))
+        n_workers = max(1, min(len(os.sched_getaffinity(0)), sum(source.n_bytes for source in sources) // WORKER_BYTES))
+        carry_out(plan, target, restart=True, n_workers=n_workers)
+    return True
+
+
+def _is_prepared(target: Path, config: DataConfig, vocab_size: int) -> bool:
+    """Whether the folder holds the prepared data of this corpus.
+
+    Raises:
+        InputError: the folder holds different data.
+    """
+    if not target.exists():
+        return False
+    existing = PreparedData(target, vocab_size).index
+    if existing.get("holdout_every") != config.holdout_every:
+        raise InputError(
+            "the folder was prepared with a different holdout_every",
+            expected=config.holdout_every,
+            found=existing.get("holdout_every"),
+            where=target,
+            hint=redo_hint(target),
+        )
+    if not _has_text_of(target, existing, config):
+        raise InputError(
+            "the folder was prepared from a different corpus, or the corpus has changed since",
+            expected=f"the present text of {config.corpus}",
+            found=f"{sum(existing[split]['n_bytes'] for split in SPLITS):,} bytes, from {existing.get('corpus')}",
+            where=target,
+            hint="to go on with runs that use this data, restore the text; for the present text, choose a different "
+            "--data.dir (and, to train, a different --train.out_dir)",
+        )
+    return True
+
+
+def _has_text_of(target: Path, meta: dict[str, Any], config: DataConfig) -> bool:
+    """Whether data was prepared from the text that the corpus has now, whatever the spelling of its path."""
+    if config.corpus != "sotu" and not Path(config.corpus).exists() and config.corpus == meta.get("corpus"):
+        logger.info(f"the corpus {config.corpus} is not there any more; its prepared data is used")
+        return True
+    documents = list_documents(config)
+    if "corpus_sha256" not in meta:  # prepared by version 0.1
+        n_bytes = {split: sum(d.n_bytes for d in documents if d.split == split) for split in SPLITS}
+        return n_bytes == {split: meta[split]["n_bytes"] for split in SPLITS}
+    if (places := digest_of_places(documents)) == meta.get("corpus_places"):
+        return True
+    if digest_of_text(documents) != meta["corpus_sha256"]:
+        return False
+    with contextlib.suppress(OSError):  # a folder that is only read
+        name = INDEX if (target / INDEX).is_file() else OLD_INDEX
+        replace_file(target / name, json.dumps(meta | {"corpus_places": places}, indent=1, ensure_ascii=False) + "\n")
+    return True

@@ -1,0 +1,103 @@
+"""Worker processes that encode documents."""
+
+import contextlib
+import os
+import pickle
+import queue
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import Any
+
+from minillm_core.data.documents import Piece
+from minillm_core.data.encode import Encoder, Work, write_block
+
+Problems = Sequence[tuple[int, int, str]]
+Task = tuple[Path, Sequence[Piece]]
+
+
+def encode_tasks(work: Work, tasks: Iterable[Task], n_workers: int) -> Iterator[tuple[Task, Problems]]:
+    """Encodes every task into the file that it names, and yields the problems of its documents. The order of the tasks
+    is lost.
+
+    Not `multiprocessing`: its processes import the program that started them, and outlive it if it is killed.
+
+    Args:
+        n_workers: processes; with 1, this process does the work itself.
+
+    Raises:
+        InputError: a source cannot be read, or changed since the preparation began.
+    """
+    if n_workers == 1:
+        encoder = Encoder(work)
+        for path, pieces in tasks:
+            block = encoder.encode(pieces)
+            write_block(path, block)
+            yield (path, pieces), block.problems
+        return
+    with contextlib.ExitStack() as stack:
+        idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
+        for _ in range(n_workers):
+            idle.put(stack.enter_context(_Worker(work)))
+        threads = stack.enter_context(ThreadPoolExecutor(n_workers))
+
+        def run(task: Task) -> tuple[Task, Problems]:
+            worker = idle.get()
+            try:
+                return task, worker.run(task)
+            finally:
+                idle.put(worker)
+
+        running: set[Future[tuple[Task, Problems]]] = set()
+        try:
+            for task in tasks:
+                running.add(threads.submit(run, task))
+                if len(running) >= 2 * n_workers:  # so that the texts of compressed files do not fill the memory
+                    done, running = wait(running, return_when=FIRST_COMPLETED)
+                    for future in done:
+                        yield future.result()
+            for future in running:
+                yield future.result()
+        finally:
+            for future in running:
+                future.cancel()
+
+
+class _Worker:
+    """One process."""
+
+    def __init__(self, work: Work):
+        command = [sys.executable, "-P", "-m", "minillm_core.data.encode"]
+        path = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
+        environment = os.environ | {"PYTHONPATH": path.rstrip(os.pathsep), "TOKENIZERS_PARALLELISM": "false"}
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
+        self._send(work)
+
+    def __enter__(self) -> "_Worker":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.wait()
+        for stream in (self._process.stdin, self._process.stdout):
+            if stream is not None:
+                with contextlib.suppress(OSError):
+                    stream.close()
+
+    def run(self, task: Task) -> Problems:
+        self._send(task)
+        assert self._process.stdout is not None
+        try:
+            answer = pickle.load(self._process.stdout)
+        except EOFError as error:
+            raise RuntimeError(f"a worker process ended with status {self._process.wait()}") from error
+        if isinstance(answer, Exception):
+            raise answer
+        return tuple(answer)
+
+    def _send(self, message: Any) -> None:
+        assert self._process.stdin is not None
+        pickle.dump(message, self._process.stdin)
+        self._process.stdin.flush()

@@ -1,0 +1,205 @@
+"""Documents of every format, cut into pieces of any size."""
+
+import gzip
+import json
+import lzma
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import zstandard
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from minillm_core.data import chunks as chunks_module
+from minillm_core.data import documents as documents_module
+from minillm_core.data import pieces as pieces_module
+from minillm_core.data.documents import Format, read_piece
+from minillm_core.data.pieces import pieces_of
+from minillm_core.data.sources import Source, find_sources, source_of
+from minillm_core.errors import InputError
+
+COMPRESS: dict[str, Callable[[bytes], bytes]] = {
+    "": bytes,
+    ".gz": gzip.compress,
+    ".xz": lzma.compress,
+    ".zst": lambda data: zstandard.compress(data[: len(data) // 2]) + zstandard.compress(data[len(data) // 2 :]),
+}
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks of 64 bytes, so that small documents have many."""
+    for module in (chunks_module, documents_module, pieces_module):
+        monkeypatch.setattr(module, "CHUNK_BYTES", 64)
+
+
+def documents_of(source: Source, how: Format, size: int) -> tuple[list[str], list[str]]:
+    """The documents of a source that is read in pieces, and the problems."""
+    found, problems, parts = [], [], list[bytes]()
+    for piece in pieces_of(0, source, how, size):
+        for chunk in read_piece(piece, [source], how):
+            assert chunk.begins == (not parts), "a document begins where the one before it ends"
+            parts.append(chunk.data)
+            if chunk.problem:
+                problems.append(chunk.problem)
+                parts = []
+            elif chunk.ends:
+                found.append(b"".join(parts).decode())
+                parts = []
+    assert not parts
+    return found, problems
+
+
+def write(folder: Path, name: str, data: bytes) -> Source:
+    path = folder / name
+    path.write_bytes(data)
+    source = source_of(path)
+    assert source is not None
+    return source
+
+
+TEXTS = st.lists(st.text("ab \n\u00e9\u65e5\U0001f600", min_size=1, max_size=300), min_size=1, max_size=8)
+SIZES = st.sampled_from([64, 128, 192, 1024, 1 << 20])
+EVERY = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@pytest.mark.parametrize("compression", COMPRESS)
+@EVERY
+@given(texts=TEXTS, size=SIZES)
+def test_lines_of_json(compression: str, texts: list[str], size: int, tmp_path: Path) -> None:
+    lines = [json.dumps({"id": i, "text": text}, ensure_ascii=bool(i % 2)) for i, text in enumerate(texts)]
+    lines.insert(1, "")  # an empty line is no document
+    source = write(tmp_path, f"x.jsonl{compression}", COMPRESS[compression]("\n".join(lines).encode()))
+    assert documents_of(source, Format(), size) == (texts, [])
+
+
+@pytest.mark.parametrize("compression", COMPRESS)
+@pytest.mark.parametrize("separator", ["\f", "<|end|>", "\n\n", "aa"])
+@EVERY
+@given(texts=TEXTS, size=SIZES)
+def test_texts_between_separators(
+    compression: str, separator: str, texts: list[str], size: int, tmp_path: Path
+) -> None:
+    joined = separator.join(texts)
+    source = write(tmp_path, f"x.txt{compression}", COMPRESS[compression](joined.encode()))
+    expected = [text for text in joined.split(separator) if text]
+    assert documents_of(source, Format(separator=separator.encode()), size) == (expected, [])
+
+
+@pytest.mark.parametrize("compression", COMPRESS)
+@EVERY
+@given(text=st.text("ab \n\u00e9\u65e5\U0001f600", min_size=1, max_size=2000), size=SIZES)
+def test_a_file_is_one_document(compression: str, text: str, size: int, tmp_path: Path) -> None:
+    source = write(tmp_path, f"x.md{compression}", COMPRESS[compression](text.encode()))
+    assert documents_of(source, Format(), size) == ([text], [])
+
+
+@EVERY
+@given(texts=TEXTS, size=SIZES, rows=st.integers(1, 4))
+def test_parquet(texts: list[str], size: int, rows: int, tmp_path: Path) -> None:
+    table = pyarrow.table({"id": list(range(len(texts))), "body": texts})
+    pyarrow.parquet.write_table(table, tmp_path / "x.parquet", row_group_size=rows)
+    source = source_of(tmp_path / "x.parquet")
+    assert source is not None
+    assert documents_of(source, Format(text_field="body"), size) == (texts, [])
+    with pytest.raises(InputError, match=r"(?s)no column `text`.*id, body"):
+        documents_of(source, Format(), size)
+
+
+@pytest.mark.parametrize("size", [64, 640])
+def test_chunks_do_not_depend_on_the_pieces(size: int, tmp_path: Path) -> None:
+    """The hash of a document is that of its chunks, so they must be the same however a file is read."""
+    rng = random.Random(0)
+    text = "".join(rng.choice("ab cd\n\u00e9") for _ in range(3000)) + "x" * 500 + "\n" + "y" * 100
+    plain, packed = (write(tmp_path, f"x.txt{end}", COMPRESS[end](text.encode())) for end in ("", ".xz"))
+    found = [  # without empty chunks, which only say that a document ends
+        [c.data for piece in pieces_of(0, source, Format(), n) for c in read_piece(piece, [source], Format()) if c.data]
+        for source, n in ((plain, size), (plain, 1 << 20), (packed, size))
+    ]
+    assert found[0] == found[1] == found[2]
+    assert b"".join(found[0]).decode() == text
+    assert all(len(chunk) <= 3 * 64 for chunk in found[0])
+
+
+BAD_LINES = {
+    "{": "not JSON",
+    "[1]": "no field `text`, but list",
+    '{"body": "x"}': "no field `text`, but body",
+    '{"text": 5}': "of the type int",
+    '{"text": null}': "of the type NoneType",
+    '{"text": "\\ud800"}': "surrogate",
+    "[" * 5000: "not JSON",
+}
+
+
+@pytest.mark.parametrize("line", BAD_LINES)
+def test_bad_lines(line: str, tmp_path: Path) -> None:
+    source = write(tmp_path, "x.jsonl", f'{{"text": "a"}}\n{line}\n{{"text": "b"}}'.encode())
+    found, problems = documents_of(source, Format(), 64)
+    assert found == ["a", "b"]
+    assert len(problems) == 1
+    assert BAD_LINES[line] in problems[0]
+
+
+@pytest.mark.parametrize("compression", COMPRESS)
+def test_a_very_long_line(compression: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(documents_module, "LONGEST_LINE", 1000)
+    monkeypatch.setattr(pieces_module, "LONGEST_LINE", 1000)
+    lines = [json.dumps({"text": text}) for text in ("a", "b" * 3000, "c")]
+    source = write(tmp_path, f"x.jsonl{compression}", COMPRESS[compression]("\n".join(lines).encode()))
+    for size in (64, 1 << 20):
+        found, problems = documents_of(source, Format(), size)
+        assert found == ["a", "c"]
+        assert problems
+
+
+@pytest.mark.parametrize("name", ["x.txt.gz", "x.jsonl.gz", "x.jsonl.xz", "x.jsonl.zst", "x.txt.zst"])
+@pytest.mark.parametrize("damage", ["cut", "garbage"])
+def test_damaged_compression(name: str, damage: str, tmp_path: Path) -> None:
+    """The documents before the damage are read, then an error names the file."""
+    rows = [json.dumps({"text": random.Random(i).randbytes(200).hex()}) for i in range(100)]
+    data = COMPRESS[f".{name.rpartition('.')[2]}"]("\n".join(rows).encode())
+    data = data[:-20] if damage == "cut" else data[: len(data) // 2] + bytes(100) + data[len(data) // 2 + 100 :]
+    source = write(tmp_path, name, data)
+    with pytest.raises(InputError, match=rf"(?s)damaged compressed file.*{name}"):
+        documents_of(source, Format(separator=b"\n"), 64)
+
+
+def test_damaged_parquet(tmp_path: Path) -> None:
+    table = pyarrow.table({"text": [random.Random(i).randbytes(200).hex() for i in range(100)]})
+    pyarrow.parquet.write_table(table, tmp_path / "x.parquet", row_group_size=10, write_page_checksum=True)
+    data = (tmp_path / "x.parquet").read_bytes()
+    for damaged in (data[:-9], data[:100], b"", data[:200] + bytes(300) + data[500:]):
+        source = write(tmp_path, "x.parquet", damaged)
+        with pytest.raises(InputError, match=r"(?s)damaged parquet file.*x\.parquet"):
+            documents_of(source, Format(), 64)
+
+
+def test_inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("b/x.txt", "b/sub/y.jsonl.gz", "b/z.JSONL", "a.parquet", "a.csv", "b/c.csv", "[x].txt"):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).write_text("x", encoding="utf-8")
+
+    def found(*inputs: str) -> list[Any]:
+        return [(str(s.path), s.format, s.compression) for s in find_sources(inputs)]
+
+    folder = [("b/sub/y.jsonl.gz", "jsonl", "gz"), ("b/x.txt", "text", ""), ("b/z.JSONL", "jsonl", "")]
+    assert found("a.parquet", "b") == [("a.parquet", "parquet", ""), *folder]
+    assert "left out 1 file(s) of b with other endings, for example b/c.csv" in caplog.text
+    assert found("b/*.txt", "a.csv") == [("b/x.txt", "text", ""), ("a.csv", "text", "")]
+    assert found("b/**/*.gz") == folder[:1]
+    assert found("[x].txt") == [("[x].txt", "text", "")]
+    for inputs, message in (
+        (("b", "b/x.txt"), "given twice"),
+        (("nowhere",), "does not exist"),
+        (("*.none",), "nothing to read"),
+        (("",), "not a path"),
+    ):
+        with pytest.raises(InputError, match=message):
+            find_sources(inputs)

@@ -1,0 +1,95 @@
+"""Tokenizers trained on any text: lossless, of both kinds, in bounded memory."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from minillm_core.errors import InputError
+from minillm_core.text import train_tokenizer as module
+from minillm_core.text.tokenizer import BOS_ID, EOS_ID, PAD_ID, UNK_ID, ModelProto, Tokenizer
+from minillm_core.text.train_tokenizer import Kind, sample_lines, train_tokenizer
+from parity_tests.commands import fails, succeeds_here
+
+HARD = [
+    "",
+    " ",
+    "  two  ",
+    "a\n\n b\t",
+    "12345",
+    "caf\u00e9 \u65e5\u672c \U0001f469\u200d\U0001f467",
+    "<user>hi</s><s>",
+]
+
+
+@pytest.fixture(scope="module", params=["bpe", "unigram"])
+def trained(request: pytest.FixtureRequest, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    path = tmp_path_factory.mktemp("trained") / "tokenizer.model"
+    texts = [file.read_text(encoding="utf-8") for file in sorted(corpus.iterdir())]
+    train_tokenizer(texts, 600, path, kind=request.param, symbols=["<user>", "<assistant>"])
+    return Tokenizer(path)
+
+
+def test_both_kinds_are_lossless(trained: Tokenizer, corpus: Path) -> None:
+    assert trained.vocab_size == 600
+    assert (trained.bos_id, trained.eos_id) == (BOS_ID, EOS_ID)
+    proto = ModelProto.FromString(trained.content)
+    assert (proto.trainer_spec.unk_id, proto.trainer_spec.pad_id) == (UNK_ID, PAD_ID)
+    for text in (*HARD, *(file.read_text(encoding="utf-8") for file in sorted(corpus.iterdir())[:3])):
+        ids = trained.encode(text)
+        assert trained.decode(ids) == text
+        assert {UNK_ID, BOS_ID, EOS_ID, PAD_ID}.isdisjoint(ids)
+    (user,) = trained.encode("<user>")
+    assert trained.encode("a<user>b").count(user) == 1
+
+
+def test_the_ids_of_a_text_are_those_of_its_lines(trained: Tokenizer, corpus: Path) -> None:
+    """Documents are encoded line by line."""
+    assert trained.splits_at_newlines
+    for text in (*HARD, "\n\n\nx\n \n", (sorted(corpus.iterdir())[0]).read_text(encoding="utf-8")):
+        lines = [line + "\n" for line in text.split("\n")[:-1]] + [text.split("\n")[-1]]
+        assert [id for line in lines for id in trained.encode(line)] == trained.encode(text)
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.lists(st.text("ab \u00e9\n", max_size=30), max_size=20), st.integers(1, 200))
+def test_a_sample_of_lines(texts: list[str], n_bytes: int) -> None:
+    lines = [line for text in texts for line in text.split("\n") if line]
+    found = list(sample_lines(texts, n_bytes))
+    assert found == list(sample_lines(iter(texts), n_bytes)), "the same texts give the same sample"
+    sizes = [len(line.encode()) for line in found]
+    assert sum(sizes) <= n_bytes or len(found) == 1
+    if sum(len(line.encode()) for line in lines) <= n_bytes:
+        assert found == lines
+    remaining = iter(lines)
+    assert all(line in remaining for line in found), "the order of the text is kept"
+
+
+def test_a_sample_is_drawn_from_the_whole_text() -> None:
+    texts = [f"{i:05}\n" for i in range(20_000)]
+    found = [int(line) for line in sample_lines(texts, 5_000)]
+    assert len(found) == 1000
+    assert 9_000 < sum(found) / len(found) < 11_000
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+def test_advice_about_the_vocabulary_works(kind: Kind, tmp_path: Path) -> None:
+    texts = ["the people of the United States\n" * 50]
+    with pytest.raises(InputError, match="cannot train 5000 pieces") as refused:
+        train_tokenizer(texts, 5000, tmp_path / "x.model", kind=kind)
+    advised = int("".join(filter(str.isdigit, str(refused.value).splitlines()[-1])))
+    train_tokenizer(texts, advised, tmp_path / "x.model", kind=kind)
+    assert Tokenizer(tmp_path / "x.model").vocab_size == advised
+    with pytest.raises(InputError, match="a symbol cannot be a piece"):
+        train_tokenizer(texts, advised, tmp_path / "x.model", symbols=["<a>", "<a>"])
+
+
+def test_command(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = ("--out", "my.model", "--vocab-size", "500", "--kind", "unigram")
+    done = succeeds_here("train_tokenizer", str(corpus), *options, cwd=tmp_path)
+    assert done.stdout == "my.model: 500 pieces\n"
+    fails("the output exists already", "train_tokenizer", str(corpus), *options, cwd=tmp_path)
+    fails("the input does not exist", "train_tokenizer", "nowhere", "--out", "new.model", cwd=tmp_path)
+    monkeypatch.setattr(module, "SAMPLE_BYTES", 20_000)
+    succeeds_here("train_tokenizer", str(corpus), "--out", "small.model", "--vocab-size", "500", cwd=tmp_path)
