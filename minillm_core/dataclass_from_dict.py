@@ -43,6 +43,9 @@ def _coerce(hint: Any, value: Any, name: str, problems: list[str]) -> Any:
         hint = next(option for option in typing.get_args(hint) if option is not type(None))
     if dataclasses.is_dataclass(hint):
         return build(typing.cast(type, hint), value, f"{name}.", problems)
+    if typing.get_origin(hint) is dict:
+        key_hint, value_hint = typing.get_args(hint)
+        return _coerce_dict(key_hint, value_hint, value, name, problems)
     if typing.get_origin(hint) is Literal:
         hint = str
     if hint is float and type(value) is int:
@@ -58,6 +61,15 @@ def _coerce(hint: Any, value: Any, name: str, problems: list[str]) -> Any:
         problem += f"; write {advice}"
     problems.append(problem)
     return None
+
+
+def _coerce_dict(key_hint: Any, value_hint: Any, value: Any, name: str, problems: list[str]) -> Any:
+    if not isinstance(value, dict):
+        problems.append(f"{name}: expected a mapping, found {_short(value)}")
+        return None
+    is_json = key_hint is int and all(isinstance(key, str) and key.isdecimal() for key in value)
+    keys = {key: _coerce(key_hint, int(key) if is_json else key, f"a key of {name}", problems) for key in value}
+    return {keys[key]: _coerce(value_hint, item, f"{name}.{key}", problems) for key, item in value.items()}
 
 
 def _advice(hint: type, value: Any) -> str | None:

@@ -125,7 +125,8 @@ def describe_attention(config: RunConfig) -> str:
     """The attention that a run uses, for the log."""
     model, dtype = config.model, resolve_dtype(config.train.compute_dtype)
     T = config.train.seq_len
-    mask = AttentionMask(effective_window(model.sliding_window, T))
+    segments = jnp.zeros((1, 1), jnp.int32) if config.data.document_mask else None
+    mask = AttentionMask(effective_window(model.sliding_window, T), None, segments, segments)
     why = why_not_fused(mask, T, model.resolved_head_dim, dtype)
     return "fused attention (cuDNN)" if why is None else f"plain attention: {why}"
 

@@ -114,7 +114,8 @@ def describe_attention(config: RunConfig) -> str:
     """The attention that a run uses, for the log."""
     model, dtype = config.model, resolve_dtype(config.train.compute_dtype)
     T = config.train.seq_len
-    mask = AttentionMask(effective_window(model.sliding_window, T))
+    segments = torch.zeros((1, 1), dtype=torch.int32) if config.data.document_mask else None
+    mask = AttentionMask(effective_window(model.sliding_window, T), None, segments, segments)
     why = why_not_fused(mask, T, model.resolved_head_dim, dtype, default_device())
     return "fused attention (SDPA)" if why is None else f"plain attention: {why}"
 

@@ -34,8 +34,8 @@ from minillm_core.config import DataConfig, ModelConfig, OptimConfig, RopeScalin
 from minillm_core.data.batches import Batch
 from minillm_core.data.corpus import list_documents
 from minillm_core.data.pieces import text_chunks
-from minillm_core.data.prepared import PreparedData
 from minillm_core.data.run_data import prepare_data
+from minillm_core.data.training_data import TrainingData
 from minillm_core.errors import Interrupted
 from minillm_core.model.params import param_table
 from minillm_core.model.tolerance import BFLOAT16_MODULE, TOLERANCES
@@ -362,14 +362,14 @@ def assert_same_bits(ours: TrainingState, theirs: TrainingState) -> None:
 
 def train_until(config: RunConfig, backend: Any, step: int) -> None:
     """Train, with a real SIGTERM sent during step `step`: the run saves that step and stops."""
-    make_batch = PreparedData.batch
+    make_batch = TrainingData.batch
 
-    def batch(self: PreparedData, n: int, *arguments: Any) -> Batch:
+    def batch(self: TrainingData, n: int, *arguments: Any) -> Batch:
         if n == step - 1:
             os.kill(os.getpid(), signal.SIGTERM)
         return make_batch(self, n, *arguments)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(PreparedData, "batch", batch)
+        patch.setattr(TrainingData, "batch", batch)
         with pytest.raises(Interrupted):
             train(config, backend)

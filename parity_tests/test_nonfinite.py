@@ -16,6 +16,7 @@ import minillm_torch
 from minillm_core.config import DataConfig, RunConfig
 from minillm_core.data.batches import Batch
 from minillm_core.data.prepared import PreparedData
+from minillm_core.data.training_data import TrainingData
 from minillm_core.errors import InputError
 from minillm_core.training import loop
 from minillm_core.training.checkpoints import checkpoint_steps, read_info
@@ -42,16 +43,16 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> Callable[[float, set[int]], None]
 
     def apply(value: float, steps: set[int]) -> None:
         poisoned = TINY.vocab_size - 1  # a token that marks the batch
-        make_batch = PreparedData.batch
+        make_batch = TrainingData.batch
 
-        def batch(self: PreparedData, n: int, *arguments: Any) -> Batch:
+        def batch(self: TrainingData, n: int, *arguments: Any) -> Batch:
             batch = make_batch(self, n, *arguments)
             batch.tokens_BT[batch.tokens_BT == poisoned] = 0
             if n in steps:
                 batch.tokens_BT[-1, 3] = poisoned
             return batch
 
-        monkeypatch.setattr(PreparedData, "batch", batch)
+        monkeypatch.setattr(TrainingData, "batch", batch)
         for package, where in ((minillm_jax, jnp.where), (minillm_torch, torch.where)):
             loss_sums = package.train.loss_sums
 

@@ -37,6 +37,22 @@ class Batch:
         return cls(rows[:, :-1], rows[:, 1:], np.ones((len(rows), rows.shape[1] - 1), np.float32))
 
     @classmethod
+    def packed(cls, rows: np.ndarray, end_id: int) -> "Batch":
+        """From rows of T + 1 tokens with several documents, each of which ends with `end_id`.
+
+        Documents do not see each other, positions start again in each, and the first token of a document is not
+        predicted from the one before it. A document that continues from before the row begins with position 0.
+        """
+        tokens_BT = rows[:, :-1]
+        is_end_BT = tokens_BT == end_id
+        segments_BT = np.cumsum(is_end_BT, axis=1, dtype=np.int32) - is_end_BT
+        at_T = np.arange(tokens_BT.shape[1], dtype=np.int32)
+        starts_BT = np.zeros_like(tokens_BT)
+        starts_BT[:, 1:] = np.where(is_end_BT[:, :-1], at_T[1:], 0)
+        positions_BT = at_T - np.maximum.accumulate(starts_BT, axis=1)
+        return cls(tokens_BT, rows[:, 1:], (~is_end_BT).astype(np.float32), positions_BT, segments_BT)
+
+    @classmethod
     def from_tokens(cls, tokens_BT: np.ndarray) -> "Batch":
         """From rows of T tokens: each token predicts the next one, the last one of a row nothing (its weight is 0)."""
         weights_BT = np.ones(tokens_BT.shape, np.float32)

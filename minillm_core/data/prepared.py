@@ -1,7 +1,4 @@
-"""Prepared data: the tokens of a folder, and batches as a pure function of (seed, step).
-
-There is no iterator state: a resumed run asks for the batch of its next step.
-"""
+"""Prepared data: the tokens of one folder, and their order in training."""
 
 import hashlib
 import json
@@ -17,6 +14,7 @@ import numpy as np
 from minillm_core.data.batches import Batch
 from minillm_core.data.order import permute
 from minillm_core.data.token_files import TokenFile, TokenFiles
+from minillm_core.data.training_data import TrainingData
 from minillm_core.errors import InputError
 from minillm_core.files import hash_file, user_path
 from minillm_core.text.tokenizer import TOKENIZER_JSON, TOKENIZER_MODEL, Tokenizer, hash_tokenizer
@@ -26,9 +24,10 @@ logger = logging.getLogger(__name__)
 
 SPLITS = ("train", "val")
 INDEX, OLD_INDEX = "index.json", "meta.json"
-ALL_ROWS = slice(None)
 REPORT_EVERY = 30.0
 """Seconds between two reports of a long evaluation."""
+SCANNED = 1 << 24
+"""Tokens that are read at a time when documents are counted."""
 VERIFIED_BYTES = 4 << 30
 """Of larger data, only the first and the last shard of each split are compared with their hashes."""
 
@@ -55,14 +54,15 @@ class Split:
         return self.hashes[0] if len(self.hashes) == 1 else hashlib.sha256(joined).hexdigest()
 
 
-class PreparedData:
+class PreparedData(TrainingData):
     """The tokens of one folder of prepared data."""
 
-    def __init__(self, folder: str | Path, vocab_size: int | None):
+    def __init__(self, folder: str | Path, vocab_size: int | None, *, document_mask: bool = False):
         """Opens and checks a folder.
 
         Args:
             vocab_size: that of the model; None: any.
+            document_mask: the documents in a row of a batch do not see each other.
 
         Raises:
             InputError: a file is missing or truncated, or the vocabulary size differs.
@@ -90,6 +90,7 @@ class PreparedData:
             raise InputError(problem, expected=vocab_size, found=found, where=self.dir, hint=redo)
         self.vocab_size: int = found
         self.tokens = {split: TokenFiles(self.splits[split].files, dtype, redo) for split in SPLITS}
+        self.end_id = self.tokenizer.eos_id if document_mask else None
 
     def _described(self, split: str) -> Split:
         described = self.index[split]
@@ -126,25 +127,32 @@ class PreparedData:
             problem = "a data file is missing or was changed after it was prepared"
             raise InputError(problem, where=changed[0], hint=redo_hint(self.dir))
 
+    def n_tokens(self, split: str) -> int:
+        return len(self.tokens[split])
+
+    def n_targets(self, split: str) -> int:
+        """Tokens that are predicted: all but the first; with a document mask, all but the first of each document."""
+        if self.end_id is None:
+            return self.n_tokens(split) - 1
+        if (n_documents := self.index[split].get("n_documents")) is None:  # data of version 0.1
+            tokens = self.tokens[split]
+            n_documents = sum(
+                int((tokens[start : start + SCANNED] == self.end_id).sum()) for start in range(0, len(tokens), SCANNED)
+            )
+        return self.n_tokens(split) - int(n_documents)
+
     def tokens_per_byte(self, split: str) -> float:
         """Predicted tokens per byte of the split's text: the factor from nats per token to nats per byte."""
-        return (len(self.tokens[split]) - 1) / self.splits[split].n_bytes
+        return self.n_targets(split) / self.splits[split].n_bytes
 
-    def batch(self, step: int, batch_size: int, seq_len: int, seed: int, rows: slice = ALL_ROWS) -> Batch:
-        """The training batch of one step, (batch_size, seq_len), all weights 1.
-
-        The split is cut into windows of seq_len tokens; each epoch visits every window once, in an order drawn from
-        (seed, epoch). Memory does not grow with the size of the data.
-
-        Args:
-            rows: the rows of the batch to return, for example those of one of several processes.
-        """
+    def train_rows(self, numbers: np.ndarray, batch_size: int, seq_len: int, seed: int) -> np.ndarray:
+        """The split is cut into windows of seq_len tokens; each epoch visits every window once, in an order drawn from
+        (seed, epoch). Memory does not grow with the size of the data."""
         n_windows = self._count_windows("train", seq_len)
-        position = np.arange(step * batch_size, (step + 1) * batch_size)[rows]
-        epoch, index = position // n_windows, position % n_windows
+        epoch, index = numbers // n_windows, numbers % n_windows
         for e in np.unique(epoch):
             index[epoch == e] = permute(index[epoch == e], n_windows, (seed, int(e)))
-        return Batch.from_rows(self._read("train", index * seq_len, seq_len))
+        return self._read("train", index * seq_len, seq_len)
 
     def eval_batches(self, split: str, batch_size: int, seq_len: int, n_batches: int | None = None) -> Iterator[Batch]:
         """The split in order, every token except the first predicted once; or `n_batches` spread evenly over it.
@@ -166,8 +174,8 @@ class PreparedData:
             rows = starts[first : first + batch_size]
             rows = np.concatenate([rows, np.full(batch_size - len(rows), n_targets)])
             is_target_BT = rows[:, None] + np.arange(seq_len) < n_targets
-            batch = Batch.from_rows(self._read(split, rows, seq_len))
-            yield replace(batch, weights_BT=is_target_BT.astype(np.float32))
+            batch = self.as_batch(self._read(split, rows, seq_len))
+            yield replace(batch, weights_BT=np.where(is_target_BT, batch.weights_BT, np.float32(0)))
 
     def _count_windows(self, split: str, seq_len: int) -> int:
         n_windows = (len(self.tokens[split]) - 1) // seq_len

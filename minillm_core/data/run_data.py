@@ -11,6 +11,7 @@ from typing import Any
 from minillm_core.config import DataConfig
 from minillm_core.data.assemble import Holdout
 from minillm_core.data.corpus import digest_of_places, digest_of_text, list_documents
+from minillm_core.data.mixture import PERIOD, Mixture, Phase, shares_of
 from minillm_core.data.pieces import text_chunks
 from minillm_core.data.prepare import Plan, carry_out
 from minillm_core.data.prepared import INDEX, OLD_INDEX, SPLITS, PreparedData, redo_hint
@@ -25,17 +26,36 @@ WORKER_BYTES = 32 << 20
 """Text that is worth the start of one more process."""
 
 
-def open_or_prepare(config: DataConfig, vocab_size: int) -> PreparedData:
+def open_or_prepare(config: DataConfig, vocab_size: int) -> PreparedData | Mixture:
     """The prepared data of a corpus. Prepares it if it is missing, then compares every file with its hash.
 
     Raises:
         InputError: the corpus is unusable, the folder holds different data, or a file was changed.
     """
-    is_new = prepare_data(config, vocab_size)
-    logger.info(f"prepared {config.corpus} in {config.dir}" if is_new else f"found prepared data in {config.dir}")
-    data = PreparedData(config.dir, vocab_size)
+    if config.mixture is None:
+        is_new = prepare_data(config, vocab_size)
+        logger.info(f"prepared {config.corpus} in {config.dir}" if is_new else f"found prepared data in {config.dir}")
+    data = open_data(config, vocab_size)
     data.verify()
     return data
+
+
+def open_data(config: DataConfig, vocab_size: int) -> PreparedData | Mixture:
+    """The prepared data that a configuration names: one folder, or several as a mixture.
+
+    Raises:
+        InputError: there is none, or it is damaged, or does not fit the model or each other.
+    """
+    if config.mixture is None:
+        return PreparedData(config.dir, vocab_size, document_mask=config.document_mask)
+    folders = {name: Path(config.dir) / name for name in config.mixture}
+    parts = {n: PreparedData(f, vocab_size, document_mask=config.document_mask) for n, f in folders.items()}
+    changes = {0: config.mixture, **(config.mixture_changes or {})}
+    phases = [Phase(step, shares_of([changes[step][name] for name in parts])) for step in sorted(changes)]
+    for phase in phases:
+        shares = ", ".join(f"{name} {share / PERIOD:.2%}" for name, share in zip(parts, phase.shares, strict=True))
+        logger.info(f"mixture from step {phase.from_step}: {shares}")
+    return Mixture(parts, phases)
 
 
 def prepare_data(config: DataConfig, vocab_size: int) -> bool:
@@ -80,6 +100,8 @@ def _is_prepared(target: Path, config: DataConfig, vocab_size: int) -> bool:
     if not target.exists():
         return False
     existing = PreparedData(target, vocab_size).index
+    if existing["format_version"] > 1 and "corpus_sha256" not in existing:
+        return True  # prepared from inputs, with `prepare`
     if existing.get("holdout_every") != config.holdout_every:
         raise InputError(
             "the folder was prepared with a different holdout_every",

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from minillm_core.data.prepared import PreparedData
+from minillm_core.data.training_data import TrainingData
 from minillm_core.decoding.generation import BaseGenerator
 from minillm_core.errors import InputError
 from minillm_core.files import hash_file
@@ -13,7 +13,7 @@ ROWS = 64
 """Windows scored in one call."""
 
 
-def score_split(generator: BaseGenerator, data: PreparedData, split: str, seq_len: int) -> float:
+def score_split(generator: BaseGenerator, data: TrainingData, split: str, seq_len: int) -> float:
     """Mean loss in nats per token over every token of a split except the first.
 
     Args:

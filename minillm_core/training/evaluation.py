@@ -6,13 +6,13 @@ from collections.abc import Callable
 import numpy as np
 
 from minillm_core.config import TrainConfig
-from minillm_core.data.prepared import PreparedData
+from minillm_core.data.training_data import TrainingData
 from minillm_core.training.backend import EvalStep
 
 
 def evaluate(
     eval_step: EvalStep,
-    data: PreparedData,
+    data: TrainingData,
     split: str,
     config: TrainConfig,
     n_batches: int | None = None,

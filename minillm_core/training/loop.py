@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from minillm_core.config import RunConfig
-from minillm_core.data.prepared import PreparedData
+from minillm_core.data.training_data import TrainingData
 from minillm_core.errors import InputError, Interrupted
 from minillm_core.files import flush
 from minillm_core.interrupt import StopRequest
@@ -23,7 +23,7 @@ from minillm_core.training.evaluation import evaluate
 from minillm_core.training.metrics import MetricsLog, Row, bits_per_byte, losses_by_step, perplexity
 from minillm_core.training.plots import plot_loss
 from minillm_core.training.progress import Progress
-from minillm_core.training.run_directory import RunDirectory, require_same_config, require_same_data
+from minillm_core.training.run_directory import RunDirectory, require_same_config, require_same_data, require_same_past
 from minillm_core.training.schedule import learning_rate
 from minillm_core.training.trackers import Tracker, open_trackers
 
@@ -33,7 +33,7 @@ MAX_SKIPS = 20
 logger = logging.getLogger(__name__)
 
 
-def run_to_end(run: RunDirectory, backend: Backend, data: PreparedData) -> Path:
+def run_to_end(run: RunDirectory, backend: Backend, data: TrainingData) -> Path:
     """Trains a run to its last step, from the newest good checkpoint or the initial weights.
 
     Returns:
@@ -51,7 +51,7 @@ def run_to_end(run: RunDirectory, backend: Backend, data: PreparedData) -> Path:
 
 
 def initial_or_newest(
-    config: RunConfig, backend: Backend, data: PreparedData, writer: CheckpointWriter
+    config: RunConfig, backend: Backend, data: TrainingData, writer: CheckpointWriter
 ) -> tuple[State, int]:
     """The state to start from, and its step: the newest good checkpoint, or the initial weights.
 
@@ -67,6 +67,7 @@ def initial_or_newest(
     info = read_info(newest)
     require_same_data(info.data_hashes, data.hashes(), newest)
     require_same_config(config, info.config, newest)
+    require_same_past(config, info.config, info.step, newest)
     if info.step < config.train.steps:
         logger.info(f"resuming from {newest}")
     saved = backend.read_payload(newest, config)
@@ -79,7 +80,7 @@ class _Loop:
     """The part of a run that one process does: from the current step to the last one, or until a stop request."""
 
     def __init__(
-        self, config: RunConfig, backend: Backend, data: PreparedData, writer: CheckpointWriter, stop: StopRequest
+        self, config: RunConfig, backend: Backend, data: TrainingData, writer: CheckpointWriter, stop: StopRequest
     ):
         self.config, self.backend, self.data, self.writer, self.stop = config, backend, data, writer, stop
         self.folder = writer.folder.parent
@@ -215,7 +216,7 @@ class _Loop:
         with self.progress.paused():
             n_batches = c.final_eval_batches if step == c.steps else c.eval_batches
             if n_batches is None:
-                logger.info(f"evaluating on the whole held-out text, {len(self.data.tokens['val']):,} tokens")
+                logger.info(f"evaluating on the whole held-out text, {self.data.n_tokens('val'):,} tokens")
             model = self.backend.model_of(self.config, self.state)
             eval_step = self.backend.make_eval_step(model, deterministic=c.deterministic)
             loss = evaluate(eval_step, self.data, "val", c, n_batches, self.stop.check)

@@ -145,6 +145,22 @@ def require_same_config(config: RunConfig, known: RunConfig, where: Path) -> Non
         )
 
 
+def require_same_past(config: RunConfig, known: RunConfig, step: int, where: Path) -> None:
+    """
+    Raises:
+        InputError: the mixture of the data differs in a step before `step`.
+    """
+    before = [{s: w for s, w in (c.data.mixture_changes or {}).items() if s < step} for c in (config, known)]
+    if before[0] != before[1]:
+        raise InputError(
+            "data.mixture_changes differs in steps that were trained already",
+            expected=f"before step {step}: {before[1]}",
+            found=before[0],
+            where=where,
+            hint=f"change the weights from step {step} on, or start a new run (--train.out_dir)",
+        )
+
+
 def require_same_data(known: dict[str, str], found: dict[str, str], where: Path) -> None:
     """
     Raises:

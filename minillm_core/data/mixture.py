@@ -1,0 +1,145 @@
+"""Several folders of prepared data as one: each row of a batch comes from one of them, drawn with given weights.
+
+Which row comes from which folder is a pure function of (seed, row), and each folder gives its own windows in the order
+in which it would give them alone. So a run resumes anywhere, and no window is skipped or seen twice in an epoch.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from minillm_core.data.batches import Batch
+from minillm_core.data.order import permute
+from minillm_core.data.prepared import SPLITS, PreparedData
+from minillm_core.data.training_data import TrainingData
+from minillm_core.errors import InputError
+
+PERIOD = 10_000
+"""Rows after which each folder has given exactly its share; a weight is rounded to a multiple of 1 / PERIOD."""
+
+
+@dataclass(frozen=True)
+class Phase:
+    """The weights from one step on."""
+
+    from_step: int
+    shares: tuple[int, ...]
+    """Rows of each folder in PERIOD rows."""
+
+
+def shares_of(weights: Sequence[float]) -> tuple[int, ...]:
+    """Rows of each folder in PERIOD rows: the weights in proportion, rounded so that their sum is PERIOD.
+
+    Raises:
+        InputError: a weight is so small that its folder would have no row.
+    """
+    exact = np.array(weights) / sum(weights) * PERIOD
+    shares = np.floor(exact).astype(int)
+    remaining = PERIOD - shares.sum()
+    shares[np.argsort(shares - exact, kind="stable")[:remaining]] += 1
+    if any(share == 0 < weight for share, weight in zip(shares, weights, strict=True)):
+        expected = f"at least {1 / PERIOD:g} of the sum"
+        raise InputError("a weight of data.mixture is too small", expected=expected, found=min(weights))
+    return tuple(shares.tolist())
+
+
+class Mixture(TrainingData):
+    """Prepared data of several folders, with the interface of one."""
+
+    def __init__(self, parts: Mapping[str, PreparedData], phases: Sequence[Phase]):
+        """
+        Args:
+            parts: name -> the data of one folder.
+            phases: by from_step, ascending; the first begins at 0.
+
+        Raises:
+            InputError: the parts have different tokenizers.
+        """
+        self.parts, self.phases = dict(parts), tuple(phases)
+        self.dir = next(iter(parts.values())).dir  # of the tokenizer
+        found = {name: data.hashes()["tokenizer"] for name, data in parts.items()}
+        if len({*found.values()}) > 1:
+            hint = "prepare them with the same tokenizer"
+            listed = ", ".join(f"{name}: {digest[:8]}" for name, digest in found.items())
+            raise InputError("the parts of the mixture have different tokenizers", found=listed, hint=hint)
+        self.vocab_size, self.end_id = next((data.vocab_size, data.end_id) for data in parts.values())
+
+    def hashes(self) -> dict[str, str]:
+        first = next(iter(self.parts.values())).hashes()
+        return {"tokenizer": first["tokenizer"]} | {
+            f"{split} of {name}": data.hashes()[split] for name, data in self.parts.items() for split in SPLITS
+        }
+
+    def verify(self) -> None:
+        for data in self.parts.values():
+            data.verify()
+
+    def n_tokens(self, split: str) -> int:
+        return sum(data.n_tokens(split) for data in self.parts.values())
+
+    def tokens_per_byte(self, split: str) -> float:
+        n_targets = sum(data.n_targets(split) for data in self.parts.values())
+        return n_targets / sum(data.splits[split].n_bytes for data in self.parts.values())
+
+    def train_rows(self, numbers: np.ndarray, batch_size: int, seq_len: int, seed: int) -> np.ndarray:
+        """The rows of a folder are those that it would give alone, in their order."""
+        part, index = self.rows_of(numbers, batch_size, seed)
+        found = np.empty((len(part), seq_len + 1), np.int32)
+        for number, data in enumerate(self.parts.values()):
+            found[part == number] = data.train_rows(index[part == number], batch_size, seq_len, seed)
+        return found
+
+    def rows_of(self, rows: np.ndarray, batch_size: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        """For rows, numbered over all batches: the number of the folder, and how many rows it gave before."""
+        part, index = np.empty(len(rows), np.int64), np.empty(len(rows), np.int64)
+        before = np.zeros(len(self.parts), np.int64)
+        stops = [phase.from_step * batch_size for phase in self.phases[1:]]
+        for phase, stop in zip(self.phases, [*stops, None], strict=True):
+            start = phase.from_step * batch_size
+            here = (rows >= start) & (rows < stop if stop is not None else True)
+            key = (seed, phase.from_step)
+            part[here], index[here] = _parts_and_counts(rows[here] - start, phase.shares, key, before)
+            if stop is not None:
+                before = before + _counts_before(stop - start, phase.shares, key)
+        return part, index
+
+    def eval_batches(self, split: str, batch_size: int, seq_len: int, n_batches: int | None = None) -> Iterator[Batch]:
+        """The batches of each folder in turn: all, or n_batches in proportion to the sizes of the splits."""
+        counts: list[int | None] = [None] * len(self.parts)
+        if n_batches is not None:
+            sizes = np.array([data.n_tokens(split) for data in self.parts.values()], float)
+            counts = [max(1, round(n)) for n in sizes / sizes.sum() * n_batches]
+        for data, count in zip(self.parts.values(), counts, strict=True):
+            yield from data.eval_batches(split, batch_size, seq_len, count)
+
+
+@lru_cache(maxsize=4)
+def _block(number: int, shares: tuple[int, ...], key: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """For each of PERIOD rows: its folder, and how many rows of that folder are before it in the block."""
+    order = permute(np.arange(PERIOD), PERIOD, (*key, number))
+    part = np.searchsorted(np.cumsum(shares), order, side="right")
+    count = np.empty(PERIOD, np.int64)
+    for i, share in enumerate(shares):
+        count[part == i] = np.arange(share)
+    return part, count
+
+
+def _parts_and_counts(
+    rows: np.ndarray, shares: tuple[int, ...], key: tuple[int, int], before: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    part, index = np.empty(len(rows), np.int64), np.empty(len(rows), np.int64)
+    for number in np.unique(rows // PERIOD).tolist():
+        here = rows // PERIOD == number
+        block, count = _block(number, shares, key)
+        part[here], index[here] = block[rows[here] % PERIOD], count[rows[here] % PERIOD]
+        index[here] += number * np.array(shares)[part[here]] + before[part[here]]
+    return part, index
+
+
+def _counts_before(row: int, shares: tuple[int, ...], key: tuple[int, int]) -> np.ndarray:
+    """How many rows each folder gives before a row."""
+    block, _ = _block(row // PERIOD, shares, key)
+    in_block = np.bincount(block[: row % PERIOD], minlength=len(shares))
+    return row // PERIOD * np.array(shares) + in_block

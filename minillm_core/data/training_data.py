@@ -1,0 +1,64 @@
+"""What a run needs from its data: one folder, or a mixture of several."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from minillm_core.data.batches import Batch
+
+ALL_ROWS = slice(None)
+
+
+class TrainingData(ABC):
+    """Batches as a pure function of (seed, step).
+
+    There is no iterator state: a resumed run asks for the batch of its next step.
+    """
+
+    dir: Path
+    """The folder of the tokenizer."""
+    vocab_size: int
+    end_id: int | None
+    """The token that ends a document, if the documents in a row do not see each other."""
+
+    @abstractmethod
+    def hashes(self) -> dict[str, str]:
+        """SHA-256 of the tokenizer and of the tokens, which identify this data."""
+
+    @abstractmethod
+    def verify(self) -> None:
+        """Compares the files with their hashes.
+
+        Raises:
+            InputError: a file was changed after it was prepared.
+        """
+
+    @abstractmethod
+    def n_tokens(self, split: str) -> int: ...
+
+    @abstractmethod
+    def tokens_per_byte(self, split: str) -> float:
+        """Predicted tokens per byte of the split's text: the factor from nats per token to nats per byte."""
+
+    @abstractmethod
+    def eval_batches(self, split: str, batch_size: int, seq_len: int, n_batches: int | None = None) -> Iterator[Batch]:
+        """Every token of a split except the first predicted once; or about `n_batches` spread evenly over it."""
+
+    @abstractmethod
+    def train_rows(self, numbers: np.ndarray, batch_size: int, seq_len: int, seed: int) -> np.ndarray:
+        """Rows of seq_len + 1 tokens, int32, by their numbers, which count the rows of all batches."""
+
+    def batch(self, step: int, batch_size: int, seq_len: int, seed: int, rows: slice = ALL_ROWS) -> Batch:
+        """The training batch of one step, (batch_size, seq_len).
+
+        Args:
+            rows: the rows of the batch to return, for example those of one of several processes.
+        """
+        numbers = np.arange(step * batch_size, (step + 1) * batch_size)[rows]
+        return self.as_batch(self.train_rows(numbers, batch_size, seq_len, seed))
+
+    def as_batch(self, rows: np.ndarray) -> Batch:
+        """Rows of T + 1 tokens as a batch: all weights 1, or with a mask between documents."""
+        return Batch.from_rows(rows) if self.end_id is None else Batch.packed(rows, self.end_id)

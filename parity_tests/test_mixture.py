@@ -1,0 +1,178 @@
+"""Rows from several folders, and documents that share a row: functions of (seed, step), equal in both frameworks."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from minillm_core.config import DataConfig
+from minillm_core.data.assemble import Holdout
+from minillm_core.data.batches import Batch
+from minillm_core.data.mixture import PERIOD, Mixture, Phase, shares_of
+from minillm_core.data.prepare import prepare
+from minillm_core.data.prepared import PreparedData
+from minillm_core.data.run_data import open_data
+from minillm_core.errors import InputError
+from minillm_core.text.tokenizer import EOS_ID, Tokenizer
+from minillm_core.training.train import train
+from parity_tests.conftest import BACKENDS, TINY, losses_of, metrics_of, text_run, train_until
+from parity_tests.test_prepare import plan_for
+
+
+@pytest.fixture(scope="module")
+def folders(corpus: Path, tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small corpus in two folders of prepared data, `a` and `b`, with the same tokenizer."""
+    root = tmp_path_factory.mktemp("folders")
+    files = sorted(corpus.iterdir())
+    for name, own in (("a", files[:12]), ("b", files[12:])):
+        prepare(plan_for(own, tokenizer, holdout=Holdout(every=4)), root / name)
+    return root
+
+
+class Counting(Mixture):
+    """A mixture without data."""
+
+    def __init__(self, n_parts: int, phases: Sequence[Phase]):
+        self.parts = dict.fromkeys(map(str, range(n_parts)))  # type: ignore[assignment]
+        self.phases = tuple(phases)
+
+
+WEIGHTS = st.lists(st.floats(0.01, 10), min_size=3, max_size=3)
+
+
+@settings(deadline=None, max_examples=30)
+@given(WEIGHTS, WEIGHTS, st.integers(1, 7), st.integers(1, 3000), st.integers(0, 5), st.randoms(use_true_random=False))
+def test_no_row_is_skipped_or_repeated(
+    first: list[float], then: list[float], batch_size: int, change: int, seed: int, random: object
+) -> None:
+    """Each folder gives its rows 0, 1, 2, ... in this order, also when the weights change; any part of the rows can be
+    computed alone."""
+    mixture = Counting(3, [Phase(0, shares_of(first)), Phase(change, shares_of(then))])
+    n = batch_size * change + 2 * PERIOD
+    part, index = mixture.rows_of(np.arange(n), batch_size, seed)
+    for number in range(3):
+        assert np.array_equal(index[part == number], np.arange((part == number).sum()))
+    for rows in (np.arange(n - 50, n), np.arange(max(0, batch_size * change - 30), batch_size * change + 30)):
+        again = mixture.rows_of(rows, batch_size, seed)
+        assert np.array_equal(again[0], part[rows])
+        assert np.array_equal(again[1], index[rows])
+    counts = np.bincount(part[batch_size * change :][:PERIOD], minlength=3)
+    assert counts.tolist() == list(shares_of(then)), "after PERIOD rows, each folder has given exactly its share"
+
+
+def test_shares() -> None:
+    assert shares_of([0.7, 0.3]) == (7000, 3000)
+    assert shares_of([1, 1, 1]) == (3334, 3333, 3333)
+    assert shares_of([2, 0]) == (10_000, 0)
+    with pytest.raises(InputError, match="too small"):
+        shares_of([1, 1e-6])
+
+
+def test_rows_are_those_of_the_folders(folders: Path) -> None:
+    changes = {3: {"a": 1.0, "b": 0.0}}
+    mixed = DataConfig("unused", str(folders), mixture={"a": 0.25, "b": 0.75}, mixture_changes=changes)
+    data = open_data(mixed, TINY.vocab_size)
+    parts = [PreparedData(folders / name, TINY.vocab_size) for name in "ab"]
+    counts = [0, 0]
+    for step in range(5):
+        batch = data.batch(step, 8, 32, 7)
+        tokens = np.concatenate([batch.tokens_BT, batch.targets_BT[:, -1:]], axis=1)
+        assert isinstance(data, Mixture)
+        own, _ = data.rows_of(np.arange(step * 8, step * 8 + 8), 8, 7)
+        for row, part in zip(tokens, own.tolist(), strict=True):
+            assert np.array_equal(row, parts[part].train_rows(np.array([counts[part]]), 8, 32, 7)[0])
+            counts[part] += 1
+        assert np.array_equal(data.batch(step, 8, 32, 7, slice(2, 5)).tokens_BT, batch.tokens_BT[2:5])
+        if step >= 3:
+            assert own.tolist() == [0] * 8
+    assert counts[1] > 10
+    n_targets = sum(float(batch.weights_BT.sum()) for batch in data.eval_batches("val", 3, 32))
+    assert n_targets == sum(part.n_tokens("val") - 1 for part in parts)
+    assert len([*data.eval_batches("val", 3, 32, 5)]) in (4, 5, 6)
+    assert data.hashes().keys() == {"tokenizer", "train of a", "val of a", "train of b", "val of b"}
+
+
+@settings(deadline=None)
+@given(st.lists(st.lists(st.sampled_from([5, 6, 7, EOS_ID]), min_size=12, max_size=12), min_size=1, max_size=4))
+def test_packed_rows(rows: list[list[int]]) -> None:
+    """Against a loop: segment, position and weight of each token."""
+    batch = Batch.packed(np.array(rows, np.int32), EOS_ID)
+    assert batch.positions_BT is not None
+    assert batch.segments_BT is not None
+    for b, row in enumerate(rows):
+        segment = position = 0
+        for t, token in enumerate(row[:-1]):
+            assert (batch.tokens_BT[b, t], batch.targets_BT[b, t]) == (token, row[t + 1])
+            assert (batch.segments_BT[b, t], batch.positions_BT[b, t]) == (segment, position)
+            assert batch.weights_BT[b, t] == (token != EOS_ID)
+            position += 1
+            if token == EOS_ID:
+                segment, position = segment + 1, 0
+
+
+def test_targets_of_a_document_mask(folders: Path) -> None:
+    """All tokens but the first of each document are predicted, each once."""
+    plain, masked = (PreparedData(folders / "a", TINY.vocab_size, document_mask=mask) for mask in (False, True))
+    tokens = masked.tokens["val"][:]
+    assert masked.n_targets("val") == len(tokens) - (tokens == EOS_ID).sum()
+    assert plain.n_targets("val") == len(tokens) - 1
+    total = sum(float(batch.weights_BT.sum()) for batch in masked.eval_batches("val", 3, 32))
+    assert total == masked.n_targets("val")
+    del masked.index["val"]["n_documents"]
+    assert masked.n_targets("val") == total, "counted in the tokens, as for data of version 0.1"
+
+
+def test_both_frameworks_have_the_same_curve(folders: Path, tmp_path: Path) -> None:
+    """With a mixture that changes and documents that do not see each other; one of the runs is stopped and resumed."""
+    config = DataConfig("unused", str(folders), mixture={"a": 0.5, "b": 0.5}, document_mask=True)
+    changes = {4: {"a": 0.1, "b": 0.9}}
+    train_config = {"steps": 12, "eval_every": 6, "checkpoint_every": 6, "compute_dtype": "float64", "seq_len": 48}
+    run = text_run(replace(config, mixture_changes=changes), tmp_path / "run", **train_config)
+    train(run, BACKENDS["jax"])
+    train_until(run, BACKENDS["torch"], 7)
+    train(run, BACKENDS["torch"])
+    losses = {framework: losses_of(tmp_path / "run", framework) for framework in BACKENDS}
+    assert len(losses["jax"]) >= 12
+    assert np.abs(losses["jax"] / losses["torch"] - 1).max() <= 1e-11
+    assert metrics_of(tmp_path / "run", "jax")[-1]["bits_per_byte"] > 0
+
+    plain = text_run(replace(config, document_mask=False), tmp_path / "plain", **train_config)
+    train(plain, BACKENDS["torch"])
+    assert np.abs(losses["torch"] / losses_of(tmp_path / "plain", "torch") - 1).max() > 1e-6, "the mask has an effect"
+
+
+def test_only_the_future_of_a_mixture_can_change(folders: Path, tmp_path: Path) -> None:
+    data = DataConfig("unused", str(folders), mixture={"a": 0.5, "b": 0.5}, mixture_changes={2: {"a": 1, "b": 1}})
+    run = text_run(data, tmp_path / "run", steps=6, eval_every=6, checkpoint_every=3)
+    train_until(run, BACKENDS["torch"], 3)
+    for changes in (None, {1: {"a": 1.0, "b": 3.0}}, {2: {"a": 1.0, "b": 3.0}}):
+        with pytest.raises(InputError, match=r"(?s)steps that were trained already.*from step 3 on"):
+            train(replace(run, data=replace(data, mixture_changes=changes)), BACKENDS["torch"])
+    with pytest.raises(InputError, match=r"data\.mixture: "):
+        train(replace(run, data=replace(data, mixture={"a": 0.4, "b": 0.6})), BACKENDS["torch"])
+    later = replace(data, mixture_changes={2: {"a": 1, "b": 1}, 4: {"a": 0.0, "b": 1.0}})
+    train(replace(run, data=later), BACKENDS["torch"])
+
+
+def test_bad_mixtures(folders: Path, data_config: DataConfig, tmp_path: Path) -> None:
+    for more, message in (
+        ({"mixture": {"a": -1.0, "b": 1.0}}, "out of range"),
+        ({"mixture": {"a": 0.0}}, "out of range"),
+        ({"mixture": {"a": 1.0}, "mixture_changes": {5: {"b": 1.0}}}, "does not fit"),
+        ({"mixture": {"a": 1.0}, "mixture_changes": {0: {"a": 1.0}}}, "does not fit"),
+        ({"mixture_changes": {5: {"b": 1.0}}}, "does not fit"),
+    ):
+        with pytest.raises(InputError, match=message):
+            DataConfig("unused", str(folders), **more)
+    with pytest.raises(InputError, match="not a folder of prepared data"):
+        open_data(DataConfig("unused", str(folders), mixture={"a": 1.0, "none": 1.0}), TINY.vocab_size)
+    (tmp_path / "a").symlink_to(folders / "a")
+    (tmp_path / "other").symlink_to(data_config.dir)
+    changed = PreparedData(tmp_path / "a", TINY.vocab_size)
+    changed.index["tokenizer_sha256"] = "0" * 64
+    with pytest.raises(InputError, match="different tokenizers"):
+        Mixture({"a": changed, "other": PreparedData(tmp_path / "other", TINY.vocab_size)}, [Phase(0, (5000, 5000))])
