@@ -7,6 +7,7 @@ input, and answers each on its standard output. It ends when its input ends, so 
 import hashlib
 import io
 import json
+import os
 import pickle
 import re
 import signal
@@ -24,7 +25,7 @@ from minillm_core.data.chunks import CHUNK_BYTES, Chunk
 from minillm_core.data.documents import Format, Piece, read_piece
 from minillm_core.data.sources import Source
 from minillm_core.errors import InputError
-from minillm_core.files import replace_file
+from minillm_core.files import flush
 from minillm_core.text.tokenizer_json import load_tokenizer
 
 BEGINS, ENDS, BAD = 1, 2, 4
@@ -154,7 +155,16 @@ def write_block(path: Path, block: Block) -> None:
     content = io.BytesIO()
     problems = np.frombuffer(json.dumps(block.problems).encode(), np.uint8)
     np.savez(content, tokens=block.tokens, rows=block.rows, problems=problems)
-    replace_file(path, content.getvalue())
+    # With the number of the process: a worker whose parent was killed may still write the same block.
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_bytes(content.getvalue())
+    flush(partial)
+    partial.replace(path)
+
+
+def finished_blocks(folder: Path) -> list[Path]:
+    """The blocks in a folder, in the order of their text."""
+    return sorted((path for path in folder.iterdir() if not path.name.startswith(".")), key=lambda path: path.name)
 
 
 def read_block(path: Path, *, tokens: bool = True) -> Block:

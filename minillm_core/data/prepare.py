@@ -19,7 +19,7 @@ import numpy as np
 from minillm_core.data.assemble import DROPPED, TRAIN, VAL, Holdout, assign, write_shards
 from minillm_core.data.chunks import CHUNK_BYTES
 from minillm_core.data.documents import PLAIN, Format, Piece
-from minillm_core.data.encode import Work, read_block
+from minillm_core.data.encode import Work, finished_blocks, read_block
 from minillm_core.data.pieces import is_stream, pieces_of
 from minillm_core.data.prepared import INDEX
 from minillm_core.data.sources import Source
@@ -73,6 +73,8 @@ def prepare(plan: Plan, out: Path, *, n_workers: int = 1, on_progress: Progress 
         InputError: `out` exists; a source cannot be read, or a document in it (unless `skip_bad`); no document is left
             for one of the splits; an earlier call with a different plan was not finished.
     """
+    if out.exists():  # of a process that was killed at the very end
+        shutil.rmtree(beside(out, "partial"), ignore_errors=True)
     refuse_existing(out)
     if not plan.sources:
         raise InputError("no input", expected="files, folders or patterns")
@@ -104,7 +106,7 @@ def carry_out(
             (partial / PART).write_text(json.dumps(problems), encoding="utf-8")
             commit_folder(partial, real_path(out))
         else:
-            _assemble(plan, sorted((partial / "blocks").iterdir()), problems, partial / "data")
+            _assemble(plan, finished_blocks(partial / "blocks"), problems, partial / "data")
             commit_folder(partial / "data", real_path(out))
             shutil.rmtree(partial)
 
@@ -338,7 +340,8 @@ def merge(parts: Sequence[Path], out: Path) -> None:
         found[i] = folder
     if missing := [f"{i + 1}/{n}" for i in range(n) if i not in found]:
         raise InputError("parts are missing", expected=f"{n} parts", found=f"no part {', '.join(missing)}")
-    blocks = sorted((path for folder in parts for path in (folder / "blocks").iterdir()), key=lambda path: path.name)
+    blocks = [path for folder in parts for path in finished_blocks(folder / "blocks")]
+    blocks.sort(key=lambda path: path.name)
     partial = beside(out, "partial")
     make_folder(partial.parent)
     with lock(beside(out, "lock")), named_if_it_fails(out):

@@ -1,0 +1,74 @@
+"""Preparations that are killed: the same command continues, and nothing tells the result from an undisturbed one."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from minillm_core.config import DataConfig
+from minillm_core.data.corpus import list_documents
+from minillm_core.data.pieces import text_chunks
+from minillm_core.text.tokenizer import Tokenizer
+from parity_tests.commands import environment
+from parity_tests.test_prepare import files_of
+
+pytestmark = pytest.mark.faults
+
+KILLS = 20
+
+
+def start(home: Path, tokenizer: Tokenizer, out: str, n_workers: int) -> subprocess.Popen[bytes]:
+    options = ["--tokenizer", str(tokenizer.path), "--out", out, "--workers", str(n_workers), "--holdout", "0.1"]
+    command = [sys.executable, "-m", "minillm_cli", "prepare", "in.jsonl", *options]
+    log = (home / "log").open("a", encoding="utf-8")
+    with log:
+        return subprocess.Popen(command, cwd=home, env=environment(), stdout=log, stderr=log)
+
+
+def workers_of(home: Path) -> list[int]:
+    """The worker processes in this folder that still run."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            is_worker = b"minillm_core.data.encode" in (folder / "cmdline").read_bytes()
+            if is_worker and os.readlink(folder / "cwd") == str(home):
+                found.append(int(folder.name))
+        except OSError:
+            continue  # it has ended
+    return found
+
+
+def test_random_kills(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    with (tmp_path / "in.jsonl").open("w", encoding="utf-8") as file:
+        for source in list_documents(DataConfig("sotu", "unused")):
+            file.write(json.dumps({"text": "".join(text_chunks(source))}) + "\n")
+    undisturbed = start(tmp_path, tokenizer, "whole", 2)
+    assert undisturbed.wait() == 0
+    expected = files_of(tmp_path / "whole")
+    rng, kills, finished, partly = random.Random(0), 0, 0, 0
+    while kills < KILLS:
+        out = f"out{finished}"
+        process = start(tmp_path, tokenizer, out, 1 + finished % 4)
+        try:
+            assert process.wait(timeout=rng.uniform(0.5, 1.7)) == 0, (tmp_path / "log").read_text()
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            kills += 1
+            partly += any((tmp_path / f".{out}.partial/blocks").glob("*"))
+            pauses = iter(range(100))
+            while workers_of(tmp_path):  # they finish their block first
+                assert next(pauses, None) is not None, "a worker outlives its parent"
+                time.sleep(0.1)
+        if (tmp_path / out).exists():
+            assert files_of(tmp_path / out) == expected
+            finished += 1
+    last = start(tmp_path, tokenizer, f"out{finished}", 4)
+    assert last.wait() == 0
+    assert files_of(tmp_path / f"out{finished}") == expected
+    assert partly > 3, "the kills were too early to show anything"
