@@ -8,6 +8,7 @@ from typing import Literal
 from minillm_cli.backends import load_backend
 from minillm_cli.console import command_line, parse_run_config, print_stream, say
 from minillm_core.config import RunConfig
+from minillm_core.interop.initial import with_initial_checkpoint
 from minillm_core.text.tokenizer_json import load_tokenizer
 from minillm_core.training.backend import Backend
 from minillm_core.training.train import train
@@ -36,8 +37,8 @@ def main_in(framework: str) -> None:
 def train_and_sample(config: RunConfig, framework: str) -> None:
     """Trains, then prints a sample to stdout and the next commands to stderr."""
     backend = load_backend(framework)
-    checkpoint = train(config, backend)
-    print_sample(checkpoint, config, backend)
+    checkpoint = train(with_initial_checkpoint(config, backend), backend)
+    print_sample(checkpoint, backend)
     run, other = config.train.out_dir, "torch" if framework == "jax" else "jax"
     say("\nnext:")
     commands = [
@@ -50,9 +51,10 @@ def train_and_sample(config: RunConfig, framework: str) -> None:
         say(f"  {command_line(command)}")
 
 
-def print_sample(checkpoint: Path, config: RunConfig, backend: Backend) -> None:
+def print_sample(checkpoint: Path, backend: Backend) -> None:
     say("\na sample of the trained model (temperature 0.8, top-p 0.95; greedy decoding would repeat itself):\n")
-    generator = backend.Generator(backend.load(checkpoint), load_tokenizer(checkpoint, config.model.vocab_size))
-    room = config.model.context_length - len(generator.tokenizer.encode(SAMPLE_PROMPT, bos=True))
+    model = backend.load(checkpoint)
+    generator = backend.Generator(model, load_tokenizer(checkpoint, model.config.vocab_size))
+    room = model.config.context_length - len(generator.tokenizer.encode(SAMPLE_PROMPT, bos=True))
     stream = generator.stream(SAMPLE_PROMPT, max_new_tokens=min(120, room), temperature=0.8, top_p=0.95)
     print_stream(SAMPLE_PROMPT, stream)

@@ -36,7 +36,7 @@ WandbMode = Literal["disabled", "offline", "online"]
 FREE_TO_CHANGE = {
     *(f"data.{name}" for name in ("corpus", "dir", "mixture_changes")),
     *(f"train.{name}" for name in ("out_dir", "checkpoint_every", "keep_last", "nonfinite", "final_eval_batches")),
-    *(f"train.{name}" for name in ("tensorboard", "wandb")),
+    *(f"train.{name}" for name in ("init_from", "tensorboard", "wandb")),
 }
 """Fields that may change when a run is resumed: no number logged before depends on them. (The data is identified by its
 hash, not by its place. Of the changes of a mixture, only future ones: `require_same_past`.)"""
@@ -228,6 +228,9 @@ class TrainConfig:
     """Sequences per step, over all accumulated micro-batches."""
     seq_len: int
     """Predicted tokens per sequence."""
+    init_from: str | None = None
+    """A checkpoint whose weights, model and tokenizer a new run starts with, instead of `model` and random weights: a
+    run or, for the command line, anything that can be converted."""
     grad_accum: int = 1
     """Micro-batches per step."""
     remat: bool = False
@@ -262,7 +265,7 @@ class TrainConfig:
     when a run begins, and the run keeps that dtype. Parameters are float32 (float64 in a float64 run)."""
 
     def __post_init__(self) -> None:
-        expand_home(self, "out_dir")
+        expand_home(self, "out_dir", *(["init_from"] if self.init_from is not None else []))
         counts = ("steps", "batch_size", "seq_len", "grad_accum", "log_every", "eval_every", "eval_batches")
         require_positive("train", self, *counts, "checkpoint_every")
         if self.final_eval_batches is not None:

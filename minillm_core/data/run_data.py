@@ -17,7 +17,7 @@ from minillm_core.data.prepare import Plan, carry_out
 from minillm_core.data.prepared import INDEX, OLD_INDEX, SPLITS, PreparedData, redo_hint
 from minillm_core.errors import InputError
 from minillm_core.files import beside, lock, make_folder, replace_file
-from minillm_core.text.tokenizer import TOKENIZER_MODEL
+from minillm_core.text.tokenizer import TOKENIZER_MODEL, hash_tokenizer
 from minillm_core.text.train_tokenizer import train_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -26,17 +26,29 @@ WORKER_BYTES = 32 << 20
 """Text that is worth the start of one more process."""
 
 
-def open_or_prepare(config: DataConfig, vocab_size: int) -> PreparedData | Mixture:
-    """The prepared data of a corpus. Prepares it if it is missing, then compares every file with its hash.
+def open_or_prepare(config: DataConfig, vocab_size: int, *, tokenizer: Path | None = None) -> PreparedData | Mixture:
+    """The prepared data of a configuration. Prepares its corpus if that is missing, then compares every file with its
+    hash.
+
+    Args:
+        tokenizer: a folder with the tokenizer to use; None: that of existing data, or a new one.
 
     Raises:
-        InputError: the corpus is unusable, the folder holds different data, or a file was changed.
+        InputError: the corpus is unusable, the folder holds different data, or a file was changed; the data has a
+            different tokenizer.
     """
     if config.mixture is None:
-        is_new = prepare_data(config, vocab_size)
+        is_new = prepare_data(config, vocab_size, tokenizer=tokenizer)
         logger.info(f"prepared {config.corpus} in {config.dir}" if is_new else f"found prepared data in {config.dir}")
     data = open_data(config, vocab_size)
     data.verify()
+    if tokenizer is not None and hash_tokenizer(tokenizer) != data.hashes()["tokenizer"]:
+        raise InputError(
+            "the data was prepared with a different tokenizer than that of the initial model",
+            expected=f"the tokenizer in {tokenizer}",
+            where=data.dir,
+            hint="choose a different --data.dir, to prepare the corpus with that tokenizer",
+        )
     return data
 
 
@@ -58,8 +70,11 @@ def open_data(config: DataConfig, vocab_size: int) -> PreparedData | Mixture:
     return Mixture(parts, phases)
 
 
-def prepare_data(config: DataConfig, vocab_size: int) -> bool:
+def prepare_data(config: DataConfig, vocab_size: int, *, tokenizer: Path | None = None) -> bool:
     """Trains the tokenizer and packs the corpus into `config.dir`, unless this has been done before.
+
+    Args:
+        tokenizer: a folder with the tokenizer to use; None: one is trained on the training text.
 
     Every document becomes BOS, its tokens, EOS. The folder appears only when it is complete.
 
@@ -77,15 +92,16 @@ def prepare_data(config: DataConfig, vocab_size: int) -> bool:
     with lock(beside(target, "lock"), wait=True), tempfile.TemporaryDirectory() as trained:
         if _is_prepared(target, config, vocab_size):
             return False
-        texts = (text for source in sources if source.split == "train" for text in text_chunks(source))
-        train_tokenizer(texts, vocab_size, Path(trained) / TOKENIZER_MODEL)
+        if tokenizer is None:
+            texts = (text for source in sources if source.split == "train" for text in text_chunks(source))
+            train_tokenizer(texts, vocab_size, Path(trained) / TOKENIZER_MODEL)
         about = {
             "corpus": config.corpus,
             "corpus_places": digest_of_places(sources),
             "corpus_sha256": digest_of_text(sources),
             "holdout_every": config.holdout_every,
         }
-        plan = Plan(sources, Path(trained), vocab_size, holdout=Holdout(), about=tuple(about.items()))
+        plan = Plan(sources, tokenizer or Path(trained), vocab_size, holdout=Holdout(), about=tuple(about.items()))
         n_workers = max(1, min(len(os.sched_getaffinity(0)), sum(source.n_bytes for source in sources) // WORKER_BYTES))
         carry_out(plan, target, restart=True, n_workers=n_workers)
     return True

@@ -18,7 +18,7 @@ from minillm_core.files import flush
 from minillm_core.interrupt import StopRequest
 from minillm_core.model.params import count_params
 from minillm_core.training.backend import Backend, State, StepMetrics
-from minillm_core.training.checkpoints import CheckpointInfo, CheckpointWriter, read_info
+from minillm_core.training.checkpoints import CheckpointInfo, CheckpointWriter, TrainingState, read_info
 from minillm_core.training.evaluation import evaluate
 from minillm_core.training.metrics import MetricsLog, Row, bits_per_byte, losses_by_step, perplexity
 from minillm_core.training.plots import plot_loss
@@ -33,8 +33,11 @@ MAX_SKIPS = 20
 logger = logging.getLogger(__name__)
 
 
-def run_to_end(run: RunDirectory, backend: Backend, data: TrainingData) -> Path:
+def run_to_end(run: RunDirectory, backend: Backend, data: TrainingData, init: Path | None = None) -> Path:
     """Trains a run to its last step, from the newest good checkpoint or the initial weights.
+
+    Args:
+        init: the checkpoint that has the initial weights; None: random ones.
 
     Returns:
         the final checkpoint.
@@ -47,11 +50,11 @@ def run_to_end(run: RunDirectory, backend: Backend, data: TrainingData) -> Path:
         run.opened(data.dir, data.hashes()),
         CheckpointWriter(run.path / backend.FRAMEWORK / "checkpoints", run.config.train.keep_last) as writer,
     ):
-        return _Loop(run.config, backend, data, writer, stop).run_to_end()
+        return _Loop(run.config, backend, data, writer, stop, init).run_to_end()
 
 
 def initial_or_newest(
-    config: RunConfig, backend: Backend, data: TrainingData, writer: CheckpointWriter
+    config: RunConfig, backend: Backend, data: TrainingData, writer: CheckpointWriter, init: Path | None = None
 ) -> tuple[State, int]:
     """The state to start from, and its step: the newest good checkpoint, or the initial weights.
 
@@ -62,6 +65,10 @@ def initial_or_newest(
     newest = writer.newest_good()
     for problem in writer.damaged.values():
         logger.warning(f"skipping a damaged checkpoint; resuming from the previous one: {problem}")
+    if newest is None and init is not None:
+        weights = backend.read_payload(init, read_info(init).config).weights
+        logger.info(f"starting with the weights of {init}")
+        return backend.import_state(config, TrainingState(weights, {}, {}), 0), 0
     if newest is None:
         return backend.init_state(config), 0
     info = read_info(newest)
@@ -80,11 +87,17 @@ class _Loop:
     """The part of a run that one process does: from the current step to the last one, or until a stop request."""
 
     def __init__(
-        self, config: RunConfig, backend: Backend, data: TrainingData, writer: CheckpointWriter, stop: StopRequest
+        self,
+        config: RunConfig,
+        backend: Backend,
+        data: TrainingData,
+        writer: CheckpointWriter,
+        stop: StopRequest,
+        init: Path | None,
     ):
         self.config, self.backend, self.data, self.writer, self.stop = config, backend, data, writer, stop
         self.folder = writer.folder.parent
-        self.state, self.step = initial_or_newest(config, backend, data, writer)
+        self.state, self.step = initial_or_newest(config, backend, data, writer, init)
         self.updates = 0
         """Adam's count after the last step whose metrics were read."""
         self.saved_step = self.step

@@ -71,8 +71,8 @@ def find_run(config: RunConfig, auto_dtype: str) -> RunDirectory:
     path = Path(config.train.out_dir)
     _require_run_or_nothing(path)
     if "weights" in (_known_hashes(path / RUN_RECORD) or {}):
-        problem, hint = "the run holds an imported model, which cannot be trained", "use a different run directory"
-        raise InputError(problem, where=path, hint=f"{hint} (--train.out_dir)")
+        hint = f"train a new run (--train.out_dir) that starts from it: --train.init_from {path}"
+        raise InputError("the run holds an imported model", where=path, hint=hint)
     known = saved_config(path)
     config = resolve_compute_dtype(config, known, auto_dtype)
     if known is not None:
