@@ -23,7 +23,7 @@ from minillm_core.files import is_disk_full, owner
 C = TypeVar("C", bound=RunConfig)
 T = TypeVar("T")
 
-SCRIPTS = {"prepare": "prepare_data", "compare-runs": "compare_runs", "train-tokenizer": "train_tokenizer"}
+SCRIPTS = {"prepare": "prepare_data"}
 """Commands whose script has a different name."""
 
 _started_as_script = False
@@ -55,7 +55,7 @@ def command_line(command: Sequence[str]) -> str:
         at = arguments.index("--backend")
         name = f"train_{arguments[at + 1]}"
         del arguments[at : at + 2]
-    return shlex.join(["python", f"scripts/{SCRIPTS.get(name, name)}.py", *arguments])
+    return shlex.join(["python", f"scripts/{SCRIPTS.get(name, name.replace('-', '_'))}.py", *arguments])
 
 
 class _Console(logging.Handler):

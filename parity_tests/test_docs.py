@@ -115,6 +115,8 @@ def check_result(script: str, arguments: list[str], home: Path, done: Done) -> N
     options = {word: value for word, value in pairwise([*arguments, ""]) if word.startswith("--")}
     out = done.stdout
     match "tokenizer" if script == "train_tokenizer" else script.split("_")[0]:
+        case "inspect":
+            assert "all files are intact" in out
         case "tokenizer":
             assert out == "my.model: 1000 pieces\n"
         case "train":

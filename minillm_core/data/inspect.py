@@ -1,0 +1,95 @@
+"""What is in a folder of prepared data: sizes, lengths of documents, sources, samples, damage."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from minillm_core.data.assemble import DOCUMENT
+from minillm_core.data.prepared import SPLITS, PreparedData
+from minillm_core.files import hash_file
+
+SAMPLE_TOKENS = 80
+"""Tokens of a sample."""
+
+
+@dataclass(frozen=True)
+class SplitReport:
+    n_tokens: int
+    n_bytes: int
+    lengths: np.ndarray
+    """Tokens of each document, with those that begin and end it; empty for data of version 0.1."""
+    tokens_of_source: dict[str, int]
+    samples: tuple[str, ...]
+    """The beginnings of documents that are spread evenly over the split."""
+
+
+@dataclass(frozen=True)
+class DataReport:
+    folder: Path
+    splits: dict[str, SplitReport]
+    damaged: tuple[Path, ...]
+    """Files whose content differs from their hash."""
+    n_skipped: int
+    """Documents that could not be used when the data was prepared."""
+
+
+def inspect_data(
+    folder: str | Path, n_samples: int = 3, on_progress: Callable[[int, int], None] = lambda done, total: None
+) -> DataReport:
+    """Reads a folder of prepared data and compares every file with its hash.
+
+    Args:
+        n_samples: documents of each split to decode.
+        on_progress: called with the number of bytes that were compared, and of all.
+
+    Raises:
+        InputError: the folder is not one of prepared data, or files are missing or truncated.
+    """
+    data = PreparedData(folder, None)
+    files = [pair for split in data.splits.values() for pair in zip(split.files, split.hashes, strict=True)]
+    total, done = sum(file.path.stat().st_size for file, _ in files), 0
+    damaged = []
+    for file, digest in files:
+        if hash_file(file.path) != digest:
+            damaged.append(file.path)
+        done += file.path.stat().st_size
+        on_progress(done, total)
+    splits = {split: _inspect_split(data, split, n_samples) for split in SPLITS}
+    return DataReport(data.dir, splits, tuple(damaged), data.index.get("skipped", {}).get("n_documents", 0))
+
+
+def _inspect_split(data: PreparedData, split: str, n_samples: int) -> SplitReport:
+    path = data.dir / f"{split}.documents"
+    documents = np.memmap(path, DOCUMENT, mode="r") if path.is_file() else np.empty(0, DOCUMENT)
+    stops = documents["stop"].astype(np.int64)
+    starts = np.concatenate([[0], stops[:-1]]) if len(stops) else np.array([0])
+    names = [source["path"] for source in data.index.get("sources", [])]
+    counts = np.bincount(documents["source"].astype(np.int64), stops - starts[: len(stops)], minlength=len(names))
+    chosen = starts[np.unique(np.linspace(0, len(starts) - 1, n_samples).astype(int))] if n_samples else []
+    tokenizer, samples = data.tokenizer, []
+    for start in map(int, chosen):
+        stop = int(stops[np.searchsorted(stops, start, side="right")]) if len(stops) else data.n_tokens(split)
+        samples.append(tokenizer.decode(data.tokens[split][start : min(stop, start + SAMPLE_TOKENS)].tolist()))
+    own: dict[str, int] = {}
+    for name, count in zip(names, counts.tolist(), strict=False):
+        own[name] = own.get(name, 0) + int(count)  # a file that was cut into two sources
+    return SplitReport(
+        data.n_tokens(split), data.splits[split].n_bytes, stops - starts[: len(stops)], own, tuple(samples)
+    )
+
+
+def plot_lengths(report: DataReport, picture: Path) -> None:
+    """Draws histograms of the lengths of the documents, as a PNG."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    longest = max((split.lengths.max(initial=2) for split in report.splits.values()), default=2)
+    bins = np.geomspace(1, longest + 1, 50).tolist()
+    for name, split in report.splits.items():
+        axes.hist(split.lengths, bins=bins, alpha=0.6, label=f"{name}: {len(split.lengths):,} documents")
+    axes.set(xscale="log", yscale="log", xlabel="tokens of a document", ylabel="documents")
+    axes.legend()
+    figure.savefig(picture, format="png", dpi=120)
