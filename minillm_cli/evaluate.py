@@ -1,12 +1,13 @@
 """Loss, perplexity and bits per byte of any checkpoint on a prepared split."""
 
+from dataclasses import replace
 from typing import Annotated, Literal
 
 import tyro
 
 from minillm_cli.backends import load_backend
 from minillm_cli.console import parse, say
-from minillm_core.data.prepared import PreparedData
+from minillm_core.data.run_data import open_data
 from minillm_core.decoding.scoring import score_split
 from minillm_core.text.tokenizer_json import load_tokenizer
 from minillm_core.training.checkpoints import find_checkpoint, read_info
@@ -38,7 +39,8 @@ def evaluate(
     framework = load_backend(backend)
     checkpoint = find_checkpoint(path, backend)
     config = read_info(checkpoint).config
-    data = PreparedData(data_dir or config.data.dir, config.model.vocab_size)
+    given = None if data_dir is None else replace(config.data, dir=data_dir, mixture=None, mixture_changes=None)
+    data = open_data(given or config.data, config.model.vocab_size)
     length = config.train.seq_len if seq_len is None else seq_len
     tokenizer = load_tokenizer(checkpoint, config.model.vocab_size)
     generator = framework.Generator(framework.load(checkpoint, dtype), tokenizer)
@@ -46,4 +48,5 @@ def evaluate(
     loss = score_split(generator, data, split, length)
     print(f"loss {loss:.6f} nats per token")
     print(f"perplexity {perplexity(loss):.4f}")
-    print(f"bits_per_byte {bits_per_byte(loss, data.tokens_per_byte(split)):.6f}")
+    if (per_byte := data.tokens_per_byte(split)) is not None:
+        print(f"bits_per_byte {bits_per_byte(loss, per_byte):.6f}")

@@ -45,7 +45,7 @@ def inspect_folder(
 def text_of(report: DataReport) -> str:
     lines = [str(report.folder)]
     for name, split in report.splits.items():
-        lines += ["", f"{name}: {split.n_tokens:,} tokens of {split.n_bytes:,} bytes", *_lengths(split)]
+        lines += ["", f"{name}: {split.n_tokens:,} tokens of {split.n_bytes or 0:,} bytes", *_lengths(split)]
         if not split.n_tokens:
             continue
         sources = sorted(split.tokens_of_source.items(), key=lambda item: -item[1])

@@ -16,8 +16,11 @@ from minillm_core.data.mixture import PERIOD, Mixture, Phase, shares_of
 from minillm_core.data.prepare import prepare
 from minillm_core.data.prepared import PreparedData
 from minillm_core.data.run_data import open_data
+from minillm_core.decoding.scoring import score_split
 from minillm_core.errors import InputError
 from minillm_core.text.tokenizer import EOS_ID, Tokenizer
+from minillm_core.text.tokenizer_json import load_tokenizer
+from minillm_core.training.checkpoints import find_checkpoint
 from minillm_core.training.train import train
 from parity_tests.conftest import BACKENDS, TINY, losses_of, metrics_of, text_run, train_until
 from parity_tests.test_prepare import plan_for
@@ -139,6 +142,13 @@ def test_both_frameworks_have_the_same_curve(folders: Path, tmp_path: Path) -> N
     assert len(losses["jax"]) >= 12
     assert np.abs(losses["jax"] / losses["torch"] - 1).max() <= 1e-11
     assert metrics_of(tmp_path / "run", "jax")[-1]["bits_per_byte"] > 0
+
+    # the evaluation of a checkpoint scores each document alone
+    backend, last = BACKENDS["torch"], metrics_of(tmp_path / "run", "torch")[-1]
+    checkpoint = find_checkpoint(tmp_path / "run", "torch")
+    generator = backend.Generator(backend.load(checkpoint, "float64"), load_tokenizer(checkpoint, TINY.vocab_size))
+    loss = score_split(generator, open_data(run.data, TINY.vocab_size), "val", 48)
+    assert loss == pytest.approx(last["loss"], rel=1e-12)
 
     plain = text_run(replace(config, document_mask=False), tmp_path / "plain", **train_config)
     train(plain, BACKENDS["torch"])

@@ -17,7 +17,7 @@ SAMPLE_TOKENS = 80
 @dataclass(frozen=True)
 class SplitReport:
     n_tokens: int
-    n_bytes: int
+    n_bytes: int | None
     lengths: np.ndarray
     """Tokens of each document, with those that begin and end it; empty for data of version 0.1."""
     tokens_of_source: dict[str, int]

@@ -79,9 +79,10 @@ class Mixture(TrainingData):
     def n_tokens(self, split: str) -> int:
         return sum(data.n_tokens(split) for data in self.parts.values())
 
-    def tokens_per_byte(self, split: str) -> float:
-        n_targets = sum(data.n_targets(split) for data in self.parts.values())
-        return n_targets / sum(data.splits[split].n_bytes for data in self.parts.values())
+    def tokens_per_byte(self, split: str) -> float | None:
+        sizes = [data.splits[split].n_bytes for data in self.parts.values()]
+        n_bytes = sum(size for size in sizes if size is not None)
+        return None if None in sizes else sum(data.n_targets(split) for data in self.parts.values()) / n_bytes
 
     def train_rows(self, numbers: np.ndarray, batch_size: int, seq_len: int, seed: int) -> np.ndarray:
         """The rows of a folder are those that it would give alone, in their order."""

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from minillm_core.data.batches import Batch
+from minillm_core.data.foreign_tokens import foreign_index
 from minillm_core.data.order import permute
 from minillm_core.data.token_files import TokenFile, TokenFiles
 from minillm_core.data.training_data import TrainingData
@@ -44,8 +45,8 @@ class Split:
     files: tuple[TokenFile, ...]
     hashes: tuple[str, ...]
     """SHA-256 of each file."""
-    n_bytes: int
-    """Bytes of the text."""
+    n_bytes: int | None
+    """Bytes of the text; None if they are not known (token files of other projects)."""
 
     @property
     def hash(self) -> str:
@@ -70,15 +71,18 @@ class PreparedData(TrainingData):
         self.dir = user_path(folder)
         redo = redo_hint(self.dir)
         path = self.dir / INDEX if (self.dir / INDEX).is_file() else self.dir / OLD_INDEX
-        if not path.is_file():
+        foreign = None
+        if not path.is_file() and vocab_size is not None:
+            foreign = foreign_index(self.dir, SPLITS, vocab_size)
+        if not path.is_file() and foreign is None:
             hint = "choose a different folder for the prepared data"
             if not self.dir.exists():
                 hint = "check the path, or prepare the data first"
             raise InputError("not a folder of prepared data", expected=INDEX, where=self.dir, hint=hint)
         try:
-            self.index: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            self.index: dict[str, Any] = foreign or json.loads(path.read_text(encoding="utf-8"))
             version, found = self.index["format_version"], self.index["vocab_size"]
-            if version != (2 if path.name == INDEX else 1):
+            if version != (0 if foreign else 2 if path.name == INDEX else 1):
                 raise ValueError(f"format version {version}")
             self.splits = {split: self._described(split) for split in SPLITS}
             dtype = str(np.dtype(self.index["dtype"]))
@@ -95,7 +99,7 @@ class PreparedData(TrainingData):
     def _described(self, split: str) -> Split:
         described = self.index[split]
         shards = described.get("shards") or [{**described, "name": f"{split}.bin"}]  # format 1 has one file
-        if described["n_bytes"] < 1:
+        if described["n_bytes"] is not None and described["n_bytes"] < 1:
             raise ValueError("n_bytes is not positive")
         files = tuple(TokenFile(self.dir / shard["name"], int(shard["n_tokens"])) for shard in shards)
         return Split(files, tuple(shard["sha256"] for shard in shards), described["n_bytes"])
@@ -141,9 +145,9 @@ class PreparedData(TrainingData):
             )
         return self.n_tokens(split) - int(n_documents)
 
-    def tokens_per_byte(self, split: str) -> float:
-        """Predicted tokens per byte of the split's text: the factor from nats per token to nats per byte."""
-        return self.n_targets(split) / self.splits[split].n_bytes
+    def tokens_per_byte(self, split: str) -> float | None:
+        n_bytes = self.splits[split].n_bytes
+        return None if n_bytes is None else self.n_targets(split) / n_bytes
 
     def train_rows(self, numbers: np.ndarray, batch_size: int, seq_len: int, seed: int) -> np.ndarray:
         """The split is cut into windows of seq_len tokens; each epoch visits every window once, in an order drawn from

@@ -116,8 +116,8 @@ def _is_prepared(target: Path, config: DataConfig, vocab_size: int) -> bool:
     if not target.exists():
         return False
     existing = PreparedData(target, vocab_size).index
-    if existing["format_version"] > 1 and "corpus_sha256" not in existing:
-        return True  # prepared from inputs, with `prepare`
+    if existing["format_version"] != 1 and "corpus_sha256" not in existing:
+        return True  # prepared from inputs, with `prepare`, or by another project
     if existing.get("holdout_every") != config.holdout_every:
         raise InputError(
             "the folder was prepared with a different holdout_every",

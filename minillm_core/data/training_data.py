@@ -39,8 +39,9 @@ class TrainingData(ABC):
     def n_tokens(self, split: str) -> int: ...
 
     @abstractmethod
-    def tokens_per_byte(self, split: str) -> float:
-        """Predicted tokens per byte of the split's text: the factor from nats per token to nats per byte."""
+    def tokens_per_byte(self, split: str) -> float | None:
+        """Predicted tokens per byte of the split's text: the factor from nats per token to nats per byte. None if the
+        size of the text is not known."""
 
     @abstractmethod
     def eval_batches(self, split: str, batch_size: int, seq_len: int, n_batches: int | None = None) -> Iterator[Batch]:

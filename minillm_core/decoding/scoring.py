@@ -7,7 +7,7 @@ import numpy as np
 from minillm_core.data.training_data import TrainingData
 from minillm_core.decoding.generation import BaseGenerator
 from minillm_core.errors import InputError
-from minillm_core.files import hash_file
+from minillm_core.text.tokenizer import hash_tokenizer
 
 ROWS = 64
 """Windows scored in one call."""
@@ -23,7 +23,7 @@ def score_split(generator: BaseGenerator, data: TrainingData, split: str, seq_le
     Raises:
         InputError: the data was made with a different tokenizer, or seq_len is longer than the context.
     """
-    if hash_file(generator.tokenizer.path) != data.hashes()["tokenizer"]:
+    if hash_tokenizer(generator.tokenizer.path.parent) != data.hashes()["tokenizer"]:
         raise InputError(
             "the tokenizer of the data differs from the model's",
             where=f"{data.dir / 'tokenizer.model'} and {generator.tokenizer.path}",
@@ -34,12 +34,11 @@ def score_split(generator: BaseGenerator, data: TrainingData, split: str, seq_le
         raise InputError("seq_len is out of range", expected=f"1 to {limit}, the context length", found=seq_len)
     sums, n_scored = [], 0
     for batch in data.eval_batches(split, ROWS, seq_len):
-        counts = (batch.weights_BT > 0).sum(axis=1)  # 0 for the padding, which is on the right
-        rows = [
-            [*tokens[:n], targets[n - 1]]
-            for tokens, targets, n in zip(batch.tokens_BT, batch.targets_BT, counts, strict=True)
-            if n
-        ]
+        rows = []
+        for tokens, targets, weights in zip(batch.tokens_BT, batch.targets_BT, batch.weights_BT, strict=True):
+            # Runs of targets that count: a row without its padding or, with a document mask, each of its documents.
+            edges = np.flatnonzero(np.diff(weights > 0, prepend=False, append=False))
+            rows += [[*tokens[a:b], targets[b - 1]] for a, b in edges.reshape(-1, 2).tolist()]
         scores = np.concatenate(generator.score(rows))
         sums.append(float(scores.sum(dtype=np.float64)))
         n_scored += len(scores)

@@ -239,8 +239,9 @@ class _Loop:
                 raise InputError(
                     f"step {step}: the held-out loss is not finite", found=loss, where=self.folder, hint=hint
                 )
-            compression = bits_per_byte(loss, self.data.tokens_per_byte("val"))
-            self._log(step, "val", loss, bits_per_byte=compression, perplexity=perplexity(loss))
+            per_byte = self.data.tokens_per_byte("val")
+            compression = {} if per_byte is None else {"bits_per_byte": bits_per_byte(loss, per_byte)}
+            self._log(step, "val", loss, **compression, perplexity=perplexity(loss))
             _report(self.log.rows)
             plot_loss(self.log.rows, self.folder / "loss.png")
 
@@ -264,7 +265,8 @@ def _report(rows: list[Row]) -> None:
         if row["loss"] is None:
             logger.info(f"step {row['step']:>6}  held-out loss is not finite")
             continue
+        compression = f"  {row['bits_per_byte']:.4f} bits per byte" if "bits_per_byte" in row else ""
         logger.info(
-            f"step {row['step']:>6}  held-out loss {row['loss']:.4f}  perplexity {row['perplexity'] or math.inf:.2f}  "
-            f"{row['bits_per_byte']:.4f} bits per byte"
+            f"step {row['step']:>6}  held-out loss {row['loss']:.4f}  perplexity {row['perplexity'] or math.inf:.2f}"
+            + compression
         )
