@@ -164,12 +164,12 @@ def _of_json(source: int, offset: int, line: bytes, field: str) -> Iterator[Chun
 
 
 def of_text(source: int, offset: int, text: Any) -> Iterator[Chunk]:
-    """A document from a value that should be a text."""
-    if not isinstance(text, str):
+    """A document from a value that should be a text, or its bytes."""
+    if not isinstance(text, (str, bytes)):
         yield bad(source, offset, f"the text is of the type {type(text).__name__}")
         return
     try:
-        data = text.encode()
+        data = text if isinstance(text, bytes) else text.encode()
     except UnicodeEncodeError:
         yield bad(source, offset, "half of a surrogate pair, which is not text")
         return
@@ -189,9 +189,19 @@ def _of_rows(piece: Piece, source: Source, column: str) -> Iterator[Chunk]:
         row = sum(file.metadata.row_group(group).num_rows for group in range(piece.start))
         groups = list(range(piece.start, piece.stop))
         for batch in file.iter_batches(ROWS, row_groups=groups, columns=[column]):
-            for text in batch.column(0).to_pylist():
+            for text in _values(batch.column(0)):
                 yield from of_text(piece.source, row, text)
                 row += 1
+
+
+def _values(column: Any) -> Iterator[Any]:
+    """The values of a column; texts as bytes, because they may not be UTF-8 in a damaged file."""
+    arrow = importlib.import_module("pyarrow")
+    if arrow.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    if arrow.types.is_string(column.type) or arrow.types.is_large_string(column.type):
+        column = column.cast(arrow.large_binary())
+    yield from column.to_pylist()
 
 
 @contextlib.contextmanager

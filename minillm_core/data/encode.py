@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from minillm_core.data.chunks import CHUNK_BYTES, Chunk
-from minillm_core.data.documents import Format, Piece, read_piece
+from minillm_core.data.documents import Format, Piece, bad, read_piece
 from minillm_core.data.sources import Source
 from minillm_core.errors import InputError
 from minillm_core.files import flush
@@ -99,7 +99,10 @@ class Encoder:
 
     def _read(self, piece: Piece) -> Iterator[Chunk]:
         source = self.work.sources[piece.source]
-        yield from read_piece(piece, self.work.sources, self.work.how)
+        try:
+            yield from read_piece(piece, self.work.sources, self.work.how)
+        except InputError as error:  # a damaged part of a parquet file
+            yield bad(piece.source, 0, " ".join(str(error).split()))
         if source.stamp() != self.work.stamps[piece.source]:
             hint = "give the command again when nothing writes to the file"
             raise InputError("a source changed while it was read", where=source.path, hint=hint)

@@ -1,7 +1,7 @@
 """Token files of other projects, which are trained on as they are: train.bin and val.bin in one folder.
 
-Alone, they hold 16-bit ids without a header, as those of nanoGPT and of the original Mini-LLM. With train.idx and val.idx,
-they are indexed datasets of Megatron-LM.
+Alone, they hold 16-bit ids without a header, as those of nanoGPT and of the original Mini-LLM. With train.idx and
+val.idx, they are indexed datasets of Megatron-LM.
 """
 
 import hashlib
