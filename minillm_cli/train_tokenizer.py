@@ -1,18 +1,29 @@
 """Trains a tokenizer on text: files, folders or patterns (.txt, .md, .jsonl, .parquet; also .gz, .xz, .zst)."""
 
-from collections.abc import Iterator
+import itertools
+import json
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 from tqdm import tqdm
 
-from minillm_cli.console import parse
+from minillm_cli.console import parse, say
 from minillm_core.data.documents import Format
 from minillm_core.data.pieces import text_chunks
-from minillm_core.data.sources import find_sources
-from minillm_core.files import output_file, written_aside
+from minillm_core.data.sources import Source, find_sources
+from minillm_core.errors import InputError
+from minillm_core.files import output_file, replace_file, user_path, written_aside
+from minillm_core.text.report import PAGE_BEGINS, as_rows, compare_tokenizers, html_page, text_table
 from minillm_core.text.tokenizer import Tokenizer
+from minillm_core.text.tokenizer_json import collect_tokenizer, load_tokenizer
 from minillm_core.text.train_tokenizer import train_tokenizer
+
+PROSE_CHARACTERS = 300_000
+"""Characters of the inputs on which tokenizers are compared."""
 
 
 def main() -> None:
@@ -22,13 +33,17 @@ def main() -> None:
 def train_tokenizer_on(
     inputs: tyro.conf.Positional[Annotated[tuple[str, ...], tyro.conf.arg(metavar="INPUT...")]],
     *,
-    out: str,
+    out: str | None = None,
     vocab_size: int = 32_000,
     kind: Literal["bpe", "unigram"] = "bpe",
     symbols: tuple[str, ...] = ("<user>", "<assistant>", "<system>"),
     text_field: str = "text",
+    report: tuple[str, ...] = (),
+    html: str | None = None,
+    as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
 ) -> None:
-    """Trains a SentencePiece tokenizer. The defaults are those of the original Mini-LLM.
+    """Trains a SentencePiece tokenizer, with the defaults of the original Mini-LLM; or, with --report, compares
+    tokenizers on the inputs, which they should not have been trained on.
 
     Args:
         inputs: files, folders or patterns.
@@ -37,9 +52,26 @@ def train_tokenizer_on(
         kind: merges of frequent pairs, or pieces of a unigram language model.
         symbols: texts that are always one piece, wherever they occur.
         text_field: field of a .jsonl line, or column of a .parquet file, with the text.
+        report: the tokenizers to compare: .model files, tokenizer.json files, or folders with one.
+        html: with --report, also write a page with the table and a picture; an existing page is replaced.
+        as_json: with --report, print JSON.
     """
-    path = output_file(out)
     sources = find_sources(inputs)
+    if report:
+        page = None if html is None else output_file(html, PAGE_BEGINS.encode())
+        if len({*report}) < len(report):
+            raise InputError("a tokenizer is given twice", found=", ".join(report))
+        prose = "".join(_first_texts(sources, Format(text_field), PROSE_CHARACTERS))
+        measured = compare_tokenizers({name: _opened(name) for name in report}, prose)
+        print(json.dumps(as_rows(measured), indent=1) if as_json else text_table(measured))
+        if page is not None:
+            replace_file(page, html_page(measured))
+            say(f"wrote {page}")
+        return
+    if out is None or html is not None or as_json:
+        expected = "--out FILE.model to train, or --report TOKENIZER... [--html FILE] [--json] to compare"
+        raise InputError("nothing to do with the inputs", expected=expected)
+    path = output_file(out)
     total = sum(source.n_bytes for source in sources)
 
     def texts() -> Iterator[str]:
@@ -51,3 +83,18 @@ def train_tokenizer_on(
     with written_aside(path) as partial:
         train_tokenizer(texts(), vocab_size, partial, kind=kind, symbols=symbols)
     print(f"{path}: {Tokenizer(path).vocab_size} pieces")
+
+
+def _first_texts(sources: Sequence[Source], how: Format, n: int) -> Iterator[str]:
+    """About the first n characters of the inputs."""
+    for text in itertools.chain.from_iterable(text_chunks(source, how) for source in sources):
+        yield text[:n]
+        n -= len(text)
+        if n <= 0:
+            return
+
+
+def _opened(path: str) -> Tokenizer:
+    with tempfile.TemporaryDirectory() as folder:
+        collect_tokenizer(user_path(path), Path(folder))
+        return load_tokenizer(folder, sys.maxsize)

@@ -1,6 +1,8 @@
 """Tokenizers trained on any text: lossless, of both kinds, in bounded memory."""
 
+import json
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from hypothesis import given, settings
@@ -8,9 +10,13 @@ from hypothesis import strategies as st
 
 from minillm_core.errors import InputError
 from minillm_core.text import train_tokenizer as module
+from minillm_core.text.report import compare_tokenizers
+from minillm_core.text.samples import SAMPLES
 from minillm_core.text.tokenizer import BOS_ID, EOS_ID, PAD_ID, UNK_ID, ModelProto, Tokenizer
 from minillm_core.text.train_tokenizer import Kind, sample_lines, train_tokenizer
 from parity_tests.commands import fails, succeeds_here
+from parity_tests.test_gguf_tokenizer import train
+from parity_tests.test_hf_tokenizer import byte_level
 
 HARD = [
     "",
@@ -93,3 +99,45 @@ def test_command(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     fails("the input does not exist", "train_tokenizer", "nowhere", "--out", "new.model", cwd=tmp_path)
     monkeypatch.setattr(module, "SAMPLE_BYTES", 20_000)
     succeeds_here("train_tokenizer", str(corpus), "--out", "small.model", "--vocab-size", "500", cwd=tmp_path)
+
+
+def test_report(corpus: Path, tmp_path: Path) -> None:
+    """BPE, Unigram and a foreign tokenizer on text of many kinds."""
+    files = sorted(corpus.iterdir())
+    texts = [file.read_text(encoding="utf-8") for file in files[1:]]
+    for kind in get_args(Kind):
+        train_tokenizer(texts, 600, tmp_path / f"{kind}.model", kind=kind)
+    (tmp_path / "foreign").mkdir()
+    byte_level(tmp_path / "foreign", 512)
+    options = ("--report", "bpe.model", "unigram.model", "foreign")
+    done = succeeds_here("train_tokenizer", str(files[0]), *options, "--html", "page.html", cwd=tmp_path)
+    header, *rows = done.stdout.splitlines()
+    assert header.split("  ")[0] == "sample"
+    assert len(rows) == 3 * 11
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert page.count("<tr>") == len(rows) + 1
+    assert "data:image/png;base64," in page
+
+    found = json.loads(succeeds_here("train_tokenizer", str(files[0]), *options, "--json", cwd=tmp_path).stdout)
+    by_name = {(row["tokenizer"], row["sample"]): row for row in found}
+    prose = files[0].read_text(encoding="utf-8")
+    bpe = Tokenizer(tmp_path / "bpe.model")
+    own = by_name["bpe.model", "prose"]
+    assert own["n_tokens"] == len(bpe.encode(prose))
+    assert (own["n_bytes"], own["n_words"]) == (len(prose.encode()), len(prose.split()))
+    for name in options[1:3]:
+        assert all(by_name[name, sample]["is_lossless"] for sample in ("prose", *SAMPLES)), name
+        assert by_name[name, "Chinese"]["n_partial"] > by_name[name, "Chinese"]["n_tokens"] / 2, "bytes of characters"
+        assert by_name[name, "prose"]["n_partial"] == by_name[name, "prose"]["n_unknown"] == 0
+    fails("given twice", "train_tokenizer", str(files[0]), "--report", "foreign", "foreign", cwd=tmp_path)
+    fails("nothing to do", "train_tokenizer", str(files[0]), cwd=tmp_path)
+    fails("no tokenizer", "train_tokenizer", str(files[0]), "--report", "none.model", cwd=tmp_path)
+
+
+def test_unknown_characters_are_counted(corpus: Path, tmp_path: Path) -> None:
+    """A tokenizer without byte fallback loses characters."""
+    lines = [line for file in sorted(corpus.iterdir()) for line in file.read_text(encoding="utf-8").split("\n") if line]
+    tokenizer = train(tmp_path, lines, byte_fallback=False)
+    (row,) = [m for m in compare_tokenizers({"x": tokenizer}, "text") if m.sample == "Korean"]
+    assert row.n_unknown > 0
+    assert not row.is_lossless

@@ -125,6 +125,7 @@ class Tokenizer:
         except RuntimeError as error:
             raise InputError("not a SentencePiece model", where=self.path, hint="prepare the data again") from error
         self.vocab_size: int = self._pieces.get_piece_size()
+        self.unknown_id: int | None = self._pieces.unk_id()
         self.bos_id: int = self._pieces.bos_id()
         self.eos_id: int = self._pieces.eos_id()
         self.adds_bos = self.bos_id >= 0 and settings.get("add_bos_token") is not False

@@ -53,6 +53,7 @@ class JsonTokenizer(Tokenizer):
         self._json.no_padding()
         self._json.encode_special_tokens = True  # text never yields special tokens; those are given as ids
         self.vocab_size = max(self.vocabulary().values()) + 1
+        self.unknown_id = self._named(json.loads(text)["model"].get("unk_token"))
         self.bos_id, self.eos_id = eos if bos is None else bos, eos
         self.end_ids = read_end_ids(self.path.parent, eos)
         with self._damage():
