@@ -26,9 +26,10 @@ from minillm_cli.console import parse, parse_run_config
 from minillm_core.config import RunConfig, preset_names
 from minillm_core.data.assemble import Holdout
 from minillm_core.data.documents import Format
+from minillm_core.data.merge import merge as join
 from minillm_core.data.mixture import Mixture
-from minillm_core.data.prepare import DEFAULT_HOLDOUT, Plan, prepare
-from minillm_core.data.prepare import merge as join
+from minillm_core.data.plan import DEFAULT_HOLDOUT, Plan
+from minillm_core.data.prepare import prepare
 from minillm_core.data.prepared import SPLITS, PreparedData
 from minillm_core.data.run_data import open_or_prepare
 from minillm_core.data.sources import find_sources

@@ -63,6 +63,19 @@ def test_a_corpus_that_is_gone(home: DataConfig, caplog: pytest.LogCaptureFixtur
         prepare_data(replace(home, corpus="elsewhere"), TINY.vocab_size)
 
 
+def as_version_0_1(folder: Path) -> None:
+    """Rewrites prepared data in the format of that version, which has no hash of the text."""
+    index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
+    meta = {name: index[name] for name in ("corpus", "holdout_every", "vocab_size", "dtype", "tokenizer_sha256")}
+    for split in ("train", "val"):
+        (shard,) = index[split]["shards"]
+        (folder / shard["name"]).rename(folder / f"{split}.bin")
+        meta[split] = {name: index[split][name] for name in ("n_tokens", "n_bytes")} | {"sha256": shard["sha256"]}
+        (folder / f"{split}.documents").unlink()
+    (folder / "meta.json").write_text(json.dumps({"format_version": 1} | meta), encoding="utf-8")
+    (folder / "index.json").unlink()
+
+
 @pytest.mark.parametrize("with_hash", [True, False])
 @pytest.mark.parametrize("what", ["longer", "one letter", "one file less"])
 def test_an_edited_corpus_is_refused(
@@ -70,9 +83,7 @@ def test_an_edited_corpus_is_refused(
 ) -> None:
     """Also data of version 0.1, which has no hash of the text, if the number of bytes differs."""
     if not with_hash:
-        meta = json.loads(Path("prepared/index.json").read_text(encoding="utf-8"))
-        del meta["corpus_sha256"], meta["corpus_places"]
-        Path("prepared/index.json").write_text(json.dumps(meta), encoding="utf-8")
+        as_version_0_1(Path("prepared"))
     assert not prepare_data(home, TINY.vocab_size)
     with monkeypatch.context() as patch:
         if with_hash:  # files that were not changed since are not read again
@@ -141,7 +152,7 @@ def test_documents_of_one_line_are_learnt_from(tmp_path: Path) -> None:
     assert PreparedData(config.dir, 300).index["train"]["n_bytes"] == 2 * len(line)
 
 
-def _refusing(folder: Path, scandir: Callable[..., Any]) -> Callable[..., Any]:
+def refusing(folder: Path, scandir: Callable[..., Any]) -> Callable[..., Any]:
     """os.scandir for a user without the permission to read a folder. (Root may read everything.)"""
 
     def refuse(path: Any) -> Any:
@@ -169,7 +180,7 @@ def test_every_file_is_read_or_named(
     assert [document.path.relative_to(folder).as_posix() for document in documents] == names
     assert f"left out 1 file(s) of the corpus that are not .txt, for example {folder / 'e.md'}" in caplog.text
     assert f"that are links to others, for example {folder / 'linked/d.txt'}" in caplog.text
-    monkeypatch.setattr(os, "scandir", _refusing(folder / "notes.txt", os.scandir))
+    monkeypatch.setattr(os, "scandir", refusing(folder / "notes.txt", os.scandir))
     with pytest.raises(PermissionError):
         list_documents(DataConfig(str(folder), "unused", holdout_every=2))
 
@@ -194,3 +205,12 @@ def test_advice_about_the_vocabulary_works(vocab_size: int, tmp_path: Path) -> N
     advice = str(refused.value).splitlines()[-1]
     assert ("raise" if vocab_size == 270 else "lower") in advice
     assert prepare_data(config, int("".join(filter(str.isdigit, advice))))
+
+
+def test_a_file_that_shrinks_does_not_hang(tmp_path: Path) -> None:
+    path = tmp_path / "text.txt"
+    path.write_text("text " * 100, encoding="utf-8")
+    documents = list_documents(DataConfig(str(path), "unused"))
+    path.write_text("text", encoding="utf-8")
+    with pytest.raises(InputError, match="changed while it was read"):
+        corpus_module.digest_of_text(documents)

@@ -3,6 +3,7 @@
 import gzip
 import json
 import lzma
+import os
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +23,7 @@ from minillm_core.data.documents import Format, read_piece
 from minillm_core.data.pieces import pieces_of
 from minillm_core.data.sources import Source, find_sources, source_of
 from minillm_core.errors import InputError
+from parity_tests.test_corpus import refusing
 
 COMPRESS: dict[str, Callable[[bytes], bytes]] = {
     "": bytes,
@@ -191,9 +193,12 @@ def test_inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.
 
     folder = [("b/sub/y.jsonl.gz", "jsonl", "gz"), ("b/x.txt", "text", ""), ("b/z.JSONL", "jsonl", "")]
     assert found("a.parquet", "b") == [("a.parquet", "parquet", ""), *folder]
-    assert "left out 1 file(s) of b with other endings, for example b/c.csv" in caplog.text
+    assert "left out 1 path(s) of b that are not files that end in .txt" in caplog.text
+    assert "for example b/c.csv" in caplog.text
     assert found("b/*.txt", "a.csv") == [("b/x.txt", "text", ""), ("a.csv", "text", "")]
     assert found("b/**/*.gz") == folder[:1]
+    assert found("b/*") == folder[1:]
+    assert "left out 2 path(s) of b/*" in caplog.text
     assert found("[x].txt") == [("[x].txt", "text", "")]
     for inputs, message in (
         (("b", "b/x.txt"), "given twice"),
@@ -203,3 +208,6 @@ def test_inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.
     ):
         with pytest.raises(InputError, match=message):
             find_sources(inputs)
+    monkeypatch.setattr(os, "scandir", refusing(Path("b/sub"), os.scandir))
+    with pytest.raises(PermissionError):
+        find_sources(["b"])

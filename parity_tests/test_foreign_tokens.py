@@ -68,7 +68,9 @@ def test_a_run_on_them(tokens: dict[str, np.ndarray], data_config: DataConfig, t
         train(text_run(data, tmp_path / "theirs", steps=6, eval_every=3, checkpoint_every=3), BACKENDS["torch"])
 
 
-def test_large_files_are_known_by_both_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_files_are_known_by_both_ends(
+    tokens: dict[str, np.ndarray], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(foreign_tokens, "WHOLE_BYTES", 1000)
     monkeypatch.setattr(foreign_tokens, "END_BYTES", 100)
     found = set()
@@ -77,8 +79,12 @@ def test_large_files_are_known_by_both_ends(tmp_path: Path, monkeypatch: pytest.
         if change in (0, 2999):
             content[change] = 1
         (tmp_path / "x").write_bytes(content)
-        found.add(foreign_tokens._identity(tmp_path / "x"))
+        found.add(foreign_tokens.identity(tmp_path / "x"))
     assert len(found) == 4
+    write_raw(tmp_path, tokens)
+    data = PreparedData(tmp_path, TINY.vocab_size)
+    data.verify()
+    assert data.hashes()["train"] == foreign_tokens.identity(tmp_path / "train.bin")
 
 
 @pytest.mark.parametrize(
@@ -100,10 +106,10 @@ def test_damage(damage: Any, message: str, tokens: dict[str, np.ndarray], tmp_pa
         PreparedData(tmp_path, TINY.vocab_size)
 
 
-@pytest.mark.parametrize("wrong", [512, -1])
+@pytest.mark.parametrize("wrong", [512, -1, 2**32 + 5])
 def test_ids_beyond_the_vocabulary(wrong: int, tokens: dict[str, np.ndarray], tmp_path: Path) -> None:
-    changed = tokens["train"].astype(np.int32)
+    changed = tokens["train"].astype(np.int64)
     changed[:] = wrong
-    write_megatron(tmp_path, {**tokens, "train": changed})
+    write_megatron(tmp_path, {**tokens, "train": changed}, "<i8", 5)
     with pytest.raises(InputError, match=rf"(?s)outside the vocabulary.*found: {wrong}.*train\.bin"):
         PreparedData(tmp_path, TINY.vocab_size).batch(0, 2, 16, 0)

@@ -76,6 +76,7 @@ def test_the_source_is_read_only_once(source: Path, corpus: Path, tmp_path: Path
     train(with_initial_checkpoint(config, backend), backend)
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize("framework", BACKENDS)
 def test_runs_train_on_other_text(framework: str, data_config: DataConfig, corpus: Path, tmp_path: Path) -> None:
     """The source is a run of the other framework, of which only the weights are used."""
@@ -89,6 +90,19 @@ def test_runs_train_on_other_text(framework: str, data_config: DataConfig, corpu
     train(with_initial_checkpoint(config, backend), backend)
     expected = first_loss(config, framework, find_checkpoint(tmp_path / "run-init", framework))
     assert losses_of(tmp_path / "run", framework)[0] == pytest.approx(expected, rel=1e-12)
+
+
+def test_a_different_source_is_not_mixed_up(source: Path, corpus: Path, tmp_path: Path) -> None:
+    """What was converted from one source is not used for another one."""
+    backend = BACKENDS["torch"]
+    save_llama(TINY, tmp_path / "second", torch.float32)
+    config = run_from(source, corpus, tmp_path, steps=5)
+    for _ in range(2):  # the second call uses the conversion again
+        with_initial_checkpoint(config, backend)
+    with pytest.raises(InputError, match=r"(?s)holds something different.*--train\.out_dir"):
+        with_initial_checkpoint(
+            replace(config, train=replace(config.train, init_from=str(tmp_path / "second"))), backend
+        )
 
 
 def test_bad_sources(source: Path, data_config: DataConfig, corpus: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """What the command says about a folder of prepared data."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from minillm_core.data.inspect import inspect_data
 from minillm_core.data.prepare import prepare
 from minillm_core.text.tokenizer import Tokenizer
 from parity_tests.commands import fails, script_here, succeeds_here
+from parity_tests.test_corpus import as_version_0_1
 from parity_tests.test_prepare import plan_for
 
 TEXTS = {"a.txt": "one two\fthree\f" + "the people of the United States " * 40, "b.md": "four\ffive"}
@@ -50,21 +52,28 @@ def test_command(folder: Path, tmp_path: Path) -> None:
     fails("not a folder of prepared data", "inspect_data", "in", cwd=tmp_path)
 
 
-def test_damage(folder: Path, tmp_path: Path) -> None:
-    path = folder / "train-00000.bin"
-    content = bytearray(path.read_bytes())
-    content[10] ^= 1
-    path.write_bytes(content)
-    done = script_here("inspect_data", "data", cwd=tmp_path)
-    assert done.returncode == 1
-    assert "DAMAGED: data/train-00000.bin" in done.stdout
+@pytest.mark.parametrize("name", ["train-00000.bin", "val-00000.bin", "train.documents", "val.documents"])
+def test_damage(name: str, folder: Path, tmp_path: Path) -> None:
+    path = folder / name
+    original = bytearray(path.read_bytes())
+    changed = [original[:5] + bytes([original[5] ^ 1]) + original[6:]]
+    for content in changed + [original[:-8], b""] * name.endswith(".documents"):
+        path.write_bytes(content)
+        done = script_here("inspect_data", "data", cwd=tmp_path)
+        assert done.returncode == 1
+        assert f"DAMAGED: data/{name}" in done.stdout
+    path.write_bytes(original)
+    (folder / "tokenizer_config.json").write_text("{}")
+    assert "DAMAGED: data/the tokenizer's files" in script_here("inspect_data", "data", cwd=tmp_path).stdout
+    fails("samples is out of range", "inspect_data", "data", "--samples", "-1", cwd=tmp_path)
 
 
 def test_data_of_an_earlier_version(data_config: object, tokenizer: Tokenizer, folder: Path, tmp_path: Path) -> None:
     """Without the index of the documents, sizes and a sample are shown."""
     shutil.copytree(folder, tmp_path / "old")
-    for path in (tmp_path / "old").glob("*.documents"):
-        path.unlink()
+    index = json.loads((folder / "index.json").read_text()) | {"corpus": "x", "holdout_every": 5}
+    (tmp_path / "old" / "index.json").write_text(json.dumps(index))
+    as_version_0_1(tmp_path / "old")
     report = inspect_data(tmp_path / "old")
     assert report.splits["train"].samples[0].startswith("one two")
     assert len(report.splits["train"].lengths) == 0

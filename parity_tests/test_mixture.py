@@ -1,5 +1,7 @@
 """Rows from several folders, and documents that share a row: functions of (seed, step), equal in both frameworks."""
 
+import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +25,7 @@ from minillm_core.text.tokenizer_json import load_tokenizer
 from minillm_core.training.checkpoints import find_checkpoint
 from minillm_core.training.train import train
 from parity_tests.conftest import BACKENDS, TINY, losses_of, metrics_of, text_run, train_until
+from parity_tests.test_hf_tokenizer import byte_level
 from parity_tests.test_prepare import plan_for
 
 
@@ -166,6 +169,29 @@ def test_only_the_future_of_a_mixture_can_change(folders: Path, tmp_path: Path) 
         train(replace(run, data=replace(data, mixture={"a": 0.4, "b": 0.6})), BACKENDS["torch"])
     later = replace(data, mixture_changes={2: {"a": 1, "b": 1}, 4: {"a": 0.0, "b": 1.0}})
     train(replace(run, data=later), BACKENDS["torch"])
+
+
+def test_the_order_of_the_names_does_not_matter(folders: Path) -> None:
+    """Two such configurations are equal, so their batches must be too."""
+    both = [
+        open_data(DataConfig("unused", str(folders), mixture=dict(pairs)), TINY.vocab_size)
+        for pairs in ([("a", 0.7), ("b", 0.3)], [("b", 0.3), ("a", 0.7)])
+    ]
+    for step in range(3):
+        assert np.array_equal(*(data.batch(step, 8, 32, 7).targets_BT for data in both))
+
+
+def test_a_tokenizer_without_an_end_of_its_own(folders: Path, tmp_path: Path) -> None:
+    """Documents cannot be told apart if the same token is put before and after them."""
+    shutil.copytree(folders / "a", tmp_path / "a")
+    (tmp_path / "a" / "tokenizer.model").unlink()
+    byte_level(tmp_path / "a", TINY.vocab_size)
+    settings = json.loads((tmp_path / "a" / "tokenizer_config.json").read_text())
+    settings["eos_token"] = settings["bos_token"]
+    (tmp_path / "a" / "tokenizer_config.json").write_text(json.dumps(settings))
+    PreparedData(tmp_path / "a", TINY.vocab_size)
+    with pytest.raises(InputError, match="cannot be told apart"):
+        PreparedData(tmp_path / "a", TINY.vocab_size, document_mask=True)
 
 
 def test_bad_mixtures(folders: Path, data_config: DataConfig, tmp_path: Path) -> None:

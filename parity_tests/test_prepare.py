@@ -17,15 +17,17 @@ import zstandard
 
 from minillm_core.config import DataConfig
 from minillm_core.data import assemble, chunks, documents, pieces, prepare, token_files, workers
+from minillm_core.data import plan as plan_module
 from minillm_core.data.assemble import DOCUMENT, Holdout
 from minillm_core.data.corpus import list_documents
 from minillm_core.data.documents import Format
+from minillm_core.data.merge import merge
 from minillm_core.data.pieces import text_chunks
-from minillm_core.data.prepare import Plan
+from minillm_core.data.plan import Plan
 from minillm_core.data.prepared import PreparedData
 from minillm_core.data.sources import find_sources
 from minillm_core.errors import InputError
-from minillm_core.text.tokenizer import Tokenizer
+from minillm_core.text.tokenizer import ModelProto, Tokenizer
 from minillm_core.text.tokenizer_json import load_tokenizer
 from parity_tests.conftest import TINY
 from parity_tests.test_gguf_tokenizer import train
@@ -71,8 +73,9 @@ def documents_of(folder: Path, split: str, tokenizer: Tokenizer) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("block_bytes", [1 << 20, 4 << 20])
-@pytest.mark.parametrize("n_workers", [1, 2])
+@pytest.mark.parametrize(
+    ("n_workers", "block_bytes"), [(1, 4 << 20), (2, 1 << 20), pytest.param(4, 2 << 20, marks=pytest.mark.extended)]
+)
 def test_every_document_once_and_in_order(
     n_workers: int,
     block_bytes: int,
@@ -82,7 +85,7 @@ def test_every_document_once_and_in_order(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The tokens are those of each document alone, and give the documents back."""
-    monkeypatch.setattr(prepare, "BLOCK_BYTES", (block_bytes, 64 << 20))
+    monkeypatch.setattr(plan_module, "BLOCK_BYTES", (block_bytes, 64 << 20))
     monkeypatch.setattr(assemble, "SHARD_TOKENS", 100_000)
     texts = [*speeches[::6], "x" * 3_000_000, "one line " * 300_000]
     inputs = write_inputs(tmp_path / "in", texts)
@@ -122,9 +125,9 @@ def hash_of(text: str) -> int:
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of 64 bytes and blocks of 1 KiB: small inputs in many pieces."""
-    for module in (chunks, documents, pieces, prepare):
+    for module in (chunks, documents, pieces, plan_module):
         monkeypatch.setattr(module, "CHUNK_BYTES", 64)
-    monkeypatch.setattr(prepare, "BLOCK_BYTES", (1024, 1024))
+    monkeypatch.setattr(plan_module, "BLOCK_BYTES", (1024, 1024))
 
 
 @pytest.fixture
@@ -145,7 +148,7 @@ def test_parts_of_several_machines(texts: list[str], tokenizer: Tokenizer, tmp_p
         for i, folder in enumerate(folders):
             prepare.prepare(replace(plan, part=(i, n)), folder)
             assert not (folder / "index.json").exists()
-        prepare.merge(folders[::-1], tmp_path / f"merged-{n}")
+        merge(folders[::-1], tmp_path / f"merged-{n}")
         assert files_of(tmp_path / f"merged-{n}") == expected
     for wrong, message in (
         (folders[1:], "parts are missing"),
@@ -154,11 +157,22 @@ def test_parts_of_several_machines(texts: list[str], tokenizer: Tokenizer, tmp_p
         ([*folders[1:], tmp_path / "0-of-2"], "different number of parts"),
     ):
         with pytest.raises(InputError, match=message):
-            prepare.merge(wrong, tmp_path / "no")
+            merge(wrong, tmp_path / "no")
+    same_size = write_inputs(tmp_path / "swapped", [text.translate({97: 98, 98: 97}) for text in [*texts, *texts[:5]]])
+    swapped = plan_for(same_size, tokenizer, holdout=Holdout(n_tokens=1500), drop_duplicates=True, part=(0, 40))
+    prepare.prepare(swapped, tmp_path / "other text")
+    with pytest.raises(InputError, match="a different sources"):
+        merge([tmp_path / "other text", *folders[1:]], tmp_path / "no")
+    block = next(path for folder in folders for path in folder.glob("blocks-*/*"))
+    content = block.read_bytes()
+    for damage in (block.unlink, lambda: block.write_bytes(content[:-1])):
+        damage()
+        with pytest.raises(InputError, match=r"(?s)block of a part is missing or damaged"):
+            merge(folders, tmp_path / "no")
     other = plan_for(inputs, tokenizer, holdout=Holdout(share=0.5), part=(0, 40))
     prepare.prepare(other, tmp_path / "other")
     with pytest.raises(InputError, match="different drop_duplicates, holdout"):
-        prepare.merge([tmp_path / "other", *folders[1:]], tmp_path / "no")
+        merge([tmp_path / "other", *folders[1:]], tmp_path / "no")
     assert not (tmp_path / "no").exists()
 
 
@@ -238,7 +252,7 @@ def test_an_unfinished_preparation_of_something_else(
     inputs = write_inputs(tmp_path / "in", texts)
     plan = plan_for(inputs, own)
     with monkeypatch.context() as patch:
-        patch.setattr(prepare, "_assemble", _interrupted)
+        patch.setattr(prepare, "assemble_data", _interrupted)
         with pytest.raises(KeyboardInterrupt):
             prepare.prepare(plan, tmp_path / "out")
     if what == "tokenizer":
@@ -273,8 +287,9 @@ def test_documents_that_cannot_be_used(name: str, texts: list[str], tokenizer: T
     content, problem, where = BAD[name]
     (tmp_path / "in" / name).write_bytes(content)
     plan = plan_for(inputs, tokenizer, holdout=Holdout(share=0.2))
-    with pytest.raises(InputError, match=f"(?s)cannot be used.*{problem}.*{name}, {where}.*--skip-bad"):
-        prepare.prepare(plan, tmp_path / "out")
+    for _ in range(2):  # the block of the document is not taken for a good one by the second call
+        with pytest.raises(InputError, match=f"(?s)cannot be used.*{problem}.*{name}, {where}.*--skip-bad"):
+            prepare.prepare(plan, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     prepare.prepare(replace(plan, skip_bad=True), tmp_path / "skipped")
     skipped = json.loads((tmp_path / "skipped" / "index.json").read_text())["skipped"]
@@ -346,3 +361,67 @@ def test_windows_across_shards(tmp_path: Path, data_config: DataConfig, monkeypa
     data.verify()
     for step in range(20):
         assert np.array_equal(data.batch(step, 8, 200, 3).targets_BT, whole.batch(step, 8, 200, 3).targets_BT)
+
+
+@pytest.mark.usefixtures("small")
+def test_what_is_counted(texts: list[str], tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """A long bad document counts once, and so does a document whose end was never read; neither is a duplicate."""
+    inputs = write_inputs(tmp_path / "in", texts)
+    (tmp_path / "in" / "latin.txt").write_bytes(b"caf\xe9 " * 500)
+    data = gzip.compress(random.Random(1).randbytes(3000).hex().encode())
+    (tmp_path / "in" / "cut.txt.gz").write_bytes(data[:-500])
+    plan = plan_for(inputs, tokenizer, holdout=Holdout(share=0.3), skip_bad=True, drop_duplicates=True)
+    prepare.prepare(plan, tmp_path / "out")
+    index = json.loads((tmp_path / "out/index.json").read_text())
+    assert index["duplicates"] == 0
+    assert index["skipped"]["n_documents"] == 2
+    assert [Path(entry["where"].split(",")[0]).name for entry in index["skipped"]["listed"]] == ["latin.txt"]
+    assert [Path(entry["where"]).name for entry in index["skipped"]["sources"]] == ["cut.txt.gz"]
+    assert index["train"]["n_documents"] + index["val"]["n_documents"] == len(texts)
+    for i in range(3):
+        prepare.prepare(replace(plan, part=(i, 3)), tmp_path / f"part{i}")
+    merge([tmp_path / f"part{i}" for i in (1, 2, 0)], tmp_path / "merged")
+    assert files_of(tmp_path / "merged") == files_of(tmp_path / "out")
+
+
+@pytest.mark.usefixtures("small")
+def test_nothing_is_left(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_text("{\n" * 50)
+    plan = plan_for([tmp_path / "in.jsonl"], tokenizer, skip_bad=True)
+    with pytest.raises(InputError, match=r"(?s)no document is left.*50 document\(s\); 50 unusable"):
+        prepare.prepare(plan, tmp_path / "out")
+    with pytest.raises(InputError, match="no input"):
+        prepare.prepare(replace(plan, sources=()), tmp_path / "out")
+
+
+@pytest.mark.usefixtures("small")
+def test_a_folder_that_exists_is_not_touched(
+    texts: list[str], tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor is unfinished work beside it."""
+    plan = plan_for(write_inputs(tmp_path / "in", texts), tokenizer)
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare, "assemble_data", _interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            prepare.prepare(plan, tmp_path / "out")
+    before = sorted(tmp_path.rglob("*"))
+    (tmp_path / "out").mkdir()
+    with pytest.raises(InputError, match="the destination exists"):
+        prepare.prepare(plan, tmp_path / "out")
+    (tmp_path / "out").rmdir()
+    assert sorted(tmp_path.rglob("*")) == before
+    prepare.prepare(plan, tmp_path / "out")
+
+
+def test_tokenizers_that_cannot_be_used(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    (tmp_path / "in.txt").write_text("text", encoding="utf-8")
+    proto = ModelProto.FromString(tokenizer.content)
+    proto.trainer_spec.eos_id = -1
+    for piece in proto.pieces:
+        piece.type = 1 if piece.piece == "</s>" else piece.type
+    (tmp_path / "no end").mkdir()
+    (tmp_path / "no end" / "tokenizer.model").write_bytes(proto.SerializeToString())
+    plan = plan_for([tmp_path / "in.txt"], tokenizer)
+    for wrong in (replace(plan, tokenizer=tmp_path / "no end"), replace(plan, vocab_size=100)):
+        with pytest.raises(InputError, match="the tokenizer cannot be used"):
+            prepare.prepare(wrong, tmp_path / "out")

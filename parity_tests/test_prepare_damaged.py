@@ -14,6 +14,7 @@ import pytest
 import zstandard
 
 from minillm_core.data import chunks, documents, pieces, prepare
+from minillm_core.data import plan as plan_module
 from minillm_core.data.assemble import Holdout
 from minillm_core.data.prepared import PreparedData
 from minillm_core.errors import InputError
@@ -52,9 +53,9 @@ def mutated(data: bytes, rng: random.Random) -> bytes:
 
 
 def test_mutations(tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (chunks, documents, pieces, prepare):
+    for module in (chunks, documents, pieces, plan_module):
         monkeypatch.setattr(module, "CHUNK_BYTES", 64)
-    monkeypatch.setattr(prepare, "BLOCK_BYTES", (1024, 1024))
+    monkeypatch.setattr(plan_module, "BLOCK_BYTES", (1024, 1024))
     rng = random.Random(0)
     texts = ["".join(rng.choice("the of and \n.\u00e9") for _ in range(rng.randint(1, 300))) for _ in range(30)]
     files = originals(texts, tmp_path)

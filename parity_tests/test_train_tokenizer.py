@@ -59,14 +59,15 @@ def test_the_ids_of_a_text_are_those_of_its_lines(trained: Tokenizer, corpus: Pa
 
 
 @settings(deadline=None, max_examples=200)
-@given(st.lists(st.text("ab \u00e9\n", max_size=30), max_size=20), st.integers(1, 200))
-def test_a_sample_of_lines(texts: list[str], n_bytes: int) -> None:
+@given(st.lists(st.text("ab \u00e9\n", max_size=30), max_size=20), st.integers(1, 200), st.integers(1, 60))
+def test_a_sample_of_lines(texts: list[str], n_bytes: int, n_lines: int) -> None:
     lines = [line for text in texts for line in text.split("\n") if line]
-    found = list(sample_lines(texts, n_bytes))
-    assert found == list(sample_lines(iter(texts), n_bytes)), "the same texts give the same sample"
+    found = list(sample_lines(texts, n_bytes, n_lines))
+    assert found == list(sample_lines(iter(texts), n_bytes, n_lines)), "the same texts give the same sample"
     sizes = [len(line.encode()) for line in found]
     assert sum(sizes) <= n_bytes or len(found) == 1
-    if sum(len(line.encode()) for line in lines) <= n_bytes:
+    assert len(found) <= n_lines
+    if sum(len(line.encode()) for line in lines) <= n_bytes and len(lines) <= n_lines:
         assert found == lines
     remaining = iter(lines)
     assert all(line in remaining for line in found), "the order of the text is kept"
@@ -74,9 +75,19 @@ def test_a_sample_of_lines(texts: list[str], n_bytes: int) -> None:
 
 def test_a_sample_is_drawn_from_the_whole_text() -> None:
     texts = [f"{i:05}\n" for i in range(20_000)]
-    found = [int(line) for line in sample_lines(texts, 5_000)]
-    assert len(found) == 1000
-    assert 9_000 < sum(found) / len(found) < 11_000
+    for n_bytes, n_lines in ((5_000, 10**9), (10**9, 1000)):
+        found = [int(line) for line in sample_lines(texts, n_bytes, n_lines)]
+        assert len(found) == 1000
+        assert 9_000 < sum(found) / len(found) < 11_000
+
+
+def test_the_same_text_gives_the_same_tokenizer(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also if only a sample of the lines is used."""
+    monkeypatch.setattr(module, "SAMPLE_LINES", 200)
+    texts = [file.read_text(encoding="utf-8") for file in sorted(corpus.iterdir())]
+    for name in ("a", "b"):
+        train_tokenizer(texts, 400, tmp_path / name)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
 @pytest.mark.parametrize("kind", ["bpe", "unigram"])
@@ -101,6 +112,7 @@ def test_command(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     succeeds_here("train_tokenizer", str(corpus), "--out", "small.model", "--vocab-size", "500", cwd=tmp_path)
 
 
+@pytest.mark.extended
 def test_report(corpus: Path, tmp_path: Path) -> None:
     """BPE, Unigram and a foreign tokenizer on text of many kinds."""
     files = sorted(corpus.iterdir())

@@ -12,7 +12,7 @@ import numpy as np
 from minillm_core.data.encode import BAD, BEGINS, ENDS, read_block
 from minillm_core.data.prepared import SPLITS
 
-TRAIN, VAL, DROPPED = 0, 1, 2
+TRAIN, VAL, DUPLICATE, BAD_DOCUMENT = range(4)
 
 DOCUMENT = np.dtype([("stop", "<u8"), ("n_bytes", "<u8"), ("source", "<u8")])
 """A document in the index of a split: where its tokens end, the bytes of its text, the number of its source."""
@@ -27,12 +27,12 @@ DOCUMENTS_AT_A_TIME = 1 << 22
 
 @dataclass(frozen=True)
 class Holdout:
-    """Which documents are held out. Whether a document is depends only on its text, except with `every`."""
+    """Which documents are held out."""
 
     share: float | None = None
-    """About this share of the documents."""
+    """Those whose hash is in this share of all hashes; at least one. So it depends only on the text of a document."""
     n_tokens: int | None = None
-    """As many documents as have at most this many tokens together."""
+    """Those with the least hashes, as many as have at most this many tokens together."""
     every: int | None = None
     """Every n-th document."""
 
@@ -95,7 +95,7 @@ def _table(documents: Sequence[tuple[Any, int, int, bool]]) -> Table:
 def assign(
     blocks: Sequence[Path], fixed: Sequence[str | None], holdout: Holdout, *, drop_duplicates: bool
 ) -> np.ndarray:
-    """TRAIN, VAL or DROPPED for every document, uint8.
+    """TRAIN, VAL, DUPLICATE or BAD_DOCUMENT for every document, uint8.
 
     Args:
         fixed: for each source, the split of its documents, or None.
@@ -103,14 +103,14 @@ def assign(
     Raises:
         InputError: no document is left for one of the splits.
     """
-    parts = [np.where(table.is_bad, DROPPED, TRAIN).astype(np.uint8) for table in document_tables(blocks)]
+    parts = [np.where(table.is_bad, BAD_DOCUMENT, TRAIN).astype(np.uint8) for table in document_tables(blocks)]
     if drop_duplicates:
         _drop_duplicates(blocks, parts)
     threshold = _threshold(blocks, parts, holdout)
     splits = np.array([-1 if split is None else SPLITS.index(split) for split in fixed])
     n_before = 0
     for table, part in zip(document_tables(blocks), parts, strict=True):
-        kept = part != DROPPED
+        kept = part == TRAIN
         if holdout.every is not None:
             number = n_before + np.cumsum(kept) - 1
             is_held_out = number % holdout.every == holdout.every - 1
@@ -129,19 +129,19 @@ def _threshold(blocks: Sequence[Path], parts: Sequence[np.ndarray], holdout: Hol
         return 0
     least = LARGEST_HASH
     for table, part in zip(document_tables(blocks), parts, strict=True):
-        kept = table.hash[part != DROPPED, 0]
+        kept = table.hash[part == TRAIN, 0]
         least = min(least, int(kept.min(initial=LARGEST_HASH)))
         if holdout.n_tokens is None:
             continue
         # of the documents so far, those with the least hashes, as long as they have few enough tokens together
-        hashes, sizes = np.append(hashes, kept), np.append(sizes, table.n_tokens[part != DROPPED])
+        hashes, sizes = np.append(hashes, kept), np.append(sizes, table.n_tokens[part == TRAIN])
         order = np.argsort(hashes, kind="stable")
         hashes, sizes = hashes[order], sizes[order]
         n = int(np.searchsorted(np.cumsum(sizes), holdout.n_tokens, side="right"))
         threshold = min([threshold, *map(int, hashes[n : n + 1])])
         hashes, sizes = hashes[:n], sizes[:n]
     if holdout.share is not None:
-        threshold = max(min(int(holdout.share * 2**64), LARGEST_HASH), least + 1)
+        threshold = max(min(int(holdout.share * 2**64), LARGEST_HASH), min(least + 1, LARGEST_HASH))
     return threshold
 
 
@@ -152,10 +152,10 @@ def _drop_duplicates(blocks: Sequence[Path], parts: Sequence[np.ndarray]) -> Non
     for number in range(n_classes):
         seen: set[bytes] = set()
         for table, part in zip(document_tables(blocks), parts, strict=True):
-            for i in np.flatnonzero((table.hash[:, 1] % n_classes == number) & (part != DROPPED)).tolist():
+            for i in np.flatnonzero((table.hash[:, 1] % n_classes == number) & (part == TRAIN)).tolist():
                 digest = table.hash[i].tobytes()
                 if digest in seen:
-                    part[i] = DROPPED
+                    part[i] = DUPLICATE
                 seen.add(digest)
 
 
@@ -167,6 +167,7 @@ class _Writer:
         self._file: BinaryIO | None = None
         self._digest = hashlib.sha256()
         self._documents = (folder / f"{split}.documents").open("wb")
+        self._documents_digest = hashlib.sha256()
         self.shards: list[dict[str, Any]] = []
         self.n_tokens = self.n_bytes = self.n_documents = 0
 
@@ -194,6 +195,7 @@ class _Writer:
         documents = np.empty(len(stops), DOCUMENT)
         documents["stop"], documents["n_bytes"], documents["source"] = stops, n_bytes, sources
         self._documents.write(documents.tobytes())
+        self._documents_digest.update(documents.tobytes())
         self.n_documents += len(stops)
         self.n_bytes += int(n_bytes.sum())
 
@@ -212,6 +214,7 @@ class _Writer:
             "n_tokens": self.n_tokens,
             "n_bytes": self.n_bytes,
             "n_documents": self.n_documents,
+            "documents_sha256": self._documents_digest.hexdigest(),
             "shards": self.shards,
         }
 
@@ -220,7 +223,7 @@ def write_shards(blocks: Sequence[Path], splits: np.ndarray, folder: Path) -> di
     """Writes the shards and the index of documents of both splits.
 
     Args:
-        splits: TRAIN, VAL or DROPPED for every document.
+        splits: what `assign` returns.
 
     Returns:
         for each split its sizes and shards.
@@ -241,7 +244,7 @@ def write_shards(blocks: Sequence[Path], splits: np.ndarray, folder: Path) -> di
             open_bytes = 0 if len(rows) and rows["flags"][0] & BEGINS else open_bytes
             edges = np.flatnonzero(np.diff(own)) + 1
             for first, last in zip([0, *edges.tolist()], [*edges.tolist(), len(rows)], strict=True):
-                if first == last or own[first] == DROPPED:
+                if first == last or own[first] > VAL:
                     continue
                 writer = writers[own[first]]
                 start, written = int(stops[first] - rows["n_tokens"][first]), writer.n_tokens

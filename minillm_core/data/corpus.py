@@ -65,7 +65,9 @@ def digest_of_text(documents: Sequence[Source]) -> str:
         with document.path.open("rb") as file:
             file.seek(document.start)
             while file.tell() < document.stop:
-                digest.update(file.read(min(CHUNK_BYTES, document.stop - file.tell())))
+                if not (block := file.read(min(CHUNK_BYTES, document.stop - file.tell()))):
+                    raise InputError("a file of the corpus changed while it was read", where=document.path)
+                digest.update(block)
     return digest.hexdigest()
 
 

@@ -145,13 +145,13 @@ def _text_of(chunk: Chunk) -> tuple[str, str]:
     if chunk.problem:
         return "", chunk.problem
     if b"\0" in chunk.data:
-        return "", f"a NUL byte, {chunk.data.index(0)} bytes after the beginning"
+        return "", "a NUL byte"
     if not chunk.data and chunk.begins and chunk.ends:
         return "", "no text"
     try:
         return chunk.data.decode("utf-8"), ""
     except UnicodeDecodeError as error:
-        return "", f"not UTF-8: {error.reason}, {error.start} bytes after the beginning"
+        return "", f"not UTF-8: {error.reason}"
 
 
 def write_block(path: Path, block: Block) -> None:
@@ -163,11 +163,6 @@ def write_block(path: Path, block: Block) -> None:
     partial.write_bytes(content.getvalue())
     flush(partial)
     partial.replace(path)
-
-
-def finished_blocks(folder: Path) -> list[Path]:
-    """The blocks in a folder, in the order of their text."""
-    return sorted((path for path in folder.iterdir() if not path.name.startswith(".")), key=lambda path: path.name)
 
 
 def read_block(path: Path, *, tokens: bool = True) -> Block:

@@ -53,7 +53,7 @@ def _described(path: Path) -> tuple[str, dict[str, Any]]:
     if size != n_tokens * np.dtype(dtype).itemsize or not n_tokens:
         expected = f"{n_tokens} ids of {np.dtype(dtype).itemsize} bytes" if n_tokens else "token ids"
         raise InputError("damaged token file", expected=expected, found=f"{size} bytes", where=path)
-    shard = {"name": path.name, "n_tokens": n_tokens, "sha256": _identity(path)}
+    shard = {"name": path.name, "n_tokens": n_tokens, "sha256": identity(path)}
     entry: dict[str, Any] = {"n_tokens": n_tokens, "n_bytes": None, "shards": [shard]}
     return dtype, entry if n_documents is None else entry | {"n_documents": n_documents}
 
@@ -76,7 +76,7 @@ def _megatron(path: Path) -> tuple[str, int, int]:
     return DTYPES[code], int(sizes.sum(dtype=np.int64)), n_bounds - 1
 
 
-def _identity(path: Path) -> str:
+def identity(path: Path) -> str:
     """SHA-256 of a file; of a very large one, of its size and both ends."""
     size = path.stat().st_size
     with path.open("rb") as file:

@@ -1,6 +1,6 @@
 """What is in a folder of prepared data: sizes, lengths of documents, sources, samples, damage."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,7 +8,9 @@ import numpy as np
 
 from minillm_core.data.assemble import DOCUMENT
 from minillm_core.data.prepared import SPLITS, PreparedData
+from minillm_core.errors import InputError
 from minillm_core.files import hash_file
+from minillm_core.text.tokenizer import hash_tokenizer
 
 SAMPLE_TOKENS = 80
 """Tokens of a sample."""
@@ -47,6 +49,8 @@ def inspect_data(
     Raises:
         InputError: the folder is not one of prepared data, or files are missing or truncated.
     """
+    if n_samples < 0:
+        raise InputError("samples is out of range", expected="0 or more", found=n_samples)
     data = PreparedData(folder, None)
     files = [pair for split in data.splits.values() for pair in zip(split.files, split.hashes, strict=True)]
     total, done = sum(file.path.stat().st_size for file, _ in files), 0
@@ -56,13 +60,20 @@ def inspect_data(
             damaged.append(file.path)
         done += file.path.stat().st_size
         on_progress(done, total)
-    splits = {split: _inspect_split(data, split, n_samples) for split in SPLITS}
+    if hash_tokenizer(data.dir) != data.index["tokenizer_sha256"]:
+        damaged.append(data.dir / "the tokenizer's files")
+    for split in SPLITS:
+        path, digest = data.dir / f"{split}.documents", data.index[split].get("documents_sha256")
+        if digest is not None and (not path.is_file() or hash_file(path) != digest):
+            damaged.append(path)
+    splits = {split: _inspect_split(data, split, n_samples, damaged) for split in SPLITS}
     return DataReport(data.dir, splits, tuple(damaged), data.index.get("skipped", {}).get("n_documents", 0))
 
 
-def _inspect_split(data: PreparedData, split: str, n_samples: int) -> SplitReport:
+def _inspect_split(data: PreparedData, split: str, n_samples: int, damaged: Sequence[Path]) -> SplitReport:
     path = data.dir / f"{split}.documents"
-    documents = np.memmap(path, DOCUMENT, mode="r") if path.is_file() else np.empty(0, DOCUMENT)
+    is_intact = path.is_file() and path not in damaged
+    documents = np.memmap(path, DOCUMENT, mode="r") if is_intact else np.empty(0, DOCUMENT)
     stops = documents["stop"].astype(np.int64)
     starts = np.concatenate([[0], stops[:-1]]) if len(stops) else np.array([0])
     names = [source["path"] for source in data.index.get("sources", [])]

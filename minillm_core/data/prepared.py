@@ -55,6 +55,19 @@ class Split:
         return self.hashes[0] if len(self.hashes) == 1 else hashlib.sha256(joined).hexdigest()
 
 
+def _end_id(tokenizer: Tokenizer) -> int:
+    """The token that ends a document.
+
+    Raises:
+        InputError: it does not show where a document ends.
+    """
+    if tokenizer.eos_id < 0 or (tokenizer.adds_bos and tokenizer.bos_id == tokenizer.eos_id):
+        hint = "leave out --data.document_mask"
+        problem = "documents in a row cannot be told apart: the tokenizer has no token of its own for their end"
+        raise InputError(problem, where=tokenizer.path, hint=hint)
+    return tokenizer.eos_id
+
+
 class PreparedData(TrainingData):
     """The tokens of one folder of prepared data."""
 
@@ -94,7 +107,7 @@ class PreparedData(TrainingData):
             raise InputError(problem, expected=vocab_size, found=found, where=self.dir, hint=redo)
         self.vocab_size: int = found
         self.tokens = {split: TokenFiles(self.splits[split].files, dtype, redo) for split in SPLITS}
-        self.end_id = self.tokenizer.eos_id if document_mask else None
+        self.end_id = _end_id(self.tokenizer) if document_mask else None
 
     def _described(self, split: str) -> Split:
         described = self.index[split]
@@ -123,7 +136,8 @@ class PreparedData(TrainingData):
             ends = [(split.files[i], split.hashes[i]) for split in self.splits.values() for i in (0, -1)]
             logger.info(f"checking {len(ends)} of {len(pairs)} data files; `minillm inspect-data` checks all of them")
             pairs = ends
-        changed = [file.path for file, digest in pairs if hash_file(file.path) != digest]
+        is_foreign = self.index["format_version"] == 0
+        changed = [file.path for file, digest in pairs if not is_foreign and hash_file(file.path) != digest]
         if hash_tokenizer(self.dir) != self.index["tokenizer_sha256"]:
             names = [name for name in (TOKENIZER_MODEL, TOKENIZER_JSON) if (self.dir / name).is_file()]
             changed.append(self.dir / (names or [TOKENIZER_MODEL])[0])

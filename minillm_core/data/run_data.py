@@ -13,7 +13,8 @@ from minillm_core.data.assemble import Holdout
 from minillm_core.data.corpus import digest_of_places, digest_of_text, list_documents
 from minillm_core.data.mixture import PERIOD, Mixture, Phase, shares_of
 from minillm_core.data.pieces import text_chunks
-from minillm_core.data.prepare import Plan, carry_out
+from minillm_core.data.plan import Plan
+from minillm_core.data.prepare import carry_out
 from minillm_core.data.prepared import INDEX, OLD_INDEX, SPLITS, PreparedData, redo_hint
 from minillm_core.errors import InputError
 from minillm_core.files import beside, lock, make_folder, replace_file
@@ -60,7 +61,7 @@ def open_data(config: DataConfig, vocab_size: int) -> PreparedData | Mixture:
     """
     if config.mixture is None:
         return PreparedData(config.dir, vocab_size, document_mask=config.document_mask)
-    folders = {name: Path(config.dir) / name for name in config.mixture}
+    folders = {name: Path(config.dir) / name for name in sorted(config.mixture)}
     parts = {n: PreparedData(f, vocab_size, document_mask=config.document_mask) for n, f in folders.items()}
     changes = {0: config.mixture, **(config.mixture_changes or {})}
     phases = [Phase(step, shares_of([changes[step][name] for name in parts])) for step in sorted(changes)]
@@ -92,15 +93,19 @@ def prepare_data(config: DataConfig, vocab_size: int, *, tokenizer: Path | None 
     with lock(beside(target, "lock"), wait=True), tempfile.TemporaryDirectory() as trained:
         if _is_prepared(target, config, vocab_size):
             return False
+        places = digest_of_places(sources)
         if tokenizer is None:
             texts = (text for source in sources if source.split == "train" for text in text_chunks(source))
             train_tokenizer(texts, vocab_size, Path(trained) / TOKENIZER_MODEL)
         about = {
             "corpus": config.corpus,
-            "corpus_places": digest_of_places(sources),
+            "corpus_places": places,
             "corpus_sha256": digest_of_text(sources),
             "holdout_every": config.holdout_every,
         }
+        if digest_of_places(sources) != places:
+            hint = "give the command again when nothing writes to the corpus"
+            raise InputError("the corpus changed while it was read", where=config.corpus, hint=hint)
         plan = Plan(sources, tokenizer or Path(trained), vocab_size, holdout=Holdout(), about=tuple(about.items()))
         n_workers = max(1, min(len(os.sched_getaffinity(0)), sum(source.n_bytes for source in sources) // WORKER_BYTES))
         carry_out(plan, target, restart=True, n_workers=n_workers)

@@ -3,6 +3,7 @@
 import contextlib
 import glob
 import gzip
+import hashlib
 import importlib
 import io
 import logging
@@ -25,6 +26,8 @@ Compression = Literal["", "gz", "xz", "zst"]
 
 FORMATS: dict[str, Format] = {".txt": "text", ".md": "text", ".jsonl": "jsonl", ".parquet": "parquet"}
 """Ending of a file -> its format. A file that is named itself, with a different ending, is text."""
+
+END_BYTES = 1 << 16
 
 ENDINGS = "files that end in .txt, .md, .jsonl or .parquet; also with .gz, .xz or .zst"
 
@@ -51,6 +54,14 @@ class Source:
         """What the system says about the file: if it is the same after reading as before, the file did not change."""
         stat = self.path.stat()
         return stat.st_size, stat.st_mtime_ns, stat.st_ino
+
+    def ends_hash(self) -> str:
+        """A hash of the beginning and the end of the file: it tells two files of the same size apart."""
+        with self.path.open("rb") as file:
+            digest = hashlib.blake2b(file.read(END_BYTES), digest_size=16)
+            file.seek(max(0, os.fstat(file.fileno()).st_size - END_BYTES))
+            digest.update(file.read(END_BYTES))
+        return digest.hexdigest()
 
     @contextlib.contextmanager
     def opened(self) -> Iterator[tuple[BinaryIO, BinaryIO]]:
@@ -167,14 +178,26 @@ def _matching(pattern: str) -> list[Source]:
         raise InputError(
             "the input does not exist", expected="a file, a folder or a pattern", where=pattern, hint="check the path"
         )
-    paths = [Path(path) for path in sorted(glob.glob(pattern, recursive=True)) if os.path.isfile(path)]
-    return [source_of(path) or Source(path, "text") for path in paths]
+    paths = [Path(path) for path in sorted(glob.glob(pattern, recursive=True))]
+    sources = {path: source_of(path) for path in paths if path.is_file()}
+    _say_left_out(pattern, [path for path in paths if sources.get(path) is None])
+    return [source for source in sources.values() if source is not None]
+
+
+def _say_left_out(place: object, paths: Sequence[Path]) -> None:
+    if paths:
+        example = min(paths)
+        logger.warning(f"left out {len(paths)} path(s) of {place} that are not {ENDINGS}; for example {example}")
 
 
 def walk_folder(folder: Path) -> Iterator[Path]:
     """Every entry in a folder and its subfolders that is not a folder, also behind symbolic links; each folder once."""
+
+    def unreadable(error: OSError) -> None:
+        raise error
+
     seen = set()
-    for place, subfolders, names in os.walk(folder, followlinks=True):
+    for place, subfolders, names in os.walk(folder, onerror=unreadable, followlinks=True):
         if (real := os.path.realpath(place)) in seen:
             subfolders.clear()
             continue
@@ -197,8 +220,7 @@ def _in_folder(folder: Path) -> list[Source]:
             found.append(source)
         else:
             raise not_a_file(path)
-    if others:
-        logger.warning(f"left out {len(others)} file(s) of {folder} with other endings, for example {min(others)}")
+    _say_left_out(folder, others)
     return sorted(found, key=lambda source: source.path)
 
 

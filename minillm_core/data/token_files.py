@@ -70,7 +70,8 @@ class TokenFiles:
         Raises:
             InputError: an id is outside the vocabulary.
         """
-        found = np.empty((len(starts), length), np.int32)
+        # 64-bit ids of other projects are checked before they are cut to 32 bits
+        found = np.empty((len(starts), length), np.int32 if self._dtype.itemsize < 4 else np.int64)
         for row, start in enumerate(starts.tolist()):
             part = self.read(min(start, len(self) - 1), min(start + length, len(self)))
             found[row, : len(part)] = part
@@ -86,7 +87,7 @@ class TokenFiles:
                 where=where,
                 hint=f"the file is damaged, or belongs to a different tokenizer; {self._hint}",
             )
-        return found
+        return found.astype(np.int32, copy=False)
 
     def _mapped(self, number: int) -> np.ndarray:
         if number in self._open:

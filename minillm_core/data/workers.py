@@ -13,6 +13,7 @@ from typing import Any
 
 from minillm_core.data.documents import Piece
 from minillm_core.data.encode import Encoder, Work, write_block
+from minillm_core.errors import InputError
 
 Problems = Sequence[tuple[int, int, str]]
 Task = tuple[Path, Sequence[Piece]]
@@ -92,7 +93,9 @@ class _Worker:
         try:
             answer = pickle.load(self._process.stdout)
         except EOFError as error:
-            raise RuntimeError(f"a worker process ended with status {self._process.wait()}") from error
+            status = self._process.wait()
+            hint = "if there was not enough memory, use fewer --workers"
+            raise InputError("a worker process ended", found=f"status {status}", hint=hint) from error
         if isinstance(answer, Exception):
             raise answer
         return tuple(answer)

@@ -1,16 +1,25 @@
 """The checkpoint that a run starts from, in the framework that trains it."""
 
+import hashlib
 import logging
 from dataclasses import replace
 from pathlib import Path
 
 from minillm_core.config import RunConfig
-from minillm_core.files import user_path
+from minillm_core.errors import InputError
+from minillm_core.files import make_folder, replace_file, user_path
 from minillm_core.interop.conversion import convert
 from minillm_core.training.backend import Backend
 from minillm_core.training.checkpoints import FRAMEWORKS, checkpoint_steps, foreign_kind
 
 logger = logging.getLogger(__name__)
+
+
+def _identity(source: Path) -> str:
+    """A hash of the names, sizes and times of the files of a checkpoint."""
+    files = sorted(path for path in source.rglob("*") if path.is_file()) if source.is_dir() else [source]
+    stats = [(path.relative_to(source).as_posix(), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    return hashlib.sha256(repr(stats).encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def with_initial_checkpoint(config: RunConfig, backend: Backend) -> RunConfig:
@@ -31,7 +40,14 @@ def with_initial_checkpoint(config: RunConfig, backend: Backend) -> RunConfig:
     kind = other if has[other] and not has[own] else foreign_kind(source)
     if kind is None:
         return config
+    identity, record = _identity(source), copy / ".source"
+    if copy.exists() and (not record.is_file() or record.read_text(encoding="utf-8") != identity):
+        hint = "remove it, or use a different --train.out_dir"
+        problem = "the folder for the converted initial checkpoint holds something different"
+        raise InputError(problem, expected=f"the conversion of {init_from}", where=copy, hint=hint)
     if not checkpoint_steps(copy / own / "checkpoints"):
+        make_folder(copy)
+        replace_file(record, identity)
         convert(f"{kind}->{own}", source, copy)
     logger.info(f"the initial checkpoint {init_from} was converted: it is in {copy}")
     return replace(config, train=replace(config.train, init_from=str(copy)))

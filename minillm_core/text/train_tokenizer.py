@@ -15,8 +15,8 @@ from minillm_core.text.tokenizer import BOS_ID, EOS_ID, PAD_ID, UNK_ID
 
 Kind = Literal["bpe", "unigram"]
 
-SAMPLE_BYTES = 200_000_000
-"""Of larger texts, a random sample of lines of this size is used: SentencePiece keeps it in memory several times."""
+SAMPLE_BYTES, SAMPLE_LINES = 200_000_000, 2_000_000
+"""Of larger texts, a random sample of lines is used: SentencePiece keeps it in memory several times."""
 
 LINE_PARTS = re.compile(r"(?s).{1,65536}(?= |\Z)|.{1,65536}")
 """A line as the tokenizer is trained on it: in parts of at most 64 Ki characters, cut before spaces. (SentencePiece
@@ -44,7 +44,7 @@ def train_tokenizer(
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=sample_lines(texts, SAMPLE_BYTES),
+            sentence_iterator=sample_lines(texts, SAMPLE_BYTES, SAMPLE_LINES),
             model_writer=model,
             vocab_size=vocab_size,
             model_type=kind,
@@ -57,7 +57,7 @@ def train_tokenizer(
             split_digits=True,
             user_defined_symbols=["\n", *symbols],
             max_sentence_length=1 << 20,
-            input_sentence_size=2_000_000,  # a random sample of longer corpora
+            input_sentence_size=SAMPLE_LINES,  # never exceeded: the sample of SentencePiece differs from call to call
             unk_id=UNK_ID,
             bos_id=BOS_ID,
             eos_id=EOS_ID,
@@ -69,19 +69,19 @@ def train_tokenizer(
     path.write_bytes(model.getvalue())
 
 
-def sample_lines(texts: Iterable[str], n_bytes: int) -> Iterator[str]:
-    """All lines of the texts, without line ends and empty lines; or, of more than n_bytes, a random sample of that
-    size. The same texts give the same sample."""
+def sample_lines(texts: Iterable[str], n_bytes: int, n_lines: int) -> Iterator[str]:
+    """All lines of the texts, without line ends and empty lines; of more than n_bytes or n_lines, a random sample. The
+    same texts give the same sample."""
     rng = random.Random(0)
     kept: list[tuple[float, int, str]] = []  # a heap: the line that goes next is first
     size = 0
     for number, line in enumerate(_lines(texts)):
         order = -rng.random()
-        if size >= n_bytes and order <= kept[0][0]:
+        if (size >= n_bytes or len(kept) >= n_lines) and order <= kept[0][0]:
             continue
         heapq.heappush(kept, (order, number, line))
         size += len(line.encode("utf-8", "replace"))
-        while size > n_bytes and len(kept) > 1:
+        while (size > n_bytes and len(kept) > 1) or len(kept) > n_lines:
             size -= len(heapq.heappop(kept)[2].encode("utf-8", "replace"))
     yield from (line for _, _, line in sorted(kept, key=lambda item: item[1]))
 
