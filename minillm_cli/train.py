@@ -8,8 +8,8 @@ from typing import Literal
 from minillm_cli.backends import load_backend
 from minillm_cli.console import command_line, parse_run_config, print_stream, say
 from minillm_core.config import RunConfig
+from minillm_core.errors import InputError
 from minillm_core.interop.initial import with_initial_checkpoint
-from minillm_core.text.tokenizer import TOKENIZER_JSON, TOKENIZER_MODEL
 from minillm_core.text.tokenizer_json import load_tokenizer
 from minillm_core.training.backend import Backend
 from minillm_core.training.train import train
@@ -55,10 +55,12 @@ def train_and_sample(config: RunConfig, framework: str) -> None:
 def print_sample(checkpoint: Path, backend: Backend) -> None:
     say("\na sample of the trained model (temperature 0.8, top-p 0.95; greedy decoding would repeat itself):\n")
     model = backend.load(checkpoint)
-    if not any((checkpoint / name).is_file() for name in (TOKENIZER_MODEL, TOKENIZER_JSON)):
-        say("(no sample: the data has no tokenizer)")
+    try:
+        tokenizer = load_tokenizer(checkpoint, model.config.vocab_size)
+    except InputError as error:  # the token files of another project may come without
+        say(f"(no sample: {str(error).splitlines()[0]})")
         return
-    generator = backend.Generator(model, load_tokenizer(checkpoint, model.config.vocab_size))
+    generator = backend.Generator(model, tokenizer)
     room = model.config.context_length - len(generator.tokenizer.encode(SAMPLE_PROMPT, bos=True))
     stream = generator.stream(SAMPLE_PROMPT, max_new_tokens=min(120, room), temperature=0.8, top_p=0.95)
     print_stream(SAMPLE_PROMPT, stream)

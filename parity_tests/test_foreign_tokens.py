@@ -15,6 +15,8 @@ from minillm_core.errors import InputError
 from minillm_core.training.train import train
 from parity_tests.conftest import BACKENDS, TINY, losses_of, metrics_of, text_run
 
+pytestmark = pytest.mark.extended
+
 
 def write_raw(folder: Path, tokens: dict[str, np.ndarray]) -> None:
     """As nanoGPT's prepare.py does."""

@@ -47,9 +47,9 @@ def first_loss(config: RunConfig, framework: str, checkpoint: Path) -> float:
     return float(np.asarray(backend.make_eval_step(model)(batch), np.float64).mean())
 
 
-@pytest.mark.parametrize("steps", [12, pytest.param(100, marks=pytest.mark.extended)])
-def test_imported_models_train(steps: int, source: Path, corpus: Path, tmp_path: Path) -> None:
-    config = run_from(source, corpus, tmp_path, steps=steps, eval_every=steps, checkpoint_every=5)
+@pytest.mark.extended
+def test_imported_models_train(source: Path, corpus: Path, tmp_path: Path) -> None:
+    config = run_from(source, corpus, tmp_path, steps=100, eval_every=50, checkpoint_every=50)
     for framework, backend in BACKENDS.items():
         resolved = with_initial_checkpoint(config, backend)
         assert resolved.train.init_from == str(tmp_path / "run-init")
@@ -61,7 +61,7 @@ def test_imported_models_train(steps: int, source: Path, corpus: Path, tmp_path:
         tokenizer = load_tokenizer(checkpoint, MODEL.vocab_size)
         assert tokenizer.encode("the people", bos=True) == load_tokenizer(source, 0).encode("the people", bos=True)
     ours, theirs = (losses_of(tmp_path / "run", framework) for framework in BACKENDS)
-    assert len(ours) >= steps
+    assert len(ours) >= 100
     assert np.abs(ours / theirs - 1).max() <= 1e-11
 
 

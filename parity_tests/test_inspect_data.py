@@ -15,6 +15,8 @@ from parity_tests.commands import fails, script_here, succeeds_here
 from parity_tests.test_corpus import as_version_0_1
 from parity_tests.test_prepare import plan_for
 
+pytestmark = pytest.mark.extended
+
 TEXTS = {"a.txt": "one two\fthree\f" + "the people of the United States " * 40, "b.md": "four\ffive"}
 
 

@@ -132,6 +132,7 @@ def test_targets_of_a_document_mask(folders: Path) -> None:
     assert masked.n_targets("val") == total, "counted in the tokens, as for data of version 0.1"
 
 
+@pytest.mark.extended
 def test_both_frameworks_have_the_same_curve(folders: Path, tmp_path: Path) -> None:
     """With a mixture that changes and documents that do not see each other; one of the runs is stopped and resumed."""
     config = DataConfig("unused", str(folders), mixture={"a": 0.5, "b": 0.5}, document_mask=True)

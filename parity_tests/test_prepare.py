@@ -74,7 +74,8 @@ def documents_of(folder: Path, split: str, tokenizer: Tokenizer) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("n_workers", "block_bytes"), [(1, 4 << 20), (2, 1 << 20), pytest.param(4, 2 << 20, marks=pytest.mark.extended)]
+    ("n_workers", "block_bytes"),
+    [(2, 1 << 20), *(pytest.param(n, n << 21, marks=pytest.mark.extended) for n in (1, 4))],
 )
 def test_every_document_once_and_in_order(
     n_workers: int,

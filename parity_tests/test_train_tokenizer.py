@@ -18,6 +18,8 @@ from parity_tests.commands import fails, succeeds_here
 from parity_tests.test_gguf_tokenizer import train
 from parity_tests.test_hf_tokenizer import byte_level
 
+pytestmark = pytest.mark.extended
+
 HARD = [
     "",
     " ",
@@ -112,7 +114,6 @@ def test_command(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     succeeds_here("train_tokenizer", str(corpus), "--out", "small.model", "--vocab-size", "500", cwd=tmp_path)
 
 
-@pytest.mark.extended
 def test_report(corpus: Path, tmp_path: Path) -> None:
     """BPE, Unigram and a foreign tokenizer on text of many kinds."""
     files = sorted(corpus.iterdir())
