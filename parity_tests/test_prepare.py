@@ -343,9 +343,12 @@ def foreign_tokenizer(kind: str, folder: Path) -> Tokenizer:
     return load_tokenizer(folder, TINY.vocab_size)
 
 
-def test_windows_across_shards(tmp_path: Path, data_config: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Shards of any size are read as one array, with few of them open."""
-    monkeypatch.setattr(token_files, "OPEN_FILES", 2)
+@pytest.mark.parametrize("mapped", [64, 2])
+def test_windows_across_shards(
+    mapped: int, tmp_path: Path, data_config: DataConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shards of any size are read as one array, whether they are mapped into memory or not."""
+    monkeypatch.setattr(token_files, "MAPPED_FILES", mapped)
     whole = PreparedData(data_config.dir, TINY.vocab_size)
     folder = tmp_path / "data"
     shutil.copytree(data_config.dir, folder)

@@ -1,6 +1,5 @@
 """Token ids in files, read as one long array: the shards of a split."""
 
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +9,9 @@ import numpy as np
 
 from minillm_core.errors import InputError
 
-OPEN_FILES = 64
-"""Files that are mapped into memory at a time. (Each holds a file descriptor.)"""
+MAPPED_FILES = 64
+"""Up to so many files are mapped into memory. Of more, each window is read from its file: mapping one takes as long as
+reading a hundred windows, and a mapping holds a file descriptor."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class TokenFiles:
                 problem = "missing or truncated data file"
                 raise InputError(problem, expected=f"{expected} bytes", found=size, where=file.path, hint=hint)
         self._stops = np.cumsum([file.n_tokens for file in files], dtype=np.int64)
-        self._open: OrderedDict[int, np.ndarray] = OrderedDict()
+        self._mapped: dict[int, np.ndarray] = {}
 
     def __len__(self) -> int:
         return int(self._stops[-1]) if self._files else 0
@@ -58,9 +58,9 @@ class TokenFiles:
         first = int(np.searchsorted(self._stops, start, side="right"))
         parts = []
         while start < stop:
-            tokens = self._mapped(first)
-            begin = int(self._stops[first]) - len(tokens)
-            parts.append(tokens[start - begin : stop - begin])
+            n_tokens = self._files[first].n_tokens
+            begin = int(self._stops[first]) - n_tokens
+            parts.append(self._read_part(first, start - begin, min(stop - begin, n_tokens)))
             start, first = start + len(parts[-1]), first + 1
         return parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, self._dtype), *parts])
 
@@ -89,12 +89,13 @@ class TokenFiles:
             )
         return found.astype(np.int32, copy=False)
 
-    def _mapped(self, number: int) -> np.ndarray:
-        if number in self._open:
-            self._open.move_to_end(number)
-            return self._open[number]
-        if len(self._open) >= OPEN_FILES:
-            self._open.popitem(last=False)
-        # a plain array over the mapping: slices of np.memmap are slow
-        self._open[number] = np.asarray(np.memmap(self._files[number].path, self._dtype, mode="r"))
-        return self._open[number]
+    def _read_part(self, number: int, start: int, stop: int) -> np.ndarray:
+        """Tokens start:stop of one file."""
+        if len(self._files) > MAPPED_FILES:
+            with self._files[number].path.open("rb", buffering=0) as file:
+                file.seek(start * self._dtype.itemsize)
+                return np.frombuffer(file.read((stop - start) * self._dtype.itemsize), self._dtype)
+        if number not in self._mapped:
+            # a plain array over the mapping: slices of np.memmap are slow
+            self._mapped[number] = np.asarray(np.memmap(self._files[number].path, self._dtype, mode="r"))
+        return self._mapped[number][start:stop]
