@@ -12,9 +12,10 @@ import sys
 import typing
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import tyro
+from tqdm import tqdm
 
 from minillm_core.config import RunConfig, load_config, preset_names
 from minillm_core.errors import InputError, Interrupted
@@ -35,6 +36,30 @@ def say(message: str = "") -> None:
     stdout."""
     with contextlib.suppress(OSError):
         print(message, file=sys.stderr, flush=True)
+
+
+class ProgressBar:
+    """A progress bar that appears with the first report and starts at what was finished before."""
+
+    def __init__(self, **style: Any) -> None:
+        """
+        Args:
+            style: arguments of tqdm.
+        """
+        self._style = style
+        self._bar: tqdm[Any] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def show(self, done: int, total: int) -> None:
+        if self._bar is None:
+            self._bar = tqdm(total=total, initial=done, **self._style)
+        self._bar.update(done - self._bar.n)
 
 
 def print_stream(prompt: str, pieces: Iterable[str]) -> None:

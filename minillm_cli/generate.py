@@ -1,13 +1,12 @@
 """Continues a prompt, or every prompt of a file, from any checkpoint of either framework."""
 
 import shlex
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal
 
 import tyro
-from tqdm import tqdm
 
 from minillm_cli.backends import load_backend
-from minillm_cli.console import parse, print_stream
+from minillm_cli.console import ProgressBar, parse, print_stream
 from minillm_core.decoding.prompts import continue_file
 from minillm_core.errors import InputError
 from minillm_core.files import hash_file, output_file, user_path
@@ -17,25 +16,6 @@ from minillm_core.training.checkpoints import find_checkpoint
 
 def main() -> None:
     parse(generate)
-
-
-class ProgressBar:
-    """A progress bar that appears with the first report and starts at the number of prompts already finished."""
-
-    def __init__(self) -> None:
-        self._bar: tqdm[Any] | None = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.close()
-
-    def show(self, done: int, total: int) -> None:
-        if self._bar is None:
-            self._bar = tqdm(total=total, initial=done, unit="prompt", smoothing=0.05)
-        self._bar.update(done - self._bar.n)
 
 
 def generate(
@@ -122,5 +102,5 @@ def generate(
         hashes = hash_file(checkpoint / "manifest.json")  # it holds the hashes of all files of the checkpoint
         setup = {"checkpoint": str(checkpoint), "hashes": hashes, "backend": backend, "dtype": dtype}
         options |= {"n": n, "logprobs": logprobs}
-        with ProgressBar() as bar:
+        with ProgressBar(unit="prompt", smoothing=0.05) as bar:
             continue_file(generator, user_path(prompts), answers, batch_size, setup, options, bar.show)

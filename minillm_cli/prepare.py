@@ -17,12 +17,11 @@ import re
 import sys
 import tempfile
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated
 
 import tyro
-from tqdm import tqdm
 
-from minillm_cli.console import parse, parse_run_config
+from minillm_cli.console import ProgressBar, parse, parse_run_config
 from minillm_core.config import RunConfig, preset_names
 from minillm_core.data.assemble import Holdout
 from minillm_core.data.documents import Format
@@ -59,25 +58,6 @@ def _has_inputs(arguments: list[str]) -> bool:
     first = arguments[0] if arguments else ""
     is_path = bool(first) and not first.startswith("-") and user_path(first).exists()
     return is_path and first not in preset_names() and not first.lower().endswith((".yaml", ".yml"))
-
-
-class ProgressBar:
-    """A progress bar in bytes, with rate and time left."""
-
-    def __init__(self) -> None:
-        self._bar: tqdm[Any] | None = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.close()
-
-    def show(self, done: int, total: int) -> None:
-        if self._bar is None:
-            self._bar = tqdm(total=total, initial=done, unit="B", unit_scale=True)
-        self._bar.update(done - self._bar.n)
 
 
 def prepare_inputs(
@@ -117,7 +97,7 @@ def prepare_inputs(
             raise InputError("--merge takes only the parts and --out", hint="leave out inputs, --shard and --tokenizer")
         join(tuple(map(user_path, merge)), folder)
     else:
-        with tempfile.TemporaryDirectory() as collected, ProgressBar() as bar:
+        with tempfile.TemporaryDirectory() as collected, ProgressBar(unit="B", unit_scale=True) as bar:
             if tokenizer is None:
                 hint = "train one with `minillm train-tokenizer`, or name that of a model"
                 raise InputError("no tokenizer", expected="--tokenizer FILE|FOLDER", hint=hint)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from minillm_core.config import DataConfig
 from minillm_core.data.chunks import CHUNK_BYTES
-from minillm_core.data.sources import Source
+from minillm_core.data.sources import Source, not_a_file, walk_folder
 from minillm_core.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -77,31 +77,15 @@ def _texts_in(folder: Path) -> list[Path]:
     Raises:
         InputError: something named *.txt is not a file, a link leads nowhere, or a folder cannot be read.
     """
-
-    def unreadable(error: OSError) -> None:
-        raise error
-
     found: dict[str, Path] = {}
-    others, linked, seen = [], [], set()
-    for place, subfolders, names in os.walk(folder, onerror=unreadable, followlinks=True):
-        if (real := os.path.realpath(place)) in seen:
-            subfolders.clear()
-            continue
-        seen.add(real)
-        subfolders.sort()  # of two links to one folder, always the same one is taken
-        for path in (Path(place) / name for name in sorted(names)):
-            if path.suffix.lower() != ".txt":
-                others += [path] * (not path.name.startswith("."))
-            elif not path.is_file():
-                raise InputError(
-                    "not a text file",
-                    expected="a file",
-                    found="a pipe, a device or a broken link",
-                    where=path,
-                    hint="remove it from the folder, or replace it by a file",
-                )
-            elif found.setdefault(os.path.realpath(path), path) is not path:
-                linked.append(path)
+    others, linked = [], []
+    for path in walk_folder(folder):
+        if path.suffix.lower() != ".txt":
+            others += [path] * (not path.name.startswith("."))
+        elif not path.is_file():
+            raise not_a_file(path)
+        elif found.setdefault(os.path.realpath(path), path) is not path:
+            linked.append(path)
     for problem, paths in (("that are not .txt", others), ("that are links to others", linked)):
         if paths:
             logger.warning(f"left out {len(paths)} file(s) of the corpus {problem}, for example {min(paths)}")

@@ -203,7 +203,7 @@ def walk_folder(folder: Path) -> Iterator[Path]:
             continue
         seen.add(real)
         subfolders.sort()  # of two links to one folder, always the same one is taken
-        yield from (Path(place) / name for name in names)
+        yield from (Path(place) / name for name in sorted(names))
 
 
 def _in_folder(folder: Path) -> list[Source]:
