@@ -45,8 +45,11 @@ def evaluate(
     tokenizer = load_tokenizer(checkpoint, config.model.vocab_size)
     generator = framework.Generator(framework.load(checkpoint, dtype), tokenizer)
     say(f"evaluating {checkpoint} on {data.dir}, split {split}, {framework.describe_device()}")
-    loss = score_split(generator, data, split, length)
+    found = score_split(generator, data, split, length)
+    loss = found.mean
     print(f"loss {loss:.6f} nats per token")
     print(f"perplexity {perplexity(loss):.4f}")
     if (per_byte := data.tokens_per_byte(split)) is not None:
         print(f"bits_per_byte {bits_per_byte(loss, per_byte):.6f}")
+    for name, part in found.parts.items():
+        print(f"loss_{name} {part:.6f}")

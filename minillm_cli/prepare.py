@@ -7,7 +7,8 @@ missing.
 
     INPUT... --tokenizer TOKENIZER --out FOLDER
 
-Encodes files, folders or patterns (.txt, .md, .jsonl, .parquet; also .gz, .xz, .zst) with an existing tokenizer.
+Encodes files, folders or patterns (.txt, .md, .jsonl, also with .gz, .xz or .zst; .parquet, .arrow), or datasets of the
+Hugging Face Hub (hf://datasets/OWNER/NAME), with an existing tokenizer.
 """
 
 import contextlib
@@ -25,13 +26,14 @@ from minillm_cli.console import ProgressBar, parse, parse_run_config
 from minillm_core.config import RunConfig, preset_names
 from minillm_core.data.assemble import Holdout
 from minillm_core.data.documents import Format
+from minillm_core.data.hub import HUB
+from minillm_core.data.inputs import find_sources
 from minillm_core.data.merge import merge as join
 from minillm_core.data.mixture import Mixture
 from minillm_core.data.plan import DEFAULT_HOLDOUT, Plan
 from minillm_core.data.prepare import prepare
 from minillm_core.data.prepared import SPLITS, PreparedData
 from minillm_core.data.run_data import open_or_prepare
-from minillm_core.data.sources import find_sources
 from minillm_core.errors import InputError
 from minillm_core.files import user_path
 from minillm_core.text.tokenizer_json import collect_tokenizer, load_tokenizer
@@ -56,6 +58,8 @@ def _has_inputs(arguments: list[str]) -> bool:
     if any(word.partition("=")[0] in ("--out", "--merge") for word in arguments):
         return True
     first = arguments[0] if arguments else ""
+    if first.startswith(HUB):
+        return True
     is_path = bool(first) and not first.startswith("-") and user_path(first).exists()
     return is_path and first not in preset_names() and not first.lower().endswith((".yaml", ".yml"))
 
@@ -68,6 +72,8 @@ def prepare_inputs(
     vocab_size: int | None = None,
     workers: int | None = None,
     text_field: str = "text",
+    subset: str | None = None,
+    split: str | None = None,
     separator: str | None = None,
     holdout: str = str(DEFAULT_HOLDOUT.share),
     drop_duplicates: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
@@ -78,12 +84,14 @@ def prepare_inputs(
     """Prepares text for training.
 
     Args:
-        inputs: files, folders or patterns; or the folders of parts, with --merge.
+        inputs: files, folders, patterns, or datasets such as hf://datasets/OWNER/NAME.
         out: the new folder for the prepared data.
         tokenizer: a tokenizer.model or tokenizer.json, or a folder with one, such as a checkpoint.
         vocab_size: vocabulary of the model that will be trained, if it has more rows than the tokenizer has pieces.
         workers: processes that encode; by default, one for every CPU.
-        text_field: field of a .jsonl line, or column of a .parquet file, with the text.
+        text_field: field of a .jsonl line, or column of a table, with the text.
+        subset: configuration of a dataset of the Hugging Face Hub.
+        split: split of a dataset of the Hugging Face Hub; `train` by default.
         separator: what stands between two documents of a text file, such as `\\f`; without it, a file is one document.
         holdout: share of the documents to hold out, such as 0.01; or the number of tokens to hold out at most.
         drop_duplicates: leave out documents that are equal to an earlier one.
@@ -104,7 +112,7 @@ def prepare_inputs(
             collect_tokenizer(user_path(tokenizer), Path(collected))
             size = load_tokenizer(Path(collected), sys.maxsize).vocab_size if vocab_size is None else vocab_size
             plan = Plan(
-                sources=tuple(find_sources(inputs)),
+                sources=tuple(find_sources(inputs, subset=subset, split=split)),
                 tokenizer=Path(collected),
                 vocab_size=size,
                 how=Format(text_field, _unescaped(separator or "")),

@@ -1,4 +1,8 @@
-"""Trains a tokenizer on text: files, folders or patterns (.txt, .md, .jsonl, .parquet; also .gz, .xz, .zst)."""
+"""Trains a tokenizer on text.
+
+The inputs are files, folders or patterns (.txt, .md, .jsonl, also with .gz, .xz or .zst; .parquet, .arrow), or datasets
+of the Hugging Face Hub (hf://datasets/OWNER/NAME).
+"""
 
 import itertools
 import json
@@ -13,8 +17,9 @@ from tqdm import tqdm
 
 from minillm_cli.console import parse, say
 from minillm_core.data.documents import Format
+from minillm_core.data.inputs import find_sources
 from minillm_core.data.pieces import text_chunks
-from minillm_core.data.sources import Source, find_sources
+from minillm_core.data.sources import Source
 from minillm_core.errors import InputError
 from minillm_core.files import output_file, replace_file, user_path, written_aside
 from minillm_core.text.report import PAGE_BEGINS, as_rows, compare_tokenizers, html_page, text_table
@@ -38,6 +43,8 @@ def train_tokenizer_on(
     kind: Literal["bpe", "unigram"] = "bpe",
     symbols: tuple[str, ...] = ("<user>", "<assistant>", "<system>"),
     text_field: str = "text",
+    subset: str | None = None,
+    split: str | None = None,
     report: tuple[str, ...] = (),
     html: str | None = None,
     as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
@@ -46,17 +53,19 @@ def train_tokenizer_on(
     tokenizers on the inputs, which they should not have been trained on.
 
     Args:
-        inputs: files, folders or patterns.
+        inputs: files, folders, patterns, or datasets such as hf://datasets/OWNER/NAME.
         out: the .model file to write.
         vocab_size: number of pieces.
         kind: merges of frequent pairs, or pieces of a unigram language model.
         symbols: texts that are always one piece, wherever they occur.
-        text_field: field of a .jsonl line, or column of a .parquet file, with the text.
+        text_field: field of a .jsonl line, or column of a table, with the text.
+        subset: configuration of a dataset of the Hugging Face Hub.
+        split: split of a dataset of the Hugging Face Hub; `train` by default.
         report: the tokenizers to compare: .model files, tokenizer.json files, or folders with one.
         html: with --report, also write a page with the table and a picture; an existing page is replaced.
         as_json: with --report, print JSON.
     """
-    sources = find_sources(inputs)
+    sources = find_sources(inputs, subset=subset, split=split)
     if report:
         page = None if html is None else output_file(html, PAGE_BEGINS.encode())
         if len({*report}) < len(report):

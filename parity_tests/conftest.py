@@ -35,7 +35,6 @@ from minillm_core.data.batches import Batch
 from minillm_core.data.corpus import list_documents
 from minillm_core.data.pieces import text_chunks
 from minillm_core.data.run_data import prepare_data
-from minillm_core.data.training_data import TrainingData
 from minillm_core.errors import Interrupted
 from minillm_core.model.params import param_table
 from minillm_core.model.tolerance import BFLOAT16_MODULE, TOLERANCES
@@ -362,14 +361,14 @@ def assert_same_bits(ours: TrainingState, theirs: TrainingState) -> None:
 
 def train_until(config: RunConfig, backend: Any, step: int) -> None:
     """Train, with a real SIGTERM sent during step `step`: the run saves that step and stops."""
-    make_batch = TrainingData.batch
+    rate = loop.learning_rate
 
-    def batch(self: TrainingData, n: int, *arguments: Any) -> Batch:
+    def learning_rate(optim: OptimConfig, n: int, n_steps: int) -> float:
         if n == step - 1:
             os.kill(os.getpid(), signal.SIGTERM)
-        return make_batch(self, n, *arguments)
+        return rate(optim, n, n_steps)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(TrainingData, "batch", batch)
+        patch.setattr(loop, "learning_rate", learning_rate)
         with pytest.raises(Interrupted):
             train(config, backend)

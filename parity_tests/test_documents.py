@@ -1,6 +1,7 @@
 """Documents of every format, cut into pieces of any size."""
 
 import gzip
+import io
 import json
 import lzma
 import os
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow
+import pyarrow.ipc
 import pyarrow.parquet
 import pytest
 import zstandard
@@ -19,9 +21,11 @@ from hypothesis import strategies as st
 from minillm_core.data import chunks as chunks_module
 from minillm_core.data import documents as documents_module
 from minillm_core.data import pieces as pieces_module
+from minillm_core.data import tables
 from minillm_core.data.documents import Format, read_piece
+from minillm_core.data.inputs import find_sources
 from minillm_core.data.pieces import pieces_of
-from minillm_core.data.sources import Source, find_sources, source_of
+from minillm_core.data.sources import Source, source_of
 from minillm_core.errors import InputError
 from parity_tests.test_corpus import refusing
 
@@ -103,16 +107,64 @@ def test_a_file_is_one_document(compression: str, text: str, size: int, tmp_path
     assert documents_of(source, Format(), size) == ([text], [])
 
 
-@EVERY
-@given(texts=TEXTS, size=SIZES, rows=st.integers(1, 4))
-def test_parquet(texts: list[str], size: int, rows: int, tmp_path: Path) -> None:
-    table = pyarrow.table({"id": list(range(len(texts))), "body": texts})
-    pyarrow.parquet.write_table(table, tmp_path / "x.parquet", row_group_size=rows)
-    source = source_of(tmp_path / "x.parquet")
+def write_table(path: Path, columns: dict[str, Any], rows: int) -> Source:
+    """A table with so many rows that are stored together."""
+    table = pyarrow.table(columns)
+    if path.suffix == ".parquet":
+        pyarrow.parquet.write_table(table, path, row_group_size=rows)
+    else:
+        new = pyarrow.ipc.new_stream if path.stem == "stream" else pyarrow.ipc.new_file
+        with new(str(path), table.schema) as writer:
+            writer.write_table(table, max_chunksize=rows)
+    source = source_of(path)
     assert source is not None
-    assert documents_of(source, Format(text_field="body"), size) == (texts, [])
+    return source
+
+
+@pytest.mark.parametrize("name", ["x.parquet", "stream.arrow", "file.arrow"])
+@EVERY
+@given(texts=TEXTS, size=SIZES, rows=st.integers(1, 9), at_a_time=st.integers(1, 3))
+def test_tables(name: str, texts: list[str], size: int, rows: int, at_a_time: int, tmp_path: Path) -> None:
+    source = write_table(tmp_path / name, {"id": list(range(len(texts))), "body": texts}, rows)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tables, "ROWS", at_a_time)
+        assert documents_of(source, Format(text_field="body"), size) == (texts, [])
     with pytest.raises(InputError, match=r"(?s)no column `text`.*id, body"):
         documents_of(source, Format(), size)
+
+
+@pytest.mark.parametrize("name", ["x.parquet", "stream.arrow"])
+def test_rows_that_are_stored_together(name: str, tmp_path: Path) -> None:
+    """They are divided into pieces of the size that was asked for, but into few."""
+    texts = [f"{i:06}" + "x" * 94 for i in range(5000)]
+    source = write_table(tmp_path / name, {"text": texts}, 5000)
+    for size, least, most in ((100_000, 900, 1000), (10_000, 312, 313), (1 << 20, 5000, 5000)):
+        pieces = list(pieces_of(0, source, Format(), size))
+        assert [pieces[0].start, pieces[-1].stop] == [0, 5000]
+        assert {piece.stop - piece.start for piece in pieces} <= {*range(least, most + 1)}
+        assert sum(piece.n_bytes for piece in pieces) == pytest.approx(source.n_bytes, abs=len(pieces))
+
+
+def test_a_very_long_text_in_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chunks_module, "LONGEST_TEXT", 1000)
+    source = write_table(tmp_path / "x.parquet", {"text": ["a", "b" * 3000, "c"]}, 3)
+    assert documents_of(source, Format(), 64) == (["a", "c"], ["the text has more than 1,000 bytes"])
+
+
+def test_a_document_longer_than_a_piece_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pieces inside a long document stop at their own end: they do not look for its end."""
+    source = write(tmp_path, "x.txt", b"a\f" + b"b" * 100_000 + b"\fc")
+    n_read = 0
+
+    class Counting(io.FileIO):
+        def read(self, size: int | None = -1) -> bytes:
+            nonlocal n_read
+            n_read += len(data := super().read(-1 if size is None else size))
+            return data
+
+    monkeypatch.setattr(Path, "open", lambda path, mode: Counting(path, mode))
+    assert documents_of(source, Format(separator=b"\f"), 640) == (["a", "b" * 100_000, "c"], [])
+    assert n_read < 250_000
 
 
 @pytest.mark.parametrize("size", [64, 640])
@@ -152,8 +204,8 @@ def test_bad_lines(line: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("compression", COMPRESS)
 def test_a_very_long_line(compression: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(documents_module, "LONGEST_LINE", 1000)
-    monkeypatch.setattr(pieces_module, "LONGEST_LINE", 1000)
+    for module in (documents_module, pieces_module):
+        monkeypatch.setattr(module, "LONGEST_TEXT", 1000)
     lines = [json.dumps({"text": text}) for text in ("a", "b" * 3000, "c")]
     source = write(tmp_path, f"x.jsonl{compression}", COMPRESS[compression]("\n".join(lines).encode()))
     for size in (64, 1 << 20):

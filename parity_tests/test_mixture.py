@@ -18,6 +18,7 @@ from minillm_core.data.mixture import PERIOD, Mixture, Phase, shares_of
 from minillm_core.data.prepare import prepare
 from minillm_core.data.prepared import PreparedData
 from minillm_core.data.run_data import open_data
+from minillm_core.data.split_loss import SplitLoss
 from minillm_core.decoding.scoring import score_split
 from minillm_core.errors import InputError
 from minillm_core.text.tokenizer import EOS_ID, Tokenizer
@@ -152,7 +153,11 @@ def test_both_frameworks_have_the_same_curve(folders: Path, tmp_path: Path) -> N
     checkpoint = find_checkpoint(tmp_path / "run", "torch")
     generator = backend.Generator(backend.load(checkpoint, "float64"), load_tokenizer(checkpoint, TINY.vocab_size))
     loss = score_split(generator, open_data(run.data, TINY.vocab_size), "val", 48)
-    assert loss == pytest.approx(last["loss"], rel=1e-12)
+    assert loss.mean == pytest.approx(last["loss"], rel=1e-12)
+    assert loss.parts == {name: pytest.approx(last[f"loss_{name}"], rel=1e-12) for name in ("a", "b")}
+    assert loss.parts["a"] != pytest.approx(loss.parts["b"], rel=1e-3)
+    alone = PreparedData(folders / "b", TINY.vocab_size, document_mask=True)
+    assert score_split(generator, alone, "val", 48) == SplitLoss(pytest.approx(loss.parts["b"], rel=1e-12), {})
 
     plain = text_run(replace(config, document_mask=False), tmp_path / "plain", **train_config)
     train(plain, BACKENDS["torch"])

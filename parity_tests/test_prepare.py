@@ -13,16 +13,16 @@ import numpy as np
 import pytest
 
 from minillm_core.config import DataConfig
-from minillm_core.data import assemble, chunks, documents, pieces, prepare, token_files, workers
+from minillm_core.data import assemble, chunks, documents, encode, pieces, prepare, token_files
 from minillm_core.data import plan as plan_module
 from minillm_core.data.assemble import DOCUMENT, Holdout
 from minillm_core.data.corpus import list_documents
 from minillm_core.data.documents import Format
+from minillm_core.data.inputs import find_sources
 from minillm_core.data.merge import merge
 from minillm_core.data.pieces import text_chunks
 from minillm_core.data.plan import Plan
 from minillm_core.data.prepared import PreparedData
-from minillm_core.data.sources import find_sources
 from minillm_core.errors import InputError
 from minillm_core.text.tokenizer import Tokenizer
 from minillm_core.text.tokenizer_json import load_tokenizer
@@ -122,9 +122,10 @@ def hash_of(text: str) -> int:
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Chunks of 64 bytes and blocks of 1 KiB: small inputs in many pieces."""
-    for module in (chunks, documents, pieces, plan_module):
+    """Chunks of 64 bytes, blocks of 256 bytes, tasks of 1 KiB: small inputs in many pieces."""
+    for module in (chunks, documents, encode, pieces, plan_module):
         monkeypatch.setattr(module, "CHUNK_BYTES", 64)
+    monkeypatch.setattr(encode, "BLOCK_TEXT", 256)
     monkeypatch.setattr(plan_module, "BLOCK_BYTES", (1024, 1024))
 
 
@@ -215,28 +216,33 @@ def test_held_out_documents_stay_when_text_is_added(texts: list[str], tokenizer:
 def test_an_interrupted_preparation_continues(
     texts: list[str], tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Finished blocks are used again, and the result is that of an undisturbed one."""
+    """Finished tasks are not done again, also those with several blocks, and the result is that of an undisturbed
+    preparation."""
     plan = plan_for(write_inputs(tmp_path / "in", texts), tokenizer, holdout=Holdout(share=0.2))
-    prepare.prepare(plan, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(encode, "BLOCK_TEXT", 1 << 20)
+        prepare.prepare(plan, tmp_path / "whole")
     written: list[str] = []
-    write = workers.write_block
+    write = encode._write_block
 
     def stopping(path: Path, block: Any) -> None:
-        if len(written) % 5 == 4:
+        if len(written) % 11 == 10:
             written.append("stop")
             raise KeyboardInterrupt
         written.append(path.name)
         write(path, block)
 
-    monkeypatch.setattr(workers, "write_block", stopping)
+    monkeypatch.setattr(encode, "_write_block", stopping)
     while True:
         try:
             prepare.prepare(plan, tmp_path / "out")
             break
         except KeyboardInterrupt:
             assert not (tmp_path / "out").exists()
-    blocks = [name for name in written if name != "stop"]
-    assert len(blocks) == len({*blocks}) > 10
+    tasks = [name for name in written if name.endswith(encode.LAST)]
+    assert len(tasks) == len({*tasks}) > 10
+    assert "stop" in written
+    assert len(written) > 2 * len(tasks)
     assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
 
 

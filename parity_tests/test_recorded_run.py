@@ -47,7 +47,7 @@ def run_losses(framework: str, folder: Path) -> list[float]:
         batch = data.batch(n, c.batch_size, c.seq_len, c.seed)
         state, metrics = step(state, batch, learning_rate(config.optim, n, STEPS))
         losses.append(float(metrics["loss"]))
-    return [*losses, evaluate(backend.make_eval_step(backend.model_of(config, state)), data, "val", c)]
+    return [*losses, evaluate(backend.make_eval_step(backend.model_of(config, state)), data, "val", c).mean]
 
 
 @pytest.mark.parametrize("framework", BACKENDS)

@@ -17,7 +17,6 @@ import minillm_jax
 import minillm_torch
 from minillm_core.config import DataConfig, RunConfig
 from minillm_core.data.prepared import PreparedData
-from minillm_core.data.training_data import TrainingData
 from minillm_core.errors import InputError, Interrupted
 from minillm_core.model.params import count_params
 from minillm_core.training import loop, progress
@@ -388,7 +387,7 @@ def test_speed_excludes_evaluation_and_plots(
     clock = SimpleNamespace(perf_counter=lambda: now)
     monkeypatch.setattr(loop, "time", clock)
     monkeypatch.setattr(progress, "time", clock)
-    monkeypatch.setattr(TrainingData, "batch", taking(1, TrainingData.batch))
+    monkeypatch.setattr(loop, "learning_rate", taking(1, loop.learning_rate))
     monkeypatch.setattr(loop, "evaluate", taking(100, loop.evaluate))
     monkeypatch.setattr(loop, "plot_loss", taking(100, loop.plot_loss))
     train(text_run(data_config, tmp_path, steps=20, eval_every=5, checkpoint_every=7), minillm_torch)

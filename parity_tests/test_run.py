@@ -150,7 +150,7 @@ def test_the_last_evaluation_can_be_limited(data_config: DataConfig, tmp_path: P
     checkpoint = train(config, BACKENDS["torch"])
     data = PreparedData(data_config.dir, TINY.vocab_size)
     model = BACKENDS["torch"].load(checkpoint)
-    expected = evaluate(BACKENDS["torch"].make_eval_step(model), data, "val", config.train, 2)
+    expected = evaluate(BACKENDS["torch"].make_eval_step(model), data, "val", config.train, 2).mean
     row = read_metrics(tmp_path / "run" / "torch" / "metrics.jsonl")[-1]
     assert (row["split"], row["step"]) == ("val", STEPS)
     assert row["loss"] == pytest.approx(expected, rel=1e-6)

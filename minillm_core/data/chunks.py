@@ -2,9 +2,12 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 CHUNK_BYTES = 1 << 20
 """A longer document is read in chunks of about this size."""
+LONGEST_TEXT = 1 << 26
+"""Bytes of a line of JSON, or of a text in a table. (A document in a text file can have any size.)"""
 
 
 @dataclass(frozen=True)
@@ -14,7 +17,7 @@ class Chunk:
     source: int
     """Index of its source."""
     offset: int
-    """Where its document begins: bytes of the uncompressed source, or rows of a parquet file."""
+    """Where its document begins: bytes of the uncompressed source, or rows of a table."""
     data: bytes
     begins: bool
     """Whether it is the beginning of its document."""
@@ -96,3 +99,26 @@ class DocumentChunks:
             return
         chunks = [*self._chunker.feed(data), *self._chunker.finish()]
         yield from framed(self._source, self._offset, chunks, begins=not self._begun)
+
+
+def of_text(source: int, offset: int, text: Any) -> Iterator[Chunk]:
+    """A document from a value that should be a text, or its bytes."""
+    if not isinstance(text, (str, bytes)):
+        yield bad(source, offset, f"the text is of the type {type(text).__name__}")
+        return
+    try:
+        data = text if isinstance(text, bytes) else text.encode()
+    except UnicodeEncodeError:
+        yield bad(source, offset, "half of a surrogate pair, which is not text")
+        return
+    if len(data) > LONGEST_TEXT:
+        yield bad(source, offset, f"the text has more than {LONGEST_TEXT:,} bytes")
+    elif len(data) <= CHUNK_BYTES:
+        yield Chunk(source, offset, data, begins=True, ends=True)
+    else:
+        yield from DocumentChunks(source, offset).finish(data)
+
+
+def bad(source: int, offset: int, problem: str) -> Chunk:
+    """A document that cannot be used."""
+    return Chunk(source, offset, b"", begins=True, ends=True, problem=problem)

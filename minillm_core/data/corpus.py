@@ -9,7 +9,8 @@ from pathlib import Path
 
 from minillm_core.config import DataConfig
 from minillm_core.data.chunks import CHUNK_BYTES
-from minillm_core.data.sources import Source, not_a_file, walk_folder
+from minillm_core.data.inputs import not_a_file, walk_folder
+from minillm_core.data.sources import Source
 from minillm_core.errors import InputError
 
 logger = logging.getLogger(__name__)

@@ -4,23 +4,17 @@ A piece of a plain file is a range of its bytes; the documents that begin in the
 not depend on how a file is cut into pieces.
 """
 
-import contextlib
-import importlib
 import io
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
-from minillm_core.data.chunks import CHUNK_BYTES, Chunk, Chunker, DocumentChunks, framed
+from minillm_core.data.chunks import CHUNK_BYTES, LONGEST_TEXT, Chunk, Chunker, DocumentChunks, bad, framed, of_text
 from minillm_core.data.sources import Source
-from minillm_core.errors import InputError, missing_package
+from minillm_core.data.tables import is_table, texts_of
 
-LONGEST_LINE = 1 << 26
-"""Bytes of a line of JSON."""
 EMPTY = "the file is empty"
-ROWS = 1000
-"""Rows of a parquet file that are read at a time."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +22,7 @@ class Format:
     """How documents are found in a file."""
 
     text_field: str = "text"
-    """The field of a line of JSON, or the column of a parquet file, with the text."""
+    """The field of a line of JSON, or the column of a table, with the text."""
     separator: bytes = b""
     """What stands between two documents of a text file; empty: a file is one document."""
 
@@ -43,7 +37,7 @@ class Piece:
 
     source: int
     start: int
-    """In bytes of the source or, in a parquet file, in groups of rows."""
+    """In bytes of the source or, in a table, in rows."""
     stop: int
     n_bytes: int
     """Its share of the bytes on disk, for the progress."""
@@ -62,8 +56,9 @@ def read_piece(piece: Piece, sources: Sequence[Source], how: Format) -> Iterator
         yield bad(piece.source, 0, EMPTY)
     elif piece.lines is not None:
         yield from _of_lines(piece.source, io.BytesIO(piece.lines), piece.start, how.text_field)
-    elif source.format == "parquet":
-        yield from _of_rows(piece, source, how.text_field)
+    elif is_table(source):
+        for row, text in texts_of(source, how.text_field, piece.start, piece.stop):
+            yield from of_text(piece.source, row, text)
     elif source.format == "jsonl":
         with source.path.open("rb") as file:
             start = _line_start(file, piece.start, piece.stop)
@@ -117,7 +112,7 @@ def between_separators(
             document = DocumentChunks(source, offset)
             if stop is not None and offset >= stop:
                 return
-        if not block:
+        if not block or (not is_inside and stop is not None and offset + document.n_fed + len(tail) >= stop):
             return
         keep = len(separator) - 1
         if len(tail) > CHUNK_BYTES:
@@ -138,13 +133,13 @@ def _line_start(file: BinaryIO, start: int, stop: int) -> int:
 
 def _of_lines(source: int, file: BinaryIO, offset: int, field: str, stop: int | None = None) -> Iterator[Chunk]:
     """The documents of the lines that begin before `stop`. Lines without anything are left out."""
-    while (stop is None or offset < stop) and (line := file.readline(LONGEST_LINE + 1)):
+    while (stop is None or offset < stop) and (line := file.readline(LONGEST_TEXT + 1)):
         size = len(line)
-        if size > LONGEST_LINE and not line.endswith(b"\n"):
+        if size > LONGEST_TEXT and not line.endswith(b"\n"):
             while (part := file.readline(CHUNK_BYTES)) and not part.endswith(b"\n"):
                 size += len(part)
             size += len(part)
-            yield bad(source, offset, f"the line has more than {LONGEST_LINE:,} bytes")
+            yield bad(source, offset, f"the line has more than {LONGEST_TEXT:,} bytes")
         elif line.strip():
             yield from _of_json(source, offset, line, field)
         offset += size
@@ -161,67 +156,3 @@ def _of_json(source: int, offset: int, line: bytes, field: str) -> Iterator[Chun
         yield bad(source, offset, f"no field `{field}`, but {keys or 'nothing'}")
         return
     yield from of_text(source, offset, row[field])
-
-
-def of_text(source: int, offset: int, text: Any) -> Iterator[Chunk]:
-    """A document from a value that should be a text, or its bytes."""
-    if not isinstance(text, (str, bytes)):
-        yield bad(source, offset, f"the text is of the type {type(text).__name__}")
-        return
-    try:
-        data = text if isinstance(text, bytes) else text.encode()
-    except UnicodeEncodeError:
-        yield bad(source, offset, "half of a surrogate pair, which is not text")
-        return
-    if len(data) <= CHUNK_BYTES:
-        yield Chunk(source, offset, data, begins=True, ends=True)
-    else:
-        yield from DocumentChunks(source, offset).finish(data)
-
-
-def bad(source: int, offset: int, problem: str) -> Chunk:
-    """A document that cannot be used."""
-    return Chunk(source, offset, b"", begins=True, ends=True, problem=problem)
-
-
-def _of_rows(piece: Piece, source: Source, column: str) -> Iterator[Chunk]:
-    with opened_parquet(source, column) as file:
-        row = sum(file.metadata.row_group(group).num_rows for group in range(piece.start))
-        groups = list(range(piece.start, piece.stop))
-        for batch in file.iter_batches(ROWS, row_groups=groups, columns=[column]):
-            for text in _values(batch.column(0)):
-                yield from of_text(piece.source, row, text)
-                row += 1
-
-
-def _values(column: Any) -> Iterator[Any]:
-    """The values of a column; texts as bytes, because they may not be UTF-8 in a damaged file."""
-    arrow = importlib.import_module("pyarrow")
-    if arrow.types.is_dictionary(column.type):
-        column = column.dictionary_decode()
-    if arrow.types.is_string(column.type) or arrow.types.is_large_string(column.type):
-        column = column.cast(arrow.large_binary())
-    yield from column.to_pylist()
-
-
-@contextlib.contextmanager
-def opened_parquet(source: Source, column: str) -> Iterator[Any]:
-    """A parquet file.
-
-    Raises:
-        InputError: it is damaged, or has no column of texts with that name; or pyarrow is missing.
-    """
-    try:
-        parquet, arrow = importlib.import_module("pyarrow.parquet"), importlib.import_module("pyarrow")
-    except ModuleNotFoundError as error:
-        raise missing_package(error, "data", where=source.path) from error
-    try:
-        with parquet.ParquetFile(source.path, page_checksum_verification=True) as file:
-            if column not in file.schema_arrow.names:
-                hint = "choose one of these with --text-field"
-                found = ", ".join(file.schema_arrow.names)[:200]
-                raise InputError(f"no column `{column}`", found=found, where=source.path, hint=hint)
-            yield file
-    except (arrow.ArrowException, OSError) as error:
-        hint = "get the file again"
-        raise InputError("damaged parquet file", found=str(error)[:200], where=source.path, hint=hint) from error

@@ -4,6 +4,7 @@ As a program (`python -m minillm_core.data.encode`), it is a worker process: it 
 input, and answers each on its standard output. It ends when its input ends, so no worker outlives its parent.
 """
 
+import dataclasses
 import hashlib
 import io
 import json
@@ -21,8 +22,8 @@ from typing import Any
 
 import numpy as np
 
-from minillm_core.data.chunks import CHUNK_BYTES, Chunk
-from minillm_core.data.documents import Format, Piece, bad, read_piece
+from minillm_core.data.chunks import CHUNK_BYTES, Chunk, bad
+from minillm_core.data.documents import Format, Piece, read_piece
 from minillm_core.data.sources import Source
 from minillm_core.errors import InputError
 from minillm_core.files import flush
@@ -30,12 +31,19 @@ from minillm_core.text.tokenizer_json import load_tokenizer
 
 BEGINS, ENDS, BAD = 1, 2, 4
 
+Problems = Sequence[tuple[int, int, str]]
+
 ROW = np.dtype(
     [("hash", "<u8", 2), ("n_tokens", "<u4"), ("n_bytes", "<u4"), ("source", "<u4"), ("flags", "<u4")], align=True
 )
 """One chunk of a document: the hash of its text, its size, its source; whether it begins and ends its document."""
 
 LINES = re.compile(r"[^\n]*\n|[^\n]+")
+
+LAST = "last"
+"""Ending of the name of the last block of a task. Those before it have numbers, which sort before it."""
+BLOCK_TEXT = 1 << 25
+"""Bytes of text in one block, about: a task with a document of any size needs little memory."""
 
 
 @dataclass(frozen=True)
@@ -54,13 +62,15 @@ class Work:
 
 @dataclass(frozen=True)
 class Block:
-    """The tokens of a task, and what is known about its documents."""
+    """Tokens of a task, and what is known about its documents."""
 
     tokens: np.ndarray
     rows: np.ndarray
     """ROW, one for each chunk, in order."""
     problems: tuple[tuple[int, int, str], ...]
     """Source, offset, and problem of each document that cannot be used."""
+    n_before: int = 0
+    """In the last block of a task: how many blocks are before it."""
 
 
 class Encoder:
@@ -75,16 +85,21 @@ class Encoder:
         self.tokenizer = load_tokenizer(work.tokenizer, work.vocab_size)
         self._before = self.tokenizer.encode("", bos=True)
 
-    def encode(self, pieces: Sequence[Piece]) -> Block:
-        """
+    def encode(self, pieces: Sequence[Piece]) -> Iterator[Block]:
+        """At least one block.
+
         Raises:
             InputError: a source changed since the preparation began, or cannot be read.
         """
-        tokens, rows = [np.empty(0, self.work.dtype)], []
+        tokens, rows, n_bytes = [np.empty(0, self.work.dtype)], list[Any](), 0
         problems: list[tuple[int, int, str]] = []
         for chunks in _groups(chain.from_iterable(self._read(piece) for piece in pieces)):
+            if n_bytes >= BLOCK_TEXT:
+                yield Block(np.concatenate(tokens), np.array(rows, ROW), tuple(problems))
+                tokens, rows, n_bytes, problems = tokens[:1], [], 0, []
             texts = []
             for chunk in chunks:
+                n_bytes += len(chunk.data)
                 text, problem = _text_of(chunk)
                 texts.append(text)
                 if problem:
@@ -95,13 +110,13 @@ class Encoder:
             for i, ids in enumerate(self._encode(chunks, texts), len(rows) - len(chunks)):
                 rows[i] = (rows[i][0], len(ids), *rows[i][2:])
                 tokens.append(ids)
-        return Block(np.concatenate(tokens), np.array(rows, ROW), tuple(problems))
+        yield Block(np.concatenate(tokens), np.array(rows, ROW), tuple(problems))
 
     def _read(self, piece: Piece) -> Iterator[Chunk]:
         source = self.work.sources[piece.source]
         try:
             yield from read_piece(piece, self.work.sources, self.work.how)
-        except InputError as error:  # a damaged part of a parquet file
+        except InputError as error:  # a damaged part of a table
             yield bad(piece.source, 0, " ".join(str(error).split()))
         if source.stamp() != self.work.stamps[piece.source]:
             hint = "give the command again when nothing writes to the file"
@@ -154,13 +169,42 @@ def _text_of(chunk: Chunk) -> tuple[str, str]:
         return "", f"not UTF-8: {error.reason}"
 
 
-def write_block(path: Path, block: Block) -> None:
+def write_blocks(path: Path, blocks: Iterator[Block]) -> Problems:
+    """Writes the blocks of a task: the last one to `path`, when all others are written.
+
+    Returns:
+        the problems of all its documents.
+    """
+    block, n_before = next(blocks), 0
+    problems = list(block.problems)
+    for following in blocks:
+        _write_block(_path_before(path, n_before), block)
+        block, n_before = following, n_before + 1
+        problems += block.problems
+    _write_block(path, dataclasses.replace(block, n_before=n_before))
+    return problems
+
+
+def blocks_of(path: Path) -> list[Path]:
+    """All blocks of a finished task, in order.
+
+    Raises:
+        InputError: a file is damaged.
+    """
+    return [*(_path_before(path, number) for number in range(read_block(path, tokens=False).n_before)), path]
+
+
+def _path_before(path: Path, number: int) -> Path:
+    return path.with_name(path.name.removesuffix(LAST) + f"{number:06}")
+
+
+def _write_block(path: Path, block: Block) -> None:
     content = io.BytesIO()
     problems = np.frombuffer(json.dumps(block.problems).encode(), np.uint8)
-    np.savez(content, tokens=block.tokens, rows=block.rows, problems=problems)
+    np.savez(content, tokens=block.tokens, rows=block.rows, problems=problems, n_before=block.n_before)
     # With the number of the process: a worker whose parent was killed may still write the same block.
     partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_bytes(content.getvalue())
+    partial.write_bytes(content.getbuffer())
     flush(partial)
     partial.replace(path)
 
@@ -176,7 +220,8 @@ def read_block(path: Path, *, tokens: bool = True) -> Block:
     try:
         with np.load(path) as content:
             problems = tuple(map(tuple, json.loads(content["problems"].tobytes())))
-            return Block(content["tokens"] if tokens else np.empty(0), content["rows"], problems)
+            found = content["tokens"] if tokens else np.empty(0)
+            return Block(found, content["rows"], problems, int(content["n_before"]))
     except (ValueError, OSError, KeyError, EOFError, zipfile.BadZipFile) as error:
         hint = "remove this file, and give the command again"
         raise InputError("damaged part of a preparation", found=error, where=path, hint=hint) from error
@@ -194,9 +239,7 @@ def serve() -> None:
             return
         answer: Any
         try:
-            block = encoder.encode(pieces)
-            write_block(path, block)
-            answer = block.problems
+            answer = write_blocks(path, encoder.encode(pieces))
         except Exception as error:
             answer = error
         pickle.dump(answer, answers)

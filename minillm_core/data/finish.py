@@ -16,6 +16,7 @@ from minillm_core.data.encode import read_block
 from minillm_core.data.plan import FORMAT_VERSION, Plan, dtype_of
 from minillm_core.data.prepared import INDEX
 from minillm_core.data.sources import Source
+from minillm_core.data.tables import is_table
 from minillm_core.errors import InputError
 from minillm_core.text.tokenizer import copy_tokenizer, hash_tokenizer
 
@@ -80,8 +81,8 @@ def unusable(plan: Plan, source: int, offset: int, problem: str) -> InputError:
 
 
 def places_of(source: Source, offsets: Sequence[int]) -> dict[int, str]:
-    """Where documents begin, as a person looks for it: the line of a text, or the row of a parquet file."""
-    if source.format == "parquet":
+    """Where documents begin, as a person looks for it: the line of a text, or the row of a table."""
+    if is_table(source):
         return {offset: f"{source.path}, row {offset + 1}" for offset in offsets}
     found, line, position = {}, 1, 0
     try:

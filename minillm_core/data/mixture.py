@@ -7,6 +7,7 @@ in which it would give them alone. So a run resumes anywhere, and no window is s
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain
 
 import numpy as np
 
@@ -107,13 +108,19 @@ class Mixture(TrainingData):
         return part, index
 
     def eval_batches(self, split: str, batch_size: int, seq_len: int, n_batches: int | None = None) -> Iterator[Batch]:
-        """The batches of each folder in turn: all, or n_batches in proportion to the sizes of the splits."""
+        """The batches of each folder in turn."""
+        return chain.from_iterable(self.eval_parts(split, batch_size, seq_len, n_batches).values())
+
+    def eval_parts(
+        self, split: str, batch_size: int, seq_len: int, n_batches: int | None = None
+    ) -> dict[str, Iterator[Batch]]:
+        """All batches, or n_batches in proportion to the sizes of the splits."""
         counts: list[int | None] = [None] * len(self.parts)
         if n_batches is not None:
             sizes = np.array([data.n_tokens(split) for data in self.parts.values()], float)
             counts = [max(1, round(n)) for n in sizes / sizes.sum() * n_batches]
-        for data, count in zip(self.parts.values(), counts, strict=True):
-            yield from data.eval_batches(split, batch_size, seq_len, count)
+        pairs = zip(self.parts.items(), counts, strict=True)
+        return {name: data.eval_batches(split, batch_size, seq_len, count) for (name, data), count in pairs}
 
 
 @lru_cache(maxsize=4)

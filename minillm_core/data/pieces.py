@@ -5,19 +5,17 @@ import zlib
 from collections.abc import Iterator
 from typing import Any, BinaryIO, cast
 
-from minillm_core.data.chunks import CHUNK_BYTES, Chunk, DocumentChunks
+from minillm_core.data.chunks import CHUNK_BYTES, LONGEST_TEXT, Chunk, DocumentChunks, bad
 from minillm_core.data.documents import (
     EMPTY,
-    LONGEST_LINE,
     PLAIN,
     Format,
     Piece,
-    bad,
     between_separators,
-    opened_parquet,
     read_piece,
 )
 from minillm_core.data.sources import Source
+from minillm_core.data.tables import is_table, row_ranges
 from minillm_core.errors import InputError
 
 
@@ -27,9 +25,10 @@ def pieces_of(index: int, source: Source, how: Format, size: int) -> Iterator[Pi
     Raises:
         InputError: the file is damaged; for a compressed file, possibly after some of its pieces.
     """
-    if source.format == "parquet":
-        with opened_parquet(source, how.text_field) as file:
-            yield from _row_groups(index, source, file.metadata, size)
+    if is_table(source):
+        ranges = row_ranges(source, how.text_field, size)
+        for start, stop in ranges:
+            yield Piece(index, start, stop, source.n_bytes * (stop - start) // ranges[-1][1])
     elif is_stream(source, how):
         yield from _of_stream(index, source, how, size)
     else:
@@ -37,16 +36,6 @@ def pieces_of(index: int, source: Source, how: Format, size: int) -> Iterator[Pi
         for start in range(source.start, max(end, source.start + 1), size):
             stop = min(start + size, end)
             yield Piece(index, start, stop, stop - start)
-
-
-def _row_groups(index: int, source: Source, metadata: Any, size: int) -> Iterator[Piece]:
-    start, n_bytes = 0, 0
-    for group in range(metadata.num_row_groups):
-        n_bytes += metadata.row_group(group).total_byte_size
-        if n_bytes >= size or group == metadata.num_row_groups - 1:
-            share = source.n_bytes * (group + 1 - start) // metadata.num_row_groups
-            yield Piece(index, start, group + 1, share)
-            start, n_bytes = group + 1, 0
 
 
 def is_stream(source: Source, how: Format) -> bool:
@@ -99,7 +88,7 @@ def _whole_lines(stream: BinaryIO) -> Iterator[bytes]:
     tail = b""
     while block := stream.read(CHUNK_BYTES):
         cut = block.rfind(b"\n") + 1
-        if cut or len(tail) > LONGEST_LINE:
+        if cut or len(tail) > LONGEST_TEXT:
             yield tail + block[:cut]
             tail = block[cut:]
         else:

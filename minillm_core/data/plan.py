@@ -11,6 +11,7 @@ import sentencepiece
 from minillm_core.data.assemble import Holdout
 from minillm_core.data.chunks import CHUNK_BYTES
 from minillm_core.data.documents import PLAIN, Format, Piece
+from minillm_core.data.encode import LAST
 from minillm_core.data.pieces import is_stream, pieces_of
 from minillm_core.data.sources import Source
 from minillm_core.data.workers import Task
@@ -130,4 +131,4 @@ def tasks(plan: Plan, folder: Path, bad_sources: list[dict[str, Any]]) -> Iterat
 
 
 def block_name(source: int, number: int) -> str:
-    return f"{source:08}-{number:08}"
+    return f"{source:08}-{number:08}-{LAST}"

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from minillm_core.data.encode import Work, read_block
+from minillm_core.data.encode import Work, blocks_of, read_block
 from minillm_core.data.finish import assemble_data, unusable
 from minillm_core.data.plan import Plan, dtype_of, settings_of, tasks
 from minillm_core.data.prepared import INDEX
@@ -139,13 +139,13 @@ def _encode(plan: Plan, folder: Path, n_workers: int, on_progress: Progress) -> 
     work = Work(plan.sources, stamps, plan.how, plan.tokenizer, plan.vocab_size, dtype_of(plan))
     total, done = sum(source.n_bytes for source in plan.sources), 0
     on_progress(0, total)
-    blocks: list[Path] = []
+    tasked: list[Path] = []
     bad_sources: list[dict[str, Any]] = []
 
     def unfinished() -> Iterator[Task]:
         nonlocal done
         for path, pieces in tasks(plan, folder, bad_sources):
-            blocks.append(path)
+            tasked.append(path)
             if path.exists():
                 done += sum(piece.n_bytes for piece in pieces)
             else:
@@ -156,8 +156,9 @@ def _encode(plan: Plan, folder: Path, n_workers: int, on_progress: Progress) -> 
         on_progress(done, total)
         if problems and not plan.skip_bad:
             break
-    problems = [problem for path in blocks if path.exists() for problem in read_block(path, tokens=False).problems]
+    blocks = [block for path in sorted(tasked) if path.exists() for block in blocks_of(path)]
+    problems = [problem for path in blocks for problem in read_block(path, tokens=False).problems]
     if problems and not plan.skip_bad:
         raise unusable(plan, *min(problems))
     on_progress(total, total)
-    return sorted(blocks), bad_sources
+    return blocks, bad_sources

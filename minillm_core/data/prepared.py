@@ -195,6 +195,11 @@ class PreparedData(TrainingData):
             batch = self.as_batch(self._read(split, rows, seq_len))
             yield replace(batch, weights_BT=np.where(is_target_BT, batch.weights_BT, np.float32(0)))
 
+    def eval_parts(
+        self, split: str, batch_size: int, seq_len: int, n_batches: int | None = None
+    ) -> dict[str, Iterator[Batch]]:
+        return {"": self.eval_batches(split, batch_size, seq_len, n_batches)}
+
     def _count_windows(self, split: str, seq_len: int) -> int:
         n_windows = (len(self.tokens[split]) - 1) // seq_len
         if n_windows < 1:

@@ -1,35 +1,33 @@
-"""The inputs of a preparation: files, folders and patterns, as a list of files whose format is known."""
+"""Files of text whose format is known, and their uncompressed bytes."""
 
 import contextlib
-import glob
 import gzip
 import hashlib
 import importlib
 import io
-import logging
 import lzma
 import os
-import re
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, cast
 
 from minillm_core.errors import InputError, missing_package
-from minillm_core.files import user_path
 
-logger = logging.getLogger(__name__)
-
-Format = Literal["text", "jsonl", "parquet"]
+Format = Literal["text", "jsonl", "parquet", "arrow"]
 Compression = Literal["", "gz", "xz", "zst"]
 
-FORMATS: dict[str, Format] = {".txt": "text", ".md": "text", ".jsonl": "jsonl", ".parquet": "parquet"}
+FORMATS: dict[str, Format] = {
+    ".txt": "text",
+    ".md": "text",
+    ".jsonl": "jsonl",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+}
 """Ending of a file -> its format. A file that is named itself, with a different ending, is text."""
 
 END_BYTES = 1 << 16
-
-ENDINGS = "files that end in .txt, .md, .jsonl or .parquet; also with .gz, .xz or .zst"
 
 
 @dataclass(frozen=True)
@@ -135,97 +133,6 @@ def source_of(path: Path) -> Source | None:
     compression = next((ending for ending in ("gz", "xz", "zst") if name.endswith(f".{ending}")), "")
     name = name.removesuffix(f".{compression}") if compression else name
     format = FORMATS.get(os.path.splitext(name)[1])
-    if format is None or (format == "parquet" and compression):
+    if format is None or (format in ("parquet", "arrow") and compression):
         return None
     return Source(path, format, cast(Compression, compression))
-
-
-def find_sources(inputs: Sequence[str | Path]) -> list[Source]:
-    """The files of all inputs, in their order; those of one folder or pattern in the order of their paths.
-
-    Args:
-        inputs: files, folders (with their subfolders) and patterns such as `books/*.txt`.
-
-    Raises:
-        InputError: an input does not exist, has no file that can be read, or gives a file that was given before.
-    """
-    sources: list[Source] = []
-    for given in inputs:
-        path = user_path(given)
-        if path.is_dir():
-            found = _in_folder(path)
-        elif path.is_file():
-            found = [source_of(path) or Source(path, "text")]
-        elif path.exists():
-            raise InputError("the input is neither a file nor a folder", where=path, hint="give a file or a folder")
-        else:
-            found = _matching(str(path))
-        if not found:
-            raise InputError("nothing to read in this input", expected=ENDINGS, where=path, hint="check the path")
-        sources += found
-    seen: dict[str, Path] = {}
-    for source in sources:
-        real = os.path.realpath(source.path)
-        if real in seen:
-            found_twice, hint = f"{seen[real]} and {source.path}", "give each file once"
-            raise InputError("an input file is given twice", found=found_twice, where=real, hint=hint)
-        seen[real] = source.path
-    return sources
-
-
-def _matching(pattern: str) -> list[Source]:
-    if not re.search(r"[*?\[]", pattern):
-        raise InputError(
-            "the input does not exist", expected="a file, a folder or a pattern", where=pattern, hint="check the path"
-        )
-    paths = [Path(path) for path in sorted(glob.glob(pattern, recursive=True))]
-    sources = {path: source_of(path) for path in paths if path.is_file()}
-    _say_left_out(pattern, [path for path in paths if sources.get(path) is None])
-    return [source for source in sources.values() if source is not None]
-
-
-def _say_left_out(place: object, paths: Sequence[Path]) -> None:
-    if paths:
-        example = min(paths)
-        logger.warning(f"left out {len(paths)} path(s) of {place} that are not {ENDINGS}; for example {example}")
-
-
-def walk_folder(folder: Path) -> Iterator[Path]:
-    """Every entry in a folder and its subfolders that is not a folder, also behind symbolic links; each folder once."""
-
-    def unreadable(error: OSError) -> None:
-        raise error
-
-    seen = set()
-    for place, subfolders, names in os.walk(folder, onerror=unreadable, followlinks=True):
-        if (real := os.path.realpath(place)) in seen:
-            subfolders.clear()
-            continue
-        seen.add(real)
-        subfolders.sort()  # of two links to one folder, always the same one is taken
-        yield from (Path(place) / name for name in sorted(names))
-
-
-def _in_folder(folder: Path) -> list[Source]:
-    """
-    Raises:
-        InputError: something with the name of an input is not a file, or a link leads nowhere.
-    """
-    found, others = [], []
-    for path in walk_folder(folder):
-        source = source_of(path)
-        if source is None:
-            others += [path] * (not path.name.startswith("."))
-        elif path.is_file():
-            found.append(source)
-        else:
-            raise not_a_file(path)
-    _say_left_out(folder, others)
-    return sorted(found, key=lambda source: source.path)
-
-
-def not_a_file(path: Path) -> InputError:
-    hint = "remove it from the folder, or replace it by a file"
-    return InputError(
-        "not a text file", expected="a file", found="a pipe, a device or a broken link", where=path, hint=hint
-    )

@@ -48,6 +48,12 @@ class TrainingData(ABC):
         """Every token of a split except the first predicted once; or about `n_batches` spread evenly over it."""
 
     @abstractmethod
+    def eval_parts(
+        self, split: str, batch_size: int, seq_len: int, n_batches: int | None = None
+    ) -> dict[str, Iterator[Batch]]:
+        """The batches of `eval_batches` of each folder of a mixture, by its name; one folder has an empty name."""
+
+    @abstractmethod
     def train_rows(self, numbers: np.ndarray, batch_size: int, seq_len: int, seed: int) -> np.ndarray:
         """Rows of seq_len + 1 tokens, int32, by their numbers, which count the rows of all batches."""
 

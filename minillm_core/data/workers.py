@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from minillm_core.data.documents import Piece
-from minillm_core.data.encode import Encoder, Work, write_block
+from minillm_core.data.encode import Encoder, Problems, Work, write_blocks
 from minillm_core.errors import InputError
 
-Problems = Sequence[tuple[int, int, str]]
 Task = tuple[Path, Sequence[Piece]]
 
 
@@ -34,9 +33,7 @@ def encode_tasks(work: Work, tasks: Iterable[Task], n_workers: int) -> Iterator[
     if n_workers == 1:
         encoder = Encoder(work)
         for path, pieces in tasks:
-            block = encoder.encode(pieces)
-            write_block(path, block)
-            yield (path, pieces), block.problems
+            yield (path, pieces), write_blocks(path, encoder.encode(pieces))
         return
     with contextlib.ExitStack() as stack:
         idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()

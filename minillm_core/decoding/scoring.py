@@ -1,9 +1,12 @@
 """The loss of a model on a prepared split, by scoring every token of it."""
 
 import math
+from collections.abc import Iterator
 
 import numpy as np
 
+from minillm_core.data.batches import Batch
+from minillm_core.data.split_loss import SplitLoss
 from minillm_core.data.training_data import TrainingData
 from minillm_core.decoding.generation import BaseGenerator
 from minillm_core.errors import InputError
@@ -13,8 +16,8 @@ ROWS = 64
 """Windows scored in one call."""
 
 
-def score_split(generator: BaseGenerator, data: TrainingData, split: str, seq_len: int) -> float:
-    """Mean loss in nats per token over every token of a split except the first.
+def score_split(generator: BaseGenerator, data: TrainingData, split: str, seq_len: int) -> SplitLoss:
+    """The loss over every token of a split except the first.
 
     Args:
         split: `train` or `val`.
@@ -32,8 +35,14 @@ def score_split(generator: BaseGenerator, data: TrainingData, split: str, seq_le
     limit = generator.config.context_length
     if not 1 <= seq_len <= limit:
         raise InputError("seq_len is out of range", expected=f"1 to {limit}, the context length", found=seq_len)
+    parts = data.eval_parts(split, ROWS, seq_len)
+    return SplitLoss.of({name: _sums(generator, batches) for name, batches in parts.items()})
+
+
+def _sums(generator: BaseGenerator, batches: Iterator[Batch]) -> tuple[float, int]:
+    """The loss of all targets with a weight, and their number."""
     sums, n_scored = [], 0
-    for batch in data.eval_batches(split, ROWS, seq_len):
+    for batch in batches:
         rows = []
         for tokens, targets, weights in zip(batch.tokens_BT, batch.targets_BT, batch.weights_BT, strict=True):
             # Runs of targets that count: a row without its padding or, with a document mask, each of its documents.
@@ -42,4 +51,4 @@ def score_split(generator: BaseGenerator, data: TrainingData, split: str, seq_le
         scores = np.concatenate(generator.score(rows))
         sums.append(float(scores.sum(dtype=np.float64)))
         n_scored += len(scores)
-    return -math.fsum(sums) / n_scored
+    return -math.fsum(sums), n_scored

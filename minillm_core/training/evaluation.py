@@ -6,6 +6,7 @@ from collections.abc import Callable
 import numpy as np
 
 from minillm_core.config import TrainConfig
+from minillm_core.data.split_loss import SplitLoss
 from minillm_core.data.training_data import TrainingData
 from minillm_core.training.backend import EvalStep
 
@@ -17,16 +18,20 @@ def evaluate(
     config: TrainConfig,
     n_batches: int | None = None,
     check: Callable[[], None] = lambda: None,
-) -> float:
-    """Weighted mean loss in nats per token over a whole split, or over `n_batches` micro-batches spread evenly over it.
+) -> SplitLoss:
+    """The loss over a whole split, or over `n_batches` micro-batches spread evenly over it.
 
     Args:
         check: called before each micro-batch; it stops the evaluation by raising an exception.
     """
-    losses, weights = [], []
-    for batch in data.eval_batches(split, config.batch_size // config.grad_accum, config.seq_len, n_batches):
-        check()
-        losses_BT, weights_BT = np.asarray(eval_step(batch), np.float64), np.asarray(batch.weights_BT, np.float64)
-        losses.append(float((losses_BT * weights_BT)[weights_BT > 0].sum()))  # padding may have any loss, even NaN
-        weights.append(float(weights_BT.sum()))
-    return math.fsum(losses) / math.fsum(weights)
+    parts = data.eval_parts(split, config.batch_size // config.grad_accum, config.seq_len, n_batches)
+    sums = {}
+    for name, batches in parts.items():
+        losses, weights = [], []
+        for batch in batches:
+            check()
+            losses_BT, weights_BT = np.asarray(eval_step(batch), np.float64), np.asarray(batch.weights_BT, np.float64)
+            losses.append(float((losses_BT * weights_BT)[weights_BT > 0].sum()))  # padding may have any loss, even NaN
+            weights.append(float(weights_BT.sum()))
+        sums[name] = math.fsum(losses), math.fsum(weights)
+    return SplitLoss.of(sums)

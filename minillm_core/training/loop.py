@@ -12,12 +12,14 @@ from functools import partial
 from pathlib import Path
 
 from minillm_core.config import RunConfig
+from minillm_core.data.batches import Batch
+from minillm_core.data.prefetch import prefetched
 from minillm_core.data.training_data import TrainingData
 from minillm_core.errors import InputError, Interrupted
 from minillm_core.files import flush
 from minillm_core.interrupt import StopRequest
 from minillm_core.model.params import count_params
-from minillm_core.training.backend import Backend, State, StepMetrics
+from minillm_core.training.backend import Backend, State, StepMetrics, TrainStep
 from minillm_core.training.checkpoints import CheckpointInfo, CheckpointWriter, TrainingState, read_info
 from minillm_core.training.evaluation import evaluate
 from minillm_core.training.metrics import MetricsLog, Row, bits_per_byte, losses_by_step, perplexity
@@ -150,21 +152,29 @@ class _Loop:
             f"of {c.batch_size} x {c.seq_len} tokens, {c.compute_dtype}, {self.backend.describe_device()}, "
             f"{self.backend.describe_attention(self.config)}"
         )
-        for n in range(self.step, c.steps):
-            self.stop.check()
-            rate = learning_rate(self.config.optim, n, c.steps)
-            batch = self.data.batch(n, c.batch_size, c.seq_len, c.seed)
-            self.state, metrics = train_step(self.state, batch, rate)
-            self.step = n + 1
-            self.unread.append((self.step, rate, time.perf_counter(), metrics))
-            saves, evaluates = self.step % c.checkpoint_every == 0 or self.step == c.steps, self._evaluates(self.step)
-            # The metrics of a step are read while the next step runs. If this step's state is saved or evaluated,
-            # its metrics are read first: such a state contains only updates that were checked to be finite.
-            self._read_metrics(self.step if saves or evaluates else n)
-            if saves:
-                self._save()
-            if evaluates:
-                self._evaluate()
+
+        def read(n: int) -> Batch:
+            return self.data.batch(n, c.batch_size, c.seq_len, c.seed)
+
+        with prefetched(read, range(self.step, c.steps)) as batches:
+            for n in range(self.step, c.steps):
+                self.stop.check()
+                self._take_step(n, train_step, next(batches))
+
+    def _take_step(self, n: int, train_step: TrainStep, batch: Batch) -> None:
+        c = self.config.train
+        rate = learning_rate(self.config.optim, n, c.steps)
+        self.state, metrics = train_step(self.state, batch, rate)
+        self.step = n + 1
+        self.unread.append((self.step, rate, time.perf_counter(), metrics))
+        saves, evaluates = self.step % c.checkpoint_every == 0 or self.step == c.steps, self._evaluates(self.step)
+        # The metrics of a step are read while the next step runs. If this step's state is saved or evaluated,
+        # its metrics are read first: such a state contains only updates that were checked to be finite.
+        self._read_metrics(self.step if saves or evaluates else n)
+        if saves:
+            self._save()
+        if evaluates:
+            self._evaluate()
 
     def _evaluates(self, step: int) -> bool:
         return step > 0 and (step % self.config.train.eval_every == 0 or step == self.config.train.steps)
@@ -232,7 +242,8 @@ class _Loop:
                 logger.info(f"evaluating on the whole held-out text, {self.data.n_tokens('val'):,} tokens")
             model = self.backend.model_of(self.config, self.state)
             eval_step = self.backend.make_eval_step(model, deterministic=c.deterministic)
-            loss = evaluate(eval_step, self.data, "val", c, n_batches, self.stop.check)
+            found = evaluate(eval_step, self.data, "val", c, n_batches, self.stop.check)
+            loss = found.mean
             if not math.isfinite(loss) and c.nonfinite == "stop":
                 hint = "start a new run (--train.out_dir) with a lower optim.learning_rate, or resume with "
                 hint += "--train.nonfinite skip"
@@ -241,7 +252,8 @@ class _Loop:
                 )
             per_byte = self.data.tokens_per_byte("val")
             compression = {} if per_byte is None else {"bits_per_byte": bits_per_byte(loss, per_byte)}
-            self._log(step, "val", loss, **compression, perplexity=perplexity(loss))
+            parts = {f"loss_{name}": part for name, part in found.parts.items()}
+            self._log(step, "val", loss, **compression, perplexity=perplexity(loss), **parts)
             _report(self.log.rows)
             plot_loss(self.log.rows, self.folder / "loss.png")
 
@@ -266,7 +278,8 @@ def _report(rows: list[Row]) -> None:
             logger.info(f"step {row['step']:>6}  held-out loss is not finite")
             continue
         compression = f"  {row['bits_per_byte']:.4f} bits per byte" if "bits_per_byte" in row else ""
+        parts = [f"  {name} {x:.4f}" for name, x in row.items() if name.startswith("loss_") and x is not None]
         logger.info(
             f"step {row['step']:>6}  held-out loss {row['loss']:.4f}  perplexity {row['perplexity'] or math.inf:.2f}"
-            + compression
+            + "".join([compression, *parts])
         )
