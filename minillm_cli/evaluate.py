@@ -7,6 +7,7 @@ import tyro
 
 from minillm_cli.backends import load_backend
 from minillm_cli.console import parse, say
+from minillm_core.data.mixture import Mixture
 from minillm_core.data.run_data import open_data
 from minillm_core.decoding.scoring import score_split
 from minillm_core.text.tokenizer_json import load_tokenizer
@@ -44,7 +45,8 @@ def evaluate(
     length = config.train.seq_len if seq_len is None else seq_len
     tokenizer = load_tokenizer(checkpoint, config.model.vocab_size)
     generator = framework.Generator(framework.load(checkpoint, dtype), tokenizer)
-    say(f"evaluating {checkpoint} on {data.dir}, split {split}, {framework.describe_device()}")
+    where = ", ".join(str(part.dir) for part in data.parts.values()) if isinstance(data, Mixture) else data.dir
+    say(f"evaluating {checkpoint} on {where}, split {split}, {framework.describe_device()}")
     found = score_split(generator, data, split, length)
     loss = found.mean
     print(f"loss {loss:.6f} nats per token")

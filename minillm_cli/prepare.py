@@ -90,7 +90,7 @@ def prepare_inputs(
         vocab_size: vocabulary of the model that will be trained, if it has more rows than the tokenizer has pieces.
         workers: processes that encode; by default, one for every CPU.
         text_field: field of a .jsonl line, or column of a table, with the text.
-        subset: configuration of a dataset of the Hugging Face Hub.
+        subset: subset of a dataset of the Hugging Face Hub.
         split: split of a dataset of the Hugging Face Hub; `train` by default.
         separator: what stands between two documents of a text file, such as `\\f`; without it, a file is one document.
         holdout: share of the documents to hold out, such as 0.01; or the number of tokens to hold out at most.

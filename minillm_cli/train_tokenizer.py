@@ -59,13 +59,18 @@ def train_tokenizer_on(
         kind: merges of frequent pairs, or pieces of a unigram language model.
         symbols: texts that are always one piece, wherever they occur.
         text_field: field of a .jsonl line, or column of a table, with the text.
-        subset: configuration of a dataset of the Hugging Face Hub.
+        subset: subset of a dataset of the Hugging Face Hub.
         split: split of a dataset of the Hugging Face Hub; `train` by default.
         report: the tokenizers to compare: .model files, tokenizer.json files, or folders with one.
         html: with --report, also write a page with the table and a picture; an existing page is replaced.
         as_json: with --report, print JSON.
     """
     sources = find_sources(inputs, subset=subset, split=split)
+    if not sources:
+        hint = "give the inputs first: an option with several values takes all words after it"
+        raise InputError("no input", expected="files, folders, patterns or datasets", hint=hint)
+    if report and out is not None:
+        raise InputError("--report trains no tokenizer", hint="leave out --out, or --report")
     if report:
         page = None if html is None else output_file(html, PAGE_BEGINS.encode())
         if len({*report}) < len(report):
@@ -77,7 +82,9 @@ def train_tokenizer_on(
             replace_file(page, html_page(measured))
             say(f"wrote {page}")
         return
-    if out is None or html is not None or as_json:
+    if html is not None or as_json:
+        raise InputError("--html and --json are only for --report")
+    if out is None:
         expected = "--out FILE.model to train, or --report TOKENIZER... [--html FILE] [--json] to compare"
         raise InputError("nothing to do with the inputs", expected=expected)
     path = output_file(out)

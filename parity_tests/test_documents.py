@@ -6,6 +6,7 @@ import json
 import lzma
 import os
 import random
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -138,7 +139,7 @@ def test_rows_that_are_stored_together(name: str, tmp_path: Path) -> None:
     """They are divided into pieces of the size that was asked for, but into few."""
     texts = [f"{i:06}" + "x" * 94 for i in range(5000)]
     source = write_table(tmp_path / name, {"text": texts}, 5000)
-    for size, least, most in ((100_000, 900, 1000), (10_000, 312, 313), (1 << 20, 5000, 5000)):
+    for size, least, most in ((100_000, 900, 1000), (10_000, 312, 334), (1 << 20, 5000, 5000)):
         pieces = list(pieces_of(0, source, Format(), size))
         assert [pieces[0].start, pieces[-1].stop] == [0, 5000]
         assert {piece.stop - piece.start for piece in pieces} <= {*range(least, most + 1)}
@@ -234,6 +235,34 @@ def test_damaged_parquet(tmp_path: Path) -> None:
         source = write(tmp_path, "x.parquet", damaged)
         with pytest.raises(InputError, match=r"(?s)damaged parquet file.*x\.parquet"):
             documents_of(source, Format(), 64)
+
+
+@pytest.mark.parametrize("name", ["stream.arrow", "file.arrow"])
+def test_damaged_arrow(name: str, tmp_path: Path) -> None:
+    texts = [f"row {i:05} " + "x" * 50 for i in range(300)]
+    source = write_table(tmp_path / name, {"text": texts}, 100)
+    data = source.path.read_bytes()
+    offset = data.index(struct.pack("<3i", 60, 120, 180)) + 4 * 50 + 3
+    flipped = data[:offset] + bytes([data[offset] ^ 0x40]) + data[offset + 1 :]
+    for damaged in (flipped, data[:-9], data[: len(data) // 2], data[:100], b"x"):
+        source.path.write_bytes(damaged)
+        with pytest.raises(InputError, match=r"(?s)damaged arrow file.*arrow"):
+            documents_of(source, Format(), 64)
+    if name == "stream.arrow":  # cut off between two batches
+        write_table(tmp_path / "stream.arrow", {"text": texts[:200]}, 100)
+        source.path.write_bytes(source.path.read_bytes()[:-8])
+        with pytest.raises(InputError, match=r"(?s)damaged arrow file.*cut off"):
+            documents_of(source, Format(), 64)
+
+
+@pytest.mark.parametrize("name", ["x.parquet", "stream.arrow"])
+def test_rows_without_text(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They take next to no bytes in a file, but are not read all at once."""
+    monkeypatch.setattr(tables, "RANGE_ROWS", 100)
+    column = pyarrow.array([None] * 1000, pyarrow.string())
+    source = write_table(tmp_path / name, {"text": column}, 1000)
+    assert all(piece.stop - piece.start <= 101 for piece in pieces_of(0, source, Format(), 1 << 20))
+    assert len(documents_of(source, Format(), 1 << 20)[1]) == 1000
 
 
 def test_inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

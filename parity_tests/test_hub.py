@@ -107,6 +107,8 @@ def test_a_dataset_of_the_hub(hub: str, tokenizer: Tokenizer, tmp_path: Path) ->
     assert done.returncode == 0, done.stderr
     train, val = (documents_of(tmp_path / "out", split, tokenizer) for split in ("train", "val"))
     assert val
+    sources = json.loads((tmp_path / "out" / "index.json").read_text())["sources"]
+    assert [source["origin"] for source in sources] == [f"hf://datasets/o/n@{REVISION}, default, train"]
     assert {*val}.isdisjoint(train)
     assert [text for text in TEXTS if text in {*train}] == train
     assert sorted(train + val) == sorted(TEXTS)

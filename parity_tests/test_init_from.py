@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from minillm_core.config import DataConfig, RunConfig
+from minillm_core.data.batches import Batch
 from minillm_core.data.run_data import open_data
 from minillm_core.errors import InputError
+from minillm_core.interop.conversion import convert
 from minillm_core.interop.initial import with_initial_checkpoint
 from minillm_core.text.tokenizer_json import load_tokenizer
 from minillm_core.training.checkpoints import find_checkpoint, read_info
@@ -45,6 +47,12 @@ def first_loss(config: RunConfig, framework: str, checkpoint: Path) -> float:
     model = backend.load(checkpoint, "float64")
     batch = open_data(config.data, model.config.vocab_size).batch(0, c.batch_size, c.seq_len, c.seed)
     return float(np.asarray(backend.make_eval_step(model)(batch), np.float64).mean())
+
+
+def losses_on_batch(framework: str, checkpoint: Path) -> np.ndarray:
+    """The losses of a checkpoint on some tokens, which show its weights."""
+    step = BACKENDS[framework].make_eval_step(BACKENDS[framework].load(checkpoint, "float64"))
+    return np.asarray(step(Batch.from_rows(np.arange(2 * 33, dtype=np.int32).reshape(2, 33))), np.float64)
 
 
 @pytest.mark.extended
@@ -89,7 +97,32 @@ def test_runs_train_on_other_text(framework: str, data_config: DataConfig, corpu
     config = run_from(tmp_path / "first", small, tmp_path, steps=5, eval_every=5)
     train(with_initial_checkpoint(config, backend), backend)
     expected = first_loss(config, framework, find_checkpoint(tmp_path / "run-init", framework))
-    assert losses_of(tmp_path / "run", framework)[0] == pytest.approx(expected, rel=1e-12)
+    losses = losses_of(tmp_path / "run", framework)
+    assert losses[0] == pytest.approx(expected, rel=1e-12)
+
+    # the same weights without moments and count of an optimizer
+    convert(f"{other}->hf", tmp_path / "first", tmp_path / "hf")
+    alone = run_from(tmp_path / "hf", small, tmp_path / "alone", steps=5, eval_every=5)
+    train(with_initial_checkpoint(alone, backend), backend)
+    assert losses_of(tmp_path / "alone" / "run", framework) == pytest.approx(losses, rel=1e-12)
+
+
+@pytest.mark.extended
+@pytest.mark.parametrize("place", ["", "{}", "{}/checkpoints/5"])
+@pytest.mark.parametrize("trained", BACKENDS)
+def test_every_place_of_a_checkpoint(
+    trained: str, place: str, data_config: DataConfig, corpus: Path, tmp_path: Path
+) -> None:
+    """A run, its part of one framework, or a checkpoint; for the same framework and for the other one."""
+    checkpoint = train(text_run(data_config, tmp_path / "first", steps=5, eval_every=5), BACKENDS[trained])
+    expected = losses_on_batch(trained, checkpoint)
+    for framework, backend in BACKENDS.items():
+        home = tmp_path / framework
+        config = with_initial_checkpoint(run_from(tmp_path / "first" / place.format(trained), corpus, home), backend)
+        assert (home / "run-init").exists() == (framework != trained)
+        assert config.train.init_from is not None
+        found = losses_on_batch(framework, find_checkpoint(config.train.init_from, framework))
+        assert np.abs(found / expected - 1).max() <= 1e-11
 
 
 def test_a_different_source_is_not_mixed_up(source: Path, corpus: Path, tmp_path: Path) -> None:

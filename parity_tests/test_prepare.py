@@ -71,19 +71,19 @@ def documents_of(folder: Path, split: str, tokenizer: Tokenizer) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("n_workers", "block_bytes"),
+    ("n_workers", "task_bytes"),
     [(2, 1 << 20), *(pytest.param(n, n << 21, marks=pytest.mark.extended) for n in (1, 4))],
 )
 def test_every_document_once_and_in_order(
     n_workers: int,
-    block_bytes: int,
+    task_bytes: int,
     speeches: list[str],
     tokenizer: Tokenizer,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The tokens are those of each document alone, and give the documents back."""
-    monkeypatch.setattr(plan_module, "BLOCK_BYTES", (block_bytes, 64 << 20))
+    monkeypatch.setattr(plan_module, "TASK_BYTES", (task_bytes, 64 << 20))
     monkeypatch.setattr(assemble, "SHARD_TOKENS", 100_000)
     texts = [*speeches[::6], "x" * 3_000_000, "one line " * 300_000]
     inputs = write_inputs(tmp_path / "in", texts)
@@ -126,7 +126,8 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (chunks, documents, encode, pieces, plan_module):
         monkeypatch.setattr(module, "CHUNK_BYTES", 64)
     monkeypatch.setattr(encode, "BLOCK_TEXT", 256)
-    monkeypatch.setattr(plan_module, "BLOCK_BYTES", (1024, 1024))
+    monkeypatch.setattr(encode, "CHUNK_COST", 0)
+    monkeypatch.setattr(plan_module, "TASK_BYTES", (1024, 1024))
 
 
 @pytest.fixture

@@ -43,11 +43,11 @@ def test_documents_that_cannot_be_used(name: str, texts: list[str], tokenizer: T
         with pytest.raises(InputError, match=f"(?s)cannot be used.*{problem}.*{name}, {where}.*--skip-bad"):
             prepare.prepare(plan, tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    prepare.prepare(replace(plan, skip_bad=True), tmp_path / "skipped")
-    skipped = json.loads((tmp_path / "skipped" / "index.json").read_text())["skipped"]
+    prepare.prepare(replace(plan, skip_bad=True), tmp_path / "out")  # what the message says to do
+    skipped = json.loads((tmp_path / "out" / "index.json").read_text())["skipped"]
     assert skipped["n_documents"] == 1
     assert skipped["listed"][0]["where"].endswith(f"{name}, {where}")
-    found = [text for split in ("train", "val") for text in documents_of(tmp_path / "skipped", split, tokenizer)]
+    found = [text for split in ("train", "val") for text in documents_of(tmp_path / "out", split, tokenizer)]
     assert set(texts) <= {*found}
 
 
@@ -89,7 +89,7 @@ def test_what_is_counted(texts: list[str], tokenizer: Tokenizer, tmp_path: Path)
 def test_nothing_is_left(tokenizer: Tokenizer, tmp_path: Path) -> None:
     (tmp_path / "in.jsonl").write_text("{\n" * 50)
     plan = plan_for([tmp_path / "in.jsonl"], tokenizer, skip_bad=True)
-    with pytest.raises(InputError, match=r"(?s)no document is left.*50 document\(s\); 50 unusable"):
+    with pytest.raises(InputError, match=r"(?s)no document is left.*50 document\(s\): .*50 unusable"):
         prepare.prepare(plan, tmp_path / "out")
     with pytest.raises(InputError, match="no input"):
         prepare.prepare(replace(plan, sources=()), tmp_path / "out")

@@ -144,6 +144,9 @@ def test_report(corpus: Path, tmp_path: Path) -> None:
         assert by_name[name, "prose"]["n_partial"] == by_name[name, "prose"]["n_unknown"] == 0
     fails("given twice", "train_tokenizer", str(files[0]), "--report", "foreign", "foreign", cwd=tmp_path)
     fails("nothing to do", "train_tokenizer", str(files[0]), cwd=tmp_path)
+    fails("only for --report", "train_tokenizer", str(files[0]), "--out", "x.model", "--json", cwd=tmp_path)
+    fails("no input.*takes all words after it", "train_tokenizer", "--report", str(files[0]), cwd=tmp_path)
+    fails("not a tokenizer.*where: " + re.escape(str(files[0])), "train_tokenizer", "x", "--report", str(files[0]), cwd=tmp_path)
     fails("no tokenizer", "train_tokenizer", str(files[0]), "--report", "none.model", cwd=tmp_path)
 
 

@@ -11,7 +11,6 @@ import json
 import os
 import pickle
 import re
-import signal
 import sys
 import zipfile
 from collections.abc import Iterator, Sequence
@@ -44,6 +43,8 @@ LAST = "last"
 """Ending of the name of the last block of a task. Those before it have numbers, which sort before it."""
 BLOCK_TEXT = 1 << 25
 """Bytes of text in one block, about: a task with a document of any size needs little memory."""
+CHUNK_COST = 500
+"""Bytes that a chunk counts in addition to its text, about what its row takes in memory."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ class Encoder:
                 tokens, rows, n_bytes, problems = tokens[:1], [], 0, []
             texts = []
             for chunk in chunks:
-                n_bytes += len(chunk.data)
+                n_bytes += len(chunk.data) + CHUNK_COST
                 text, problem = _text_of(chunk)
                 texts.append(text)
                 if problem:
@@ -117,7 +118,7 @@ class Encoder:
         try:
             yield from read_piece(piece, self.work.sources, self.work.how)
         except InputError as error:  # a damaged part of a table
-            yield bad(piece.source, 0, " ".join(str(error).split()))
+            yield bad(piece.source, piece.start, " ".join(str(error).split()))
         if source.stamp() != self.work.stamps[piece.source]:
             hint = "give the command again when nothing writes to the file"
             raise InputError("a source changed while it was read", where=source.path, hint=hint)
@@ -147,7 +148,7 @@ def _groups(chunks: Iterator[Chunk]) -> Iterator[list[Chunk]]:
     group, n_bytes = list[Chunk](), 0
     for chunk in chunks:
         group.append(chunk)
-        n_bytes += len(chunk.data)
+        n_bytes += len(chunk.data) + CHUNK_COST
         if n_bytes >= CHUNK_BYTES:
             yield group
             group, n_bytes = [], 0
@@ -229,7 +230,6 @@ def read_block(path: Path, *, tokens: bool = True) -> Block:
 
 def serve() -> None:
     """Answers tasks until the input ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
     tasks, answers = sys.stdin.buffer, sys.stdout.buffer
     encoder = Encoder(pickle.load(tasks), n_threads=1)
     while True:
@@ -242,8 +242,11 @@ def serve() -> None:
             answer = write_blocks(path, encoder.encode(pieces))
         except Exception as error:
             answer = error
-        pickle.dump(answer, answers)
-        answers.flush()
+        try:
+            pickle.dump(answer, answers)
+            answers.flush()
+        except BrokenPipeError:  # the parent was killed
+            os._exit(0)
 
 
 if __name__ == "__main__":

@@ -37,7 +37,8 @@ def assemble_data(plan: Plan, blocks: Sequence[Path], bad_sources: list[dict[str
     if not counts[TRAIN] or not counts[VAL]:
         raise InputError(
             f"no document is left to {'hold out' if counts[TRAIN] else 'train on'}",
-            found=f"{len(splits)} document(s); {counts[BAD_DOCUMENT]} unusable, {counts[DUPLICATE]} duplicates",
+            found=f"{len(splits)} document(s): {counts[TRAIN]} to train on, {counts[VAL]} held out, "
+            f"{counts[BAD_DOCUMENT]} unusable, {counts[DUPLICATE]} duplicates",
             hint="use more text, a different --holdout, or --separator if a file holds several documents",
         )
     described = write_shards(blocks, splits, folder)
@@ -61,11 +62,16 @@ def assemble_data(plan: Plan, blocks: Sequence[Path], bad_sources: list[dict[str
             "sources": bad_sources,
             "listed": [{"where": places[s][at], "problem": what} for (s, at), what in listed],
         },
-        "sources": [{"path": str(s.path), "n_bytes": s.n_bytes} for s in plan.sources],
+        "sources": [
+            {"path": str(s.path), "n_bytes": s.n_bytes} | ({"origin": s.origin} if s.origin else {})
+            for s in plan.sources
+        ],
         **dict(plan.about),
     }
     text = json.dumps(index, indent=1, ensure_ascii=False) + "\n"
     (folder / INDEX).write_text(text, encoding="utf-8", errors="replace")
+    if counts[DUPLICATE]:
+        logger.info(f"left out {counts[DUPLICATE]} document(s) that are equal to an earlier one")
     if n_bad or bad_sources:
         more = f", and the rest of {len(bad_sources)} file(s)" if bad_sources else ""
         logger.warning(f"left out {n_bad} document(s) that cannot be used{more}; {INDEX} lists them")

@@ -2,13 +2,16 @@
 
 import importlib
 import re
+import urllib.parse
 from pathlib import Path
 
 from minillm_core.data.sources import Source
 from minillm_core.errors import InputError, missing_package
 
 HUB = "hf://"
-DATASET = re.compile(r"hf://datasets/(?P<name>[\w.-]+/[\w.-]+)(?:@(?P<revision>[^/]+))?(?:/(?P<files>.+))?")
+DATASET = re.compile(
+    r"hf://datasets/(?P<name>[\w.-]+/[\w.-]+)(?:@(?P<revision>refs/(?:convert|pr)/[^/]+|[^/]+))?(?:/(?P<files>.+))?"
+)
 
 
 def dataset_sources(url: str, subset: str | None = None, split: str | None = None) -> list[Source]:
@@ -32,9 +35,10 @@ def dataset_sources(url: str, subset: str | None = None, split: str | None = Non
         datasets = importlib.import_module("datasets")
     except ModuleNotFoundError as error:
         raise missing_package(error, "data", where=url) from error
+    revision = found["revision"] and urllib.parse.unquote(found["revision"])
     try:
         loaded = datasets.load_dataset(
-            found["name"], subset, revision=found["revision"], data_files=found["files"], split=split
+            found["name"], subset, revision=revision, data_files=found["files"], split=split, keep_in_memory=False
         )
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise InputError(
@@ -43,4 +47,9 @@ def dataset_sources(url: str, subset: str | None = None, split: str | None = Non
             where=url,
             hint="check the name, --subset, --split, and the connection to the Hugging Face Hub",
         ) from error
-    return [Source(Path(file["filename"]), "arrow") for file in loaded.cache_files]
+    if not loaded.cache_files:
+        raise InputError("the dataset is empty", where=url)
+    files = [Path(file["filename"]) for file in loaded.cache_files]
+    commit = files[0].parent.name  # of a dataset of the Hub, the cache is named by it
+    origin = f"hf://datasets/{found['name']}@{commit}, {loaded.info.config_name}, {split}"
+    return [Source(path, "arrow", origin=origin) for path in files]

@@ -60,6 +60,9 @@ def find_sources(inputs: Sequence[str | Path], *, subset: str | None = None, spl
 
 
 def _matching(pattern: str) -> list[Source]:
+    if pattern.startswith(("https:/huggingface.co/datasets/", "http:/huggingface.co/datasets/")):
+        hint = f"{HUB}datasets/{pattern.partition('datasets/')[2]}"
+        raise InputError("a page of the Hugging Face Hub", where=pattern, hint=f"give the dataset as {hint}")
     if not re.search(r"[*?\[]", pattern):
         raise InputError(
             "the input does not exist", expected="a file, a folder or a pattern", where=pattern, hint="check the path"

@@ -7,7 +7,7 @@ in which it would give them alone. So a run resumes anywhere, and no window is s
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import chain
+from itertools import chain, pairwise
 
 import numpy as np
 
@@ -80,6 +80,9 @@ class Mixture(TrainingData):
     def n_tokens(self, split: str) -> int:
         return sum(data.n_tokens(split) for data in self.parts.values())
 
+    def targets_of_parts(self, split: str) -> dict[str, int]:
+        return {name: data.n_targets(split) for name, data in self.parts.items()}
+
     def tokens_per_byte(self, split: str) -> float | None:
         sizes = [data.splits[split].n_bytes for data in self.parts.values()]
         n_bytes = sum(size for size in sizes if size is not None)
@@ -96,15 +99,13 @@ class Mixture(TrainingData):
     def rows_of(self, rows: np.ndarray, batch_size: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
         """For rows, numbered over all batches: the number of the folder, and how many rows it gave before."""
         part, index = np.empty(len(rows), np.int64), np.empty(len(rows), np.int64)
-        before = np.zeros(len(self.parts), np.int64)
         stops = [phase.from_step * batch_size for phase in self.phases[1:]]
-        for phase, stop in zip(self.phases, [*stops, None], strict=True):
+        all_before = _counts_before_phases(self.phases, batch_size, seed)
+        for phase, stop, before in zip(self.phases, [*stops, None], all_before, strict=True):
             start = phase.from_step * batch_size
             here = (rows >= start) & (rows < stop if stop is not None else True)
             key = (seed, phase.from_step)
             part[here], index[here] = _parts_and_counts(rows[here] - start, phase.shares, key, before)
-            if stop is not None:
-                before = before + _counts_before(stop - start, phase.shares, key)
         return part, index
 
     def eval_batches(self, split: str, batch_size: int, seq_len: int, n_batches: int | None = None) -> Iterator[Batch]:
@@ -144,6 +145,16 @@ def _parts_and_counts(
         part[here], index[here] = block[rows[here] % PERIOD], count[rows[here] % PERIOD]
         index[here] += number * np.array(shares)[part[here]] + before[part[here]]
     return part, index
+
+
+@lru_cache(maxsize=4)
+def _counts_before_phases(phases: tuple[Phase, ...], batch_size: int, seed: int) -> tuple[np.ndarray, ...]:
+    """How many rows each folder gives before each phase."""
+    counts = [np.zeros(len(phases[0].shares), np.int64)]
+    for phase, following in pairwise(phases):
+        n_rows = (following.from_step - phase.from_step) * batch_size
+        counts.append(counts[-1] + _counts_before(n_rows, phase.shares, (seed, phase.from_step)))
+    return tuple(counts)
 
 
 def _counts_before(row: int, shares: tuple[int, ...], key: tuple[int, int]) -> np.ndarray:

@@ -115,10 +115,12 @@ def text_chunks(source: Source, how: Format = PLAIN) -> Iterator[str]:
     """
     for piece in pieces_of(0, source, how, CHUNK_BYTES):
         for chunk in read_piece(piece, [source], how):
+            if chunk.problem:
+                hint = "correct the file; the field with the text is chosen with --text-field"
+                hint = hint if source.format != "text" else "correct the file"
+                raise InputError("a document cannot be used", found=chunk.problem, where=source.path, hint=hint)
             try:
-                if chunk.problem:
-                    raise ValueError(chunk.problem)
                 yield chunk.data.decode("utf-8")
-            except ValueError as error:
-                hint = "convert it to UTF-8" if isinstance(error, UnicodeDecodeError) else "correct the file"
+            except UnicodeDecodeError as error:
+                hint = "convert it to UTF-8"
                 raise InputError("not UTF-8 text", found=error, where=source.path, hint=hint) from error

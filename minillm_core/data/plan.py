@@ -20,7 +20,7 @@ from minillm_core.text.tokenizer import hash_tokenizer
 from minillm_core.version import __version__
 
 FORMAT_VERSION = 2
-BLOCK_BYTES = (4 << 20, 16 << 20)
+TASK_BYTES = (4 << 20, 16 << 20)
 """Bounds for the text of one task. Larger inputs have larger tasks, so that there are not too many."""
 GROUPED = 10_000
 """Small files of one task."""
@@ -49,7 +49,7 @@ def settings_of(plan: Plan) -> dict[str, Any]:
     """The plan as JSON, without the places of its files: the parts of two machines must have the same."""
     return {
         "version": [FORMAT_VERSION, __version__, sentencepiece.__version__],
-        "block_bytes": [block_bytes(plan), CHUNK_BYTES],
+        "task_bytes": [task_bytes(plan), CHUNK_BYTES],
         "tokenizer": hash_tokenizer(plan.tokenizer),
         "vocab_size": plan.vocab_size,
         "text_field": plan.how.text_field,
@@ -58,7 +58,7 @@ def settings_of(plan: Plan) -> dict[str, Any]:
         "drop_duplicates": plan.drop_duplicates,
         "skip_bad": plan.skip_bad,
         "sources": [
-            [s.format, s.compression, s.start, s.stop, s.split, s.n_bytes, s.path.name, s.ends_hash()]
+            [s.format, s.compression, s.start, s.stop, s.split, s.origin, s.n_bytes, s.path.name, s.ends_hash()]
             for s in plan.sources
         ],
     }
@@ -68,7 +68,7 @@ def plan_of(settings: dict[str, Any], folder: Path) -> Plan:
     """The plan of a part, from its settings."""
     sources = zip(settings["paths"], settings["sources"], strict=True)
     return Plan(
-        tuple(Source(Path(path), *source[:5]) for path, source in sources),
+        tuple(Source(Path(path), *source[:6]) for path, source in sources),
         folder / "tokenizer",
         settings["vocab_size"],
         Format(settings["text_field"], settings["separator"].encode("utf-8", "surrogateescape")),
@@ -78,9 +78,9 @@ def plan_of(settings: dict[str, Any], folder: Path) -> Plan:
     )
 
 
-def block_bytes(plan: Plan) -> int:
+def task_bytes(plan: Plan) -> int:
     n_bytes = sum(source.n_bytes for source in plan.sources)
-    return min(max(n_bytes // 4096 // CHUNK_BYTES * CHUNK_BYTES, BLOCK_BYTES[0]), BLOCK_BYTES[1])
+    return min(max(n_bytes // 4096 // CHUNK_BYTES * CHUNK_BYTES, TASK_BYTES[0]), TASK_BYTES[1])
 
 
 def dtype_of(plan: Plan) -> str:
@@ -93,7 +93,7 @@ def tasks(plan: Plan, folder: Path, bad_sources: list[dict[str, Any]]) -> Iterat
     Args:
         bad_sources: sources that cannot be read are added here, if the plan skips them.
     """
-    size, (i, n) = block_bytes(plan), plan.part
+    size, (i, n) = task_bytes(plan), plan.part
     group: list[Piece] = []
     first, unit, n_bytes = (0, 0), 0, 0
     for index, source in enumerate(plan.sources):

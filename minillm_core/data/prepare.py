@@ -17,7 +17,7 @@ from minillm_core.data.encode import Work, blocks_of, read_block
 from minillm_core.data.finish import assemble_data, unusable
 from minillm_core.data.plan import Plan, dtype_of, settings_of, tasks
 from minillm_core.data.prepared import INDEX
-from minillm_core.data.workers import Task, encode_tasks
+from minillm_core.data.workers import Task, WorkerEndedError, encode_tasks
 from minillm_core.errors import InputError
 from minillm_core.files import (
     beside,
@@ -42,7 +42,7 @@ Progress = Callable[[int, int], None]
 def prepare(plan: Plan, out: Path, *, n_workers: int = 1, on_progress: Progress = lambda done, total: None) -> None:
     """Prepares the data of a plan in the new folder `out`, which appears only when it is complete.
 
-    If an earlier call was killed, the same call continues its work.
+    If an earlier call was killed, or the disk was full, the same call continues its work.
 
     Args:
         n_workers: processes that encode text.
@@ -81,13 +81,20 @@ def carry_out(
     with named_if_it_fails(out):
         folder = _begin(plan, partial, restart)
         plan = dataclasses.replace(plan, tokenizer=partial / "tokenizer")
-        blocks, bad_sources = _encode(plan, folder, n_workers, on_progress)
+        try:
+            blocks, bad_sources = _encode(plan, folder, n_workers, on_progress)
+            if plan.part == (0, 1):
+                assemble_data(plan, blocks, bad_sources, partial / "data")
+        except WorkerEndedError:
+            raise
+        except InputError:
+            shutil.rmtree(partial, ignore_errors=True)  # the same call would fail again, and a corrected one differs
+            raise
         if plan.part != (0, 1):
             hashes = {path.name: hash_file(path) for path in blocks}
             replace_file(partial / PART, json.dumps({"blocks": hashes, "bad_sources": bad_sources}))
             commit_folder(partial, real_path(out))
         else:
-            assemble_data(plan, blocks, bad_sources, partial / "data")
             commit_folder(partial / "data", real_path(out))
             shutil.rmtree(partial, ignore_errors=True)
 

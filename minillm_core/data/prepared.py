@@ -91,6 +91,8 @@ class PreparedData(TrainingData):
             hint = "choose a different folder for the prepared data"
             if not self.dir.exists():
                 hint = "check the path, or prepare the data first"
+            elif (self.dir / "part.json").is_file():
+                hint = "it is a part of a preparation (--shard): join all parts with prepare_data.py --merge"
             raise InputError("not a folder of prepared data", expected=INDEX, where=self.dir, hint=hint)
         try:
             self.index: dict[str, Any] = foreign or json.loads(path.read_text(encoding="utf-8"))
@@ -104,10 +106,12 @@ class PreparedData(TrainingData):
             raise InputError("damaged data file", found=repr(error), where=path, hint=redo) from error
         if vocab_size not in (None, found):
             problem = "the data's vocabulary size differs from the model's"
-            raise InputError(problem, expected=vocab_size, found=found, where=self.dir, hint=redo)
+            hint = f"set --model.vocab_size {found}, or choose a different --data.dir"
+            raise InputError(problem, expected=vocab_size, found=found, where=self.dir, hint=hint)
         self.vocab_size: int = found
         self.tokens = {split: TokenFiles(self.splits[split].files, dtype, redo) for split in SPLITS}
         self.end_id = _end_id(self.tokenizer) if document_mask else None
+        self._n_documents: dict[str, int] = {}
 
     def _described(self, split: str) -> Split:
         described = self.index[split]
@@ -152,12 +156,16 @@ class PreparedData(TrainingData):
         """Tokens that are predicted: all but the first; with a document mask, all but the first of each document."""
         if self.end_id is None:
             return self.n_tokens(split) - 1
-        if (n_documents := self.index[split].get("n_documents")) is None:  # data of version 0.1
-            tokens = self.tokens[split]
-            n_documents = sum(
-                int((tokens[start : start + SCANNED] == self.end_id).sum()) for start in range(0, len(tokens), SCANNED)
-            )
-        return self.n_tokens(split) - int(n_documents)
+        if split not in self._n_documents:
+            n_documents, tokens = self.index[split].get("n_documents"), self.tokens[split]
+            if n_documents is None:  # data of version 0.1, or of other projects
+                starts = range(0, len(tokens), SCANNED)
+                n_documents = sum(int((tokens[at : at + SCANNED] == self.end_id).sum()) for at in starts)
+            self._n_documents[split] = int(n_documents)
+        return self.n_tokens(split) - self._n_documents[split]
+
+    def targets_of_parts(self, split: str) -> dict[str, int]:
+        return {"": self.n_targets(split)}
 
     def tokens_per_byte(self, split: str) -> float | None:
         n_bytes = self.splits[split].n_bytes

@@ -122,6 +122,7 @@ def _is_prepared(target: Path, config: DataConfig, vocab_size: int) -> bool:
         return False
     existing = PreparedData(target, vocab_size).index
     if existing["format_version"] != 1 and "corpus_sha256" not in existing:
+        logger.info(f"{target} was not prepared from a corpus: data.corpus and data.holdout_every are not used")
         return True  # prepared from inputs, with `prepare`, or by another project
     if existing.get("holdout_every") != config.holdout_every:
         raise InputError(

@@ -15,10 +15,10 @@ from typing import Any, BinaryIO, Literal, cast
 
 from minillm_core.errors import InputError, missing_package
 
-Format = Literal["text", "jsonl", "parquet", "arrow"]
+FileFormat = Literal["text", "jsonl", "parquet", "arrow"]
 Compression = Literal["", "gz", "xz", "zst"]
 
-FORMATS: dict[str, Format] = {
+FORMATS: dict[str, FileFormat] = {
     ".txt": "text",
     ".md": "text",
     ".jsonl": "jsonl",
@@ -35,13 +35,15 @@ class Source:
     """Bytes start:stop of one input file."""
 
     path: Path
-    format: Format
+    format: FileFormat
     compression: Compression = ""
     start: int = 0
     stop: int = -1
     """-1: the end of the file."""
     split: str | None = None
     """The split of all its documents; None: a rule decides for each document."""
+    origin: str = ""
+    """Where a downloaded file is from."""
 
     @property
     def n_bytes(self) -> int:

@@ -39,6 +39,10 @@ class TrainingData(ABC):
     def n_tokens(self, split: str) -> int: ...
 
     @abstractmethod
+    def targets_of_parts(self, split: str) -> dict[str, int]:
+        """The number of predicted tokens in each folder of a mixture, by its name; one folder has an empty name."""
+
+    @abstractmethod
     def tokens_per_byte(self, split: str) -> float | None:
         """Predicted tokens per byte of the split's text: the factor from nats per token to nats per byte. None if the
         size of the text is not known."""

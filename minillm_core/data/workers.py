@@ -15,6 +15,11 @@ from minillm_core.data.documents import Piece
 from minillm_core.data.encode import Encoder, Problems, Work, write_blocks
 from minillm_core.errors import InputError
 
+
+class WorkerEndedError(InputError):
+    """A worker process ended in the middle of a task."""
+
+
 Task = tuple[Path, Sequence[Piece]]
 
 
@@ -37,8 +42,9 @@ def encode_tasks(work: Work, tasks: Iterable[Task], n_workers: int) -> Iterator[
         return
     with contextlib.ExitStack() as stack:
         idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
-        for _ in range(n_workers):
-            idle.put(stack.enter_context(_Worker(work)))
+        workers = [stack.enter_context(_Worker(work)) for _ in range(n_workers)]
+        for worker in workers:
+            idle.put(worker)
         threads = stack.enter_context(ThreadPoolExecutor(n_workers))
 
         def run(task: Task) -> tuple[Task, Problems]:
@@ -61,6 +67,8 @@ def encode_tasks(work: Work, tasks: Iterable[Task], n_workers: int) -> Iterator[
         finally:
             for future in running:
                 future.cancel()
+            for worker in workers:
+                worker.kill()  # after an error or Ctrl-C, nothing waits for their tasks
 
 
 class _Worker:
@@ -70,29 +78,38 @@ class _Worker:
         command = [sys.executable, "-P", "-m", "minillm_core.data.encode"]
         path = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
         environment = os.environ | {"PYTHONPATH": path.rstrip(os.pathsep), "TOKENIZERS_PARALLELISM": "false"}
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
-        self._send(work)
+        # in a process group of its own: Ctrl-C is for the parent
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, process_group=0
+        )
+        self._first: Work | None = work
 
     def __enter__(self) -> "_Worker":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._process.kill()
+        self.kill()
         self._process.wait()
         for stream in (self._process.stdin, self._process.stdout):
             if stream is not None:
                 with contextlib.suppress(OSError):
                     stream.close()
 
+    def kill(self) -> None:
+        self._process.kill()
+
     def run(self, task: Task) -> Problems:
-        self._send(task)
         assert self._process.stdout is not None
         try:
+            if self._first is not None:
+                self._send(self._first)
+                self._first = None
+            self._send(task)
             answer = pickle.load(self._process.stdout)
-        except EOFError as error:
+        except (BrokenPipeError, EOFError, pickle.UnpicklingError) as error:
             status = self._process.wait()
             hint = "if there was not enough memory, use fewer --workers"
-            raise InputError("a worker process ended", found=f"status {status}", hint=hint) from error
+            raise WorkerEndedError("a worker process ended", found=f"status {status}", hint=hint) from error
         if isinstance(answer, Exception):
             raise answer
         return tuple(answer)

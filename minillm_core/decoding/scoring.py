@@ -36,7 +36,8 @@ def score_split(generator: BaseGenerator, data: TrainingData, split: str, seq_le
     if not 1 <= seq_len <= limit:
         raise InputError("seq_len is out of range", expected=f"1 to {limit}, the context length", found=seq_len)
     parts = data.eval_parts(split, ROWS, seq_len)
-    return SplitLoss.of({name: _sums(generator, batches) for name, batches in parts.items()})
+    sums = {name: _sums(generator, batches) for name, batches in parts.items()}
+    return SplitLoss.of(sums, data.targets_of_parts(split))
 
 
 def _sums(generator: BaseGenerator, batches: Iterator[Batch]) -> tuple[float, int]:

@@ -1,5 +1,6 @@
 """The checkpoint that a run starts from, in the framework that trains it."""
 
+import contextlib
 import hashlib
 import logging
 from dataclasses import replace
@@ -10,7 +11,7 @@ from minillm_core.errors import InputError
 from minillm_core.files import make_folder, replace_file, user_path
 from minillm_core.interop.conversion import convert
 from minillm_core.training.backend import Backend
-from minillm_core.training.checkpoints import FRAMEWORKS, checkpoint_steps, foreign_kind
+from minillm_core.training.checkpoints import FRAMEWORKS, checkpoint_steps, find_checkpoint, foreign_kind
 
 logger = logging.getLogger(__name__)
 
@@ -20,6 +21,14 @@ def _identity(source: Path) -> str:
     files = sorted(path for path in source.rglob("*") if path.is_file()) if source.is_dir() else [source]
     stats = [(path.relative_to(source).as_posix(), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     return hashlib.sha256(repr(stats).encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def _kind_and_place(path: Path, own: str) -> tuple[str, Path]:
+    """The format of a checkpoint, and its place if it is that of a run; the framework that trains is preferred."""
+    for framework in sorted(FRAMEWORKS, key=lambda name: name != own):
+        with contextlib.suppress(InputError):
+            return framework, find_checkpoint(path, framework)
+    return foreign_kind(path) or own, path  # if there is nothing, training says so
 
 
 def with_initial_checkpoint(config: RunConfig, backend: Backend) -> RunConfig:
@@ -34,11 +43,9 @@ def with_initial_checkpoint(config: RunConfig, backend: Backend) -> RunConfig:
     out_dir, init_from, own = Path(config.train.out_dir), config.train.init_from, backend.FRAMEWORK
     if init_from is None or checkpoint_steps(out_dir / own / "checkpoints"):
         return config
-    source, copy = user_path(init_from), out_dir.with_name(f"{out_dir.name}-init")
-    other = next(name for name in FRAMEWORKS if name != own)
-    has = {name: bool(checkpoint_steps(source / name / "checkpoints")) for name in FRAMEWORKS}
-    kind = other if has[other] and not has[own] else foreign_kind(source)
-    if kind is None:
+    copy = out_dir.with_name(f"{out_dir.name}-init")
+    kind, source = _kind_and_place(user_path(init_from), own)
+    if kind == own:
         return config
     identity, record = _identity(source), copy / ".source"
     if copy.exists() and (not record.is_file() or record.read_text(encoding="utf-8") != identity):

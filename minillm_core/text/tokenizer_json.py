@@ -6,6 +6,7 @@ A SentencePiece BPE model and the `tokenizer.json` made from it give the same id
 import contextlib
 import json
 import shutil
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -178,6 +179,11 @@ def collect_tokenizer(source: Path, folder: Path) -> None:
     if not any((folder / name).is_file() for name in (TOKENIZER_MODEL, TOKENIZER_JSON)):
         expected = f"a SentencePiece model, a {TOKENIZER_JSON}, or a folder with one"
         raise InputError("no tokenizer", expected=expected, where=source, hint="check the path")
+    try:
+        load_tokenizer(folder, sys.maxsize)
+    except InputError as error:
+        problem = str(error).splitlines()[0]
+        raise InputError("not a tokenizer", expected=expected, found=problem, where=source) from error
 
 
 def bos_template(token: str, id: int) -> dict[str, Any]:

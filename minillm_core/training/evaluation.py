@@ -34,4 +34,4 @@ def evaluate(
             losses.append(float((losses_BT * weights_BT)[weights_BT > 0].sum()))  # padding may have any loss, even NaN
             weights.append(float(weights_BT.sum()))
         sums[name] = math.fsum(losses), math.fsum(weights)
-    return SplitLoss.of(sums)
+    return SplitLoss.of(sums, data.targets_of_parts(split))
