@@ -1,6 +1,7 @@
 """Tokenizers trained on any text: lossless, of both kinds, in bounded memory."""
 
 import json
+import re
 from pathlib import Path
 from typing import get_args
 
@@ -146,7 +147,8 @@ def test_report(corpus: Path, tmp_path: Path) -> None:
     fails("nothing to do", "train_tokenizer", str(files[0]), cwd=tmp_path)
     fails("only for --report", "train_tokenizer", str(files[0]), "--out", "x.model", "--json", cwd=tmp_path)
     fails("no input.*takes all words after it", "train_tokenizer", "--report", str(files[0]), cwd=tmp_path)
-    fails("not a tokenizer.*where: " + re.escape(str(files[0])), "train_tokenizer", "x", "--report", str(files[0]), cwd=tmp_path)
+    text = str(files[0])
+    fails(f"not a tokenizer.*where: {re.escape(text)}", "train_tokenizer", text, "--report", text, cwd=tmp_path)
     fails("no tokenizer", "train_tokenizer", str(files[0]), "--report", "none.model", cwd=tmp_path)
 
 

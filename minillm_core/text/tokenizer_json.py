@@ -176,8 +176,8 @@ def collect_tokenizer(source: Path, folder: Path) -> None:
         shutil.copyfile(source, folder / TOKENIZER_JSON)
     elif source.is_file():
         shutil.copyfile(source, folder / TOKENIZER_MODEL)
+    expected = f"a SentencePiece model, a {TOKENIZER_JSON}, or a folder with one"
     if not any((folder / name).is_file() for name in (TOKENIZER_MODEL, TOKENIZER_JSON)):
-        expected = f"a SentencePiece model, a {TOKENIZER_JSON}, or a folder with one"
         raise InputError("no tokenizer", expected=expected, where=source, hint="check the path")
     try:
         load_tokenizer(folder, sys.maxsize)
