@@ -13,7 +13,6 @@ Hugging Face Hub (hf://datasets/OWNER/NAME), with an existing tokenizer.
 
 import contextlib
 import itertools
-import os
 import re
 import sys
 import tempfile
@@ -34,6 +33,7 @@ from minillm_core.data.plan import DEFAULT_HOLDOUT, Plan
 from minillm_core.data.prepare import prepare
 from minillm_core.data.prepared import SPLITS, PreparedData
 from minillm_core.data.run_data import open_or_prepare
+from minillm_core.data.workers import n_cpus
 from minillm_core.errors import InputError
 from minillm_core.files import user_path
 from minillm_core.text.tokenizer_json import collect_tokenizer, load_tokenizer
@@ -121,7 +121,7 @@ def prepare_inputs(
                 skip_bad=skip_bad,
                 part=_part(shard),
             )
-            n_workers = len(os.sched_getaffinity(0)) if workers is None else workers
+            n_workers = n_cpus() if workers is None else workers
             if n_workers < 1:
                 raise InputError("--workers is out of range", expected="1 or more", found=workers)
             prepare(plan, folder, n_workers=n_workers, on_progress=bar.show)

@@ -1,5 +1,6 @@
 """Trains a model, from raw text to a sample of what it has learnt."""
 
+import contextlib
 import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,14 +8,18 @@ from typing import Literal
 
 from minillm_cli.backends import load_backend
 from minillm_cli.console import command_line, parse_run_config, print_stream, say
-from minillm_core.config import RunConfig
+from minillm_core.config import DataConfig, RunConfig
+from minillm_core.data.mixture import Mixture
+from minillm_core.data.run_data import open_data
 from minillm_core.errors import InputError
 from minillm_core.interop.initial import with_initial_checkpoint
 from minillm_core.text.tokenizer_json import load_tokenizer
 from minillm_core.training.backend import Backend
+from minillm_core.training.checkpoints import read_info
 from minillm_core.training.train import train
 
 SAMPLE_PROMPT = "The state of the Union is"
+SAMPLE_TOKENS = 10
 
 
 @dataclass(frozen=True)
@@ -39,11 +44,12 @@ def train_and_sample(config: RunConfig, framework: str) -> None:
     """Trains, then prints a sample to stdout and the next commands to stderr."""
     backend = load_backend(framework)
     checkpoint = train(with_initial_checkpoint(config, backend), backend)
-    print_sample(checkpoint, backend)
+    prompt = sample_prompt(config.data, read_info(checkpoint).config.model.vocab_size)
+    print_sample(checkpoint, backend, prompt)
     run, other = config.train.out_dir, "torch" if framework == "jax" else "jax"
     say("\nnext:")
     commands = [
-        ("generate", run, "--backend", framework, "--prompt", "My fellow citizens,"),
+        ("generate", run, "--backend", framework, "--prompt", prompt),
         ("evaluate", run, "--backend", framework),
     ]
     if importlib.util.find_spec(other):
@@ -52,7 +58,20 @@ def train_and_sample(config: RunConfig, framework: str) -> None:
         say(f"  {command_line(command)}")
 
 
-def print_sample(checkpoint: Path, backend: Backend) -> None:
+def sample_prompt(config: DataConfig, vocab_size: int) -> str:
+    """What the sample continues: usual words for the default corpus, or the beginning of the held-out text."""
+    data = open_data(config, vocab_size)
+    folder = next(iter(data.parts.values())) if isinstance(data, Mixture) else data
+    if folder.index.get("corpus") == "sotu":
+        return SAMPLE_PROMPT
+    with contextlib.suppress(InputError):  # the token files of another project may come without a tokenizer
+        tokenizer = load_tokenizer(folder.dir, vocab_size)
+        ids = [token for token in folder.tokens["val"][:SAMPLE_TOKENS].tolist() if token != tokenizer.bos_id]
+        return tokenizer.decode(ids).strip() or SAMPLE_PROMPT
+    return SAMPLE_PROMPT
+
+
+def print_sample(checkpoint: Path, backend: Backend, prompt: str) -> None:
     say("\na sample of the trained model (temperature 0.8, top-p 0.95; greedy decoding would repeat itself):\n")
     model = backend.load(checkpoint)
     try:
@@ -61,6 +80,5 @@ def print_sample(checkpoint: Path, backend: Backend) -> None:
         say(f"(no sample: {str(error).splitlines()[0]})")
         return
     generator = backend.Generator(model, tokenizer)
-    room = model.config.context_length - len(generator.tokenizer.encode(SAMPLE_PROMPT, bos=True))
-    stream = generator.stream(SAMPLE_PROMPT, max_new_tokens=min(120, room), temperature=0.8, top_p=0.95)
-    print_stream(SAMPLE_PROMPT, stream)
+    room = model.config.context_length - len(generator.tokenizer.encode(prompt, bos=True))
+    print_stream(prompt, generator.stream(prompt, max_new_tokens=min(120, room), temperature=0.8, top_p=0.95))

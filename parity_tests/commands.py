@@ -5,6 +5,7 @@ import io
 import os
 import re
 import runpy
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -48,6 +49,14 @@ def script_here(name: str, *arguments: str, cwd: Path) -> subprocess.CompletedPr
         except SystemExit as ended:
             status = int(str(ended.code))
     return subprocess.CompletedProcess([path, *arguments], status, out.getvalue(), err.getvalue())
+
+
+def sampled(done: subprocess.CompletedProcess[str]) -> str:
+    """The prompt that a training command says it continued, after a check that it did."""
+    advice = next(line for line in done.stderr.splitlines() if " --prompt " in line)
+    prompt = shlex.split(advice)[-1]
+    assert re.match(re.escape(prompt) + r"\S* *\S", done.stdout), "the prompt and its continuation"
+    return prompt
 
 
 def fails(message: str, name: str, *arguments: str, cwd: Path) -> str:

@@ -207,7 +207,7 @@ def test_the_sample_fits_the_context(context: int, tokenizer: Tokenizer, monkeyp
     monkeypatch.setattr(train_command, "load_tokenizer", lambda *_: tokenizer)
     config = run_config(replace(TINY, context_length=context), seq_len=16)
     backend: Any = SimpleNamespace(Generator=Generator, load=lambda checkpoint: SimpleNamespace(config=config.model))
-    train_command.print_sample(Path("unused"), backend)
+    train_command.print_sample(Path("unused"), backend, train_command.SAMPLE_PROMPT)
     n_prompt = len(tokenizer.encode(train_command.SAMPLE_PROMPT, bos=True))
     assert n_prompt < 30
     assert asked == [min(context, n_prompt + 120)]

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import logging
-import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from minillm_core.data.pieces import text_chunks
 from minillm_core.data.plan import Plan
 from minillm_core.data.prepare import carry_out
 from minillm_core.data.prepared import INDEX, OLD_INDEX, SPLITS, PreparedData, redo_hint
+from minillm_core.data.workers import n_cpus
 from minillm_core.errors import InputError
 from minillm_core.files import beside, lock, make_folder, replace_file
 from minillm_core.text.tokenizer import TOKENIZER_MODEL, hash_tokenizer
@@ -43,6 +43,10 @@ def open_or_prepare(config: DataConfig, vocab_size: int, *, tokenizer: Path | No
         logger.info(f"prepared {config.corpus} in {config.dir}" if is_new else f"found prepared data in {config.dir}")
     data = open_data(config, vocab_size)
     data.verify()
+    if isinstance(data, Mixture):
+        for phase in data.phases:
+            shares = (f"{name} {share / PERIOD:.2%}" for name, share in zip(data.parts, phase.shares, strict=True))
+            logger.info(f"mixture from step {phase.from_step}: {', '.join(shares)}")
     if tokenizer is not None and hash_tokenizer(tokenizer) != data.hashes()["tokenizer"]:
         raise InputError(
             "the data was prepared with a different tokenizer than that of the initial model",
@@ -65,9 +69,6 @@ def open_data(config: DataConfig, vocab_size: int) -> PreparedData | Mixture:
     parts = {n: PreparedData(f, vocab_size, document_mask=config.document_mask) for n, f in folders.items()}
     changes = {0: config.mixture, **(config.mixture_changes or {})}
     phases = [Phase(step, shares_of([changes[step][name] for name in parts])) for step in sorted(changes)]
-    for phase in phases:
-        shares = ", ".join(f"{name} {share / PERIOD:.2%}" for name, share in zip(parts, phase.shares, strict=True))
-        logger.info(f"mixture from step {phase.from_step}: {shares}")
     return Mixture(parts, phases)
 
 
@@ -107,7 +108,7 @@ def prepare_data(config: DataConfig, vocab_size: int, *, tokenizer: Path | None 
             hint = "give the command again when nothing writes to the corpus"
             raise InputError("the corpus changed while it was read", where=config.corpus, hint=hint)
         plan = Plan(sources, tokenizer or Path(trained), vocab_size, holdout=Holdout(), about=tuple(about.items()))
-        n_workers = max(1, min(len(os.sched_getaffinity(0)), sum(source.n_bytes for source in sources) // WORKER_BYTES))
+        n_workers = max(1, min(n_cpus(), sum(source.n_bytes for source in sources) // WORKER_BYTES))
         carry_out(plan, target, restart=True, n_workers=n_workers)
     return True
 

@@ -23,6 +23,11 @@ class WorkerEndedError(InputError):
 Task = tuple[Path, Sequence[Piece]]
 
 
+def n_cpus() -> int:
+    """CPUs that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def encode_tasks(work: Work, tasks: Iterable[Task], n_workers: int) -> Iterator[tuple[Task, Problems]]:
     """Encodes every task into the file that it names, and yields the problems of its documents. The order of the tasks
     is lost.
