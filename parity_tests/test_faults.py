@@ -77,9 +77,10 @@ def assert_same_run(ours: Path, theirs: Path, framework: str, step: int) -> None
 
 
 @pytest.mark.parametrize("framework", FRAMEWORKS)
-@pytest.mark.parametrize("kills", [pytest.param(2, marks=SHORT), pytest.param(40, marks=pytest.mark.faults)])
-def test_killed_at_random_moments(framework: str, kills: int, data_config: DataConfig, tmp_path: Path) -> None:
+@pytest.mark.faults
+def test_killed_at_random_moments(framework: str, data_config: DataConfig, tmp_path: Path) -> None:
     """SIGKILL: half of the kills aim at a save, the others hit at any time after the start of the process."""
+    kills = 40
     steps = 60 + 15 * kills
     undisturbed = new_home(tmp_path / "undisturbed", data_config, steps=steps)
     finish(framework, undisturbed)

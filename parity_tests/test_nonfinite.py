@@ -16,6 +16,7 @@ import minillm_torch
 from minillm_core.config import DataConfig, RunConfig
 from minillm_core.data.batches import Batch
 from minillm_core.data.prepared import PreparedData
+from minillm_core.data.split_loss import SplitLoss
 from minillm_core.data.training_data import TrainingData
 from minillm_core.errors import InputError
 from minillm_core.training import loop
@@ -171,7 +172,7 @@ def test_nonfinite_held_out_loss_stops_the_run(
     """The run stops, and can be resumed as the message says; no row is written twice."""
     config = text_run(data_config, tmp_path, steps=20)
     finite = loop.evaluate
-    monkeypatch.setattr(loop, "evaluate", lambda *_: np.inf)
+    monkeypatch.setattr(loop, "evaluate", lambda *_: SplitLoss(np.inf, {}))
     for _ in range(2):
         with pytest.raises(InputError, match="step 10: the held-out loss is not finite"):
             train(config, BACKENDS[framework])

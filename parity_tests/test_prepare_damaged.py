@@ -55,7 +55,7 @@ def mutated(data: bytes, rng: random.Random) -> bytes:
 def test_mutations(tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (chunks, documents, pieces, plan_module):
         monkeypatch.setattr(module, "CHUNK_BYTES", 64)
-    monkeypatch.setattr(plan_module, "BLOCK_BYTES", (1024, 1024))
+    monkeypatch.setattr(plan_module, "TASK_BYTES", (1024, 1024))
     rng = random.Random(0)
     texts = ["".join(rng.choice("the of and \n.\u00e9") for _ in range(rng.randint(1, 300))) for _ in range(30)]
     files = originals(texts, tmp_path)
