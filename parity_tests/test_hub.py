@@ -16,6 +16,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from minillm_core.data.hub import DATASET
 from minillm_core.text.tokenizer import Tokenizer
 from parity_tests.commands import environment
 from parity_tests.test_prepare import documents_of, files_of
@@ -87,6 +88,21 @@ def hub() -> Iterator[str]:
     server.shutdown()
     thread.join()
     server.server_close()
+
+
+@pytest.mark.parametrize(
+    ("rest", "revision", "files"),
+    [
+        ("", None, None),
+        ("@v1/data/*.parquet", "v1", "data/*.parquet"),
+        ("@refs/convert/parquet", "refs/convert/parquet", None),
+        ("@refs/pr/3/x.jsonl", "refs/pr/3", "x.jsonl"),
+    ],
+)
+def test_addresses(rest: str, revision: str | None, files: str | None) -> None:
+    found = DATASET.fullmatch(f"hf://datasets/owner/na-me.1{rest}")
+    assert found is not None
+    assert (found["name"], found["revision"], found["files"]) == ("owner/na-me.1", revision, files)
 
 
 def test_a_dataset_of_the_hub(hub: str, tokenizer: Tokenizer, tmp_path: Path) -> None:

@@ -187,8 +187,8 @@ def test_the_same_files_in_every_locale(corpus: Path, tmp_path: Path) -> None:
             assert done.returncode == 0, done.stderr
             return done.stdout
 
-        command("train", "run.yaml", "--backend", "jax")
-        assert command("convert", "jax->torch", run) == f"{run}/torch/checkpoints/5\n".encode()
+        command("train", "run.yaml", "--backend", "torch")
+        assert command("convert", "torch->jax", run) == f"{run}/jax/checkpoints/5\n".encode()
         command("convert", "torch->hf", run, "hf")
         command("convert", "torch->gguf", run, "x.gguf")
         command("convert", "hf->torch", "hf", "again")

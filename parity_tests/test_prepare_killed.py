@@ -87,18 +87,20 @@ def test_a_killed_worker(tokenizer: Tokenizer, tmp_path: Path) -> None:
     """The command says so, and the same command continues."""
     write_speeches(tmp_path / "in.jsonl")
     for n in range(3):
-        process = start(tmp_path, tokenizer, "out", 3)
+        process = start(tmp_path, tokenizer, f"out{n}", 3)
         pauses = iter(range(200))
         while len(workers := workers_of(tmp_path)) < 3:
             assert next(pauses, None) is not None
             time.sleep(0.05)
-        time.sleep(0.4 * n)
+        time.sleep(0.2 * n)
         os.kill(workers[n], signal.SIGKILL)
         assert process.wait() == 2
         log = (tmp_path / "log").read_text(encoding="utf-8")
         assert log.count("error: a worker process ended") == n + 1, log
         assert "Traceback" not in log
-    assert start(tmp_path, tokenizer, "out", 3).wait() == 0
+    for n in range(3):
+        assert start(tmp_path, tokenizer, f"out{n}", 3).wait() == 0
+        assert files_of(tmp_path / f"out{n}") == files_of(tmp_path / "out0")
 
 
 def test_full_disk(tokenizer: Tokenizer, tmp_path: Path) -> None:
