@@ -17,6 +17,7 @@ import minillm_jax
 import minillm_torch
 from minillm_core.config import DataConfig, RunConfig
 from minillm_core.data.prepared import PreparedData
+from minillm_core.data.split_loss import SplitLoss
 from minillm_core.errors import InputError, Interrupted
 from minillm_core.model.params import count_params
 from minillm_core.training import loop, progress
@@ -136,7 +137,7 @@ def test_last_and_best_checkpoints_are_kept(
 ) -> None:
     """Step 6 has the lowest held-out loss before the last step, so it is kept in addition to the last checkpoints."""
     held_out = iter([3.0, 2.0, 1.0, 2.5, 2.5, 2.5, 0.5])
-    monkeypatch.setattr(loop, "evaluate", lambda *_: next(held_out))
+    monkeypatch.setattr(loop, "evaluate", lambda *_: SplitLoss(next(held_out), {}))
     config = text_run(data_config, tmp_path, steps=14, eval_every=2, checkpoint_every=2, keep_last=keep_last)
     before_saves: list[list[int]] = []
 
