@@ -52,6 +52,29 @@ def test_documents_that_cannot_be_used(name: str, texts: list[str], tokenizer: T
 
 
 @pytest.mark.usefixtures("small")
+def test_a_corrected_command(
+    texts: list[str], tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was encoded is used again if it can be; otherwise the work begins again, without a complaint."""
+    inputs = write_inputs(tmp_path / "in", texts)
+    (tmp_path / "in" / "x.jsonl").write_text("{\n", encoding="utf-8")
+    plan = plan_for(inputs, tokenizer, holdout=Holdout(share=0.2))
+    with pytest.raises(InputError, match="cannot be used"):
+        prepare.prepare(plan, tmp_path / "out")
+    blocks = [*(tmp_path / ".out.partial").glob("blocks-*")]
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare, "assemble_data", _interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            prepare.prepare(replace(plan, skip_bad=True), tmp_path / "out")
+    assert [*(tmp_path / ".out.partial").glob("blocks-*")] == blocks
+    with pytest.raises(InputError, match="cannot be used"):
+        prepare.prepare(plan, tmp_path / "out")
+    (tmp_path / "in" / "x.jsonl").write_text('{"text": "x"}\n', encoding="utf-8")
+    prepare.prepare(plan_for(inputs, tokenizer, holdout=Holdout(share=0.2)), tmp_path / "out")
+    assert not (tmp_path / ".out.partial").exists()
+
+
+@pytest.mark.usefixtures("small")
 def test_a_source_that_changes_while_it_is_read(texts: list[str], tokenizer: Tokenizer, tmp_path: Path) -> None:
     plan = plan_for(write_inputs(tmp_path / "in", texts), tokenizer)
 

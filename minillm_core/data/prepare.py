@@ -35,6 +35,10 @@ from minillm_core.text.tokenizer import copy_tokenizer
 from minillm_core.text.tokenizer_json import load_tokenizer
 
 PLAN, PART = "plan.json", "part.json"
+FAILED = "failed"
+"""Marks work that ended because of its input: a corrected call with a different plan begins again."""
+OF_ASSEMBLY = {"holdout", "drop_duplicates", "skip_bad"}
+"""Settings that do not change the blocks: work may go on with different ones."""
 
 Progress = Callable[[int, int], None]
 
@@ -88,7 +92,7 @@ def carry_out(
         except WorkerEndedError:
             raise
         except InputError:
-            shutil.rmtree(partial, ignore_errors=True)  # the same call would fail again, and a corrected one differs
+            (partial / FAILED).touch()
             raise
         if plan.part != (0, 1):
             hashes = {path.name: hash_file(path) for path in blocks}
@@ -115,13 +119,16 @@ def _begin(plan: Plan, partial: Path, restart: bool) -> Path:
     if path.is_file():
         try:
             found_plan: Any = json.loads(path.read_text(encoding="utf-8"))
-            differing = [name for name in settings if found_plan.get(name) != settings[name]]
+            of_blocks = settings.keys() - OF_ASSEMBLY
+            differing = [name for name in settings if name in of_blocks and found_plan.get(name) != settings[name]]
             folder = partial / str(found_plan["blocks"])
         except (ValueError, AttributeError, LookupError):
             differing, folder = ["plan.json, which is damaged"], partial
         if not differing and folder.is_dir():
+            (partial / FAILED).unlink(missing_ok=True)
+            replace_file(path, json.dumps(settings | {"blocks": folder.name}))
             return folder
-        if not restart:
+        if not restart and not (partial / FAILED).exists():
             hint = f"give the command that was interrupted, or remove {partial} to begin again"
             problem = "an unfinished preparation has a different " + ", ".join(differing)
             raise InputError(problem.replace("times", "text"), where=partial, hint=hint)
