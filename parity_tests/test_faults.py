@@ -281,12 +281,12 @@ def test_killed_while_preparing_data(corpus: Path, tmp_path: Path) -> None:
     assert not partial.exists()
 
 
-def small_disk(folder: Path, kilobytes: int) -> list[str] | None:
-    """A command prefix that mounts a small disk at `folder`, or None if this system does not allow it."""
+def small_disk(folder: Path, kilobytes: int) -> list[str]:
+    """A command prefix that mounts a small disk at `folder`. Skips the test if this system does not allow it."""
     prefix = ["unshare", "--map-root-user", "--mount", "sh", "-c"]
     mount = f"mount -t tmpfs -o size={kilobytes}k tmpfs {folder}"
     if not shutil.which("unshare") or subprocess.run([*prefix, mount], capture_output=True, check=False).returncode:
-        return None
+        pytest.skip("this system does not let an unprivileged process mount a tmpfs")
     return [*prefix, f'{mount} && cd {folder} && "$0" "$@"']
 
 
@@ -299,8 +299,6 @@ def test_full_disk(framework: str, kilobytes: int, data_config: DataConfig, tmp_
     """Full before or during a save: training stops with a message, and all earlier checkpoints are complete."""
     disk = tmp_path / "disk"
     prefix = small_disk(new_home(disk, data_config), kilobytes)
-    if prefix is None:
-        pytest.skip("this system does not let an unprivileged process mount a tmpfs")
     settings = new_home(tmp_path / "config", data_config, steps=60, checkpoint_every=4, keep_last=0) / "run.yaml"
     script = f"""
         "{sys.executable}" "{ROOT}/scripts/train_{framework}.py" "{settings}"; echo "status $?" >&2
