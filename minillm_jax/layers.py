@@ -67,9 +67,8 @@ class RMSNorm(nnx.Module):
 
 def rotation(cos_BTh: jax.Array, sin_BTh: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The factors (B, T, 1, H) for `apply_rope`, from the cosines and sines of the H/2 angles at each position."""
-    return jnp.concatenate([cos_BTh, cos_BTh], axis=-1)[:, :, None], jnp.concatenate([-sin_BTh, sin_BTh], axis=-1)[
-        :, :, None
-    ]
+    cos_BTH, sin_BTH = jnp.concatenate([cos_BTh, cos_BTh], axis=-1), jnp.concatenate([-sin_BTh, sin_BTh], axis=-1)
+    return cos_BTH[:, :, None], sin_BTH[:, :, None]
 
 
 def apply_rope(x_BTNH: jax.Array, cos_BT1H: jax.Array, sin_BT1H: jax.Array) -> jax.Array:

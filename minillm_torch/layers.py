@@ -74,7 +74,8 @@ class RMSNorm(nn.Module):
 
 def rotation(cos_BTh: Tensor, sin_BTh: Tensor) -> tuple[Tensor, Tensor]:
     """The factors (B, T, 1, H) for `apply_rope`, from the cosines and sines of the H/2 angles at each position."""
-    return torch.cat([cos_BTh, cos_BTh], dim=-1)[:, :, None], torch.cat([-sin_BTh, sin_BTh], dim=-1)[:, :, None]
+    cos_BTH, sin_BTH = torch.cat([cos_BTh, cos_BTh], dim=-1), torch.cat([-sin_BTh, sin_BTh], dim=-1)
+    return cos_BTH[:, :, None], sin_BTH[:, :, None]
 
 
 def apply_rope(x_BTNH: Tensor, cos_BT1H: Tensor, sin_BT1H: Tensor) -> Tensor:

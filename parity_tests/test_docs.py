@@ -25,7 +25,8 @@ from parity_tests.conftest import BACKENDS, ROOT
 from parity_tests.test_scripts import STEPS
 
 Done = subprocess.CompletedProcess[str]
-PAGES = {path.name: path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
+PAGES = {"README.md": (ROOT / "README.md").read_text()}
+PAGES |= {str(path.relative_to(ROOT / "docs")): path.read_text() for path in sorted((ROOT / "docs").rglob("*.md"))}
 TINY_MODEL = shlex.split(
     "--model.vocab_size 512 --model.context_length 320 --model.width 32 --model.n_layers 1 --model.n_heads 2 "
     "--model.n_kv_heads 1 --model.head_dim 16 --model.hidden 48 --optim.warmup_steps 1"
@@ -199,7 +200,8 @@ def test_python(home: Path, tmp_path: Path) -> None:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).symlink_to(home / target)
     (tmp_path / "data").symlink_to(home / "data")
-    blocks = [block for text in PAGES.values() for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL)]
+    pages = [text for page, text in PAGES.items() if not page.startswith("learn/")]  # those are in test_learn.py
+    blocks = [block for text in pages for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL)]
     complete = [block for block in blocks if "import " in block]  # the other one is a function of a class of the doctor
     assert len(complete) == len(blocks) - 1 >= 8
     code = "\n".join([*complete, "assert logits_BTV.shape == (1, 3, 512)", "assert report.equal"])

@@ -33,7 +33,8 @@ def compare(
     explain a difference.
 
     Args:
-        a, b: a run, a checkpoint, a Hugging Face folder, a GGUF file or an original Mini-LLM checkpoint; or KIND:PATH.
+        a: a run, a checkpoint, a Hugging Face folder, a GGUF file or an original Mini-LLM checkpoint; or KIND:PATH.
+        b: the second one, of any of these kinds.
         dtype: precision of the computation: float64, float32 or bfloat16.
         n_tokens: length of each row of tokens, limited to the context length. There are two rows of random ids and, if
             A or B has a usable tokenizer, one row of text.
