@@ -10,7 +10,7 @@ from minillm_core.config import config_differences, load_config
 from minillm_core.errors import InputError
 from minillm_core.files import output_file, real_path, user_path
 from minillm_core.training.checkpoints import FRAMEWORKS
-from minillm_core.training.metrics import Row, read_metrics
+from minillm_core.training.curves import read_curves
 from minillm_core.training.plots import plot_two_losses
 
 
@@ -32,7 +32,7 @@ def compare_runs(
     """
     picture = output_file(out, b"\x89PNG")
     folders = [user_path(a) / name for name in FRAMEWORKS] if b is None else [user_path(a), user_path(b)]
-    runs = {str(folder): read_rows(folder) for folder in folders}
+    runs = {str(folder): read_curves(folder).rows for folder in folders}
     if len(runs) < 2:
         raise InputError("both folders are the same", found=a, hint="give two different folders")
     differences = plot_two_losses(runs, picture)
@@ -56,15 +56,3 @@ def differing_fields(a: Path, b: Path) -> list[str]:
     if not all(path.is_file() for path in saved):
         return []
     return config_differences(*(load_config(str(path)) for path in saved))
-
-
-def read_rows(folder: Path) -> list[Row]:
-    path = folder / "metrics.jsonl"
-    if not path.is_file():
-        raise InputError(
-            "no metrics found",
-            expected="metrics.jsonl",
-            where=folder,
-            hint="give two framework folders, such as runs/a/jax and runs/b/torch; or train this run in both",
-        )
-    return read_metrics(path)

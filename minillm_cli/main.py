@@ -17,6 +17,7 @@ COMMANDS = {
     "evaluate": ("evaluate", "print loss, perplexity and bits per byte on a prepared split"),
     "convert": ("convert", "convert a checkpoint: JAX, PyTorch, Hugging Face, GGUF"),
     "parity": ("parity", "compare two checkpoints stage by stage, and say why they differ"),
+    "plot": ("plot", "draw loss, learning rate, gradient norm and speed of runs"),
     "compare-runs": ("compare_runs", "draw the loss curves of two runs and their difference"),
     "plan": ("plan", "print parameters, operations and memory of a configuration of any size"),
 }

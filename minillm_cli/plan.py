@@ -12,6 +12,9 @@ import tyro
 from minillm_cli.backends import load_backend
 from minillm_cli.console import parse, say
 from minillm_core.config import load_config, preset_names
+from minillm_core.errors import InputError
+from minillm_core.files import output_file, replace_file
+from minillm_core.model.diagram import diagram
 from minillm_core.training.checkpoints import FRAMEWORKS
 from minillm_core.training.plan import plan as compute_plan
 
@@ -24,6 +27,7 @@ def plan(
     names: tyro.conf.Positional[Annotated[tuple[str, ...], tyro.conf.arg(metavar="[PRESET|FILE.yaml ...]")]] = (),
     card: Annotated[str | None, tyro.conf.arg(name="compile", metavar="h100|h200|a100")] = None,
     as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
+    picture: Annotated[str | None, tyro.conf.arg(name="diagram", metavar="FILE.svg")] = None,
 ) -> None:
     """Prints one line per configuration. Each installed framework builds an abstract model, whose counts must agree.
 
@@ -36,12 +40,24 @@ def plan(
         card: instead, compile the JAX programs of each configuration for this GPU, which this machine does not need to
             have, and print what they cost (needs the extra `cuda`).
         as_json: print one JSON object, with the exact numbers by configuration.
+        picture: instead, draw the architecture of one configuration, with the shape of every tensor, as an SVG file.
     """
+    if picture is not None:
+        _draw(names, picture)
+        return
     names = names or tuple(preset_names())
     if card is None:
         _print_plans(names, as_json)
     else:
         _print_programs(names, card, as_json)
+
+
+def _draw(names: Sequence[str], picture: str) -> None:
+    if len(names) != 1:
+        raise InputError("--diagram draws one configuration", expected="one preset or .yaml file", found=names)
+    path = output_file(picture, b"<svg")
+    replace_file(path, diagram(load_config(names[0])))
+    print(path)
 
 
 def _print_plans(names: Sequence[str], as_json: bool) -> None:

@@ -127,6 +127,8 @@ def check_result(script: str, arguments: list[str], home: Path, done: Done) -> N
         case "compare":
             assert float(re.findall(r"^train: \d+ common steps, largest difference (\S+)", out, re.M)[0]) <= 1e-4
             assert (home / "curves.png").read_bytes().startswith(b"\x89PNG")
+        case "plot":
+            assert (home / out.strip()).read_bytes().startswith(b"\x89PNG")
         case "convert":
             check_convert(arguments[0], home / out.strip())
         case "parity":

@@ -18,7 +18,7 @@ from minillm_core.training.checkpoints import (
     read_info,
     verify_checkpoint,
 )
-from minillm_core.training.metrics import read_metrics, write_metrics
+from minillm_core.training.metrics import METRICS, read_metrics, write_metrics
 from minillm_core.training.run_directory import RunDirectory, resolve_compute_dtype, saved_config
 
 logger = logging.getLogger(__name__)
@@ -60,11 +60,11 @@ def _write(writer: Backend, folder: Path, checkpoint: Path, info: CheckpointInfo
     if not _holds_copies(folder):
         hint = "use a different destination run"
         raise InputError("the destination run was also trained in this framework", where=folder, hint=hint)
-    metrics = checkpoint.parent.parent / "metrics.jsonl"
+    metrics = checkpoint.parent.parent / METRICS
     is_newest = all(step < info.step for step in checkpoint_steps(folder / "checkpoints"))
     if metrics.exists() and is_newest:
         make_folder(folder)
-        write_metrics(folder / "metrics.jsonl", read_metrics(metrics, info.step))
+        write_metrics(folder / METRICS, read_metrics(metrics, info.step))
     copy = replace(info, framework=writer.FRAMEWORK, converted_from=info.framework)
 
     def start_payload(partial_folder: Path) -> Callable[[], None]:

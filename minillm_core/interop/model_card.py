@@ -5,7 +5,7 @@ from pathlib import Path
 from minillm_core.config import dump_config
 from minillm_core.model.params import count_params
 from minillm_core.training.checkpoints import CheckpointInfo
-from minillm_core.training.metrics import losses_by_step, perplexity, read_metrics
+from minillm_core.training.metrics import METRICS, losses_by_step, perplexity, read_metrics
 from minillm_core.training.run_directory import run_name
 from minillm_core.version import __version__
 
@@ -17,7 +17,7 @@ def model_name(info: CheckpointInfo) -> str:
 
 def model_card(checkpoint: Path, info: CheckpointInfo, dtype: str, has_curve: bool) -> str:
     """The model card in Markdown: size, origin, losses, how to load the model, configuration, hashes of the data."""
-    model, metrics = info.config.model, checkpoint.parent.parent / "metrics.jsonl"
+    model, metrics = info.config.model, checkpoint.parent.parent / METRICS
     rows = read_metrics(metrics, info.step) if metrics.is_file() else []
     lines = [
         "---",

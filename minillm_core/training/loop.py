@@ -22,7 +22,7 @@ from minillm_core.model.params import count_params
 from minillm_core.training.backend import Backend, State, StepMetrics, TrainStep
 from minillm_core.training.checkpoints import CheckpointInfo, CheckpointWriter, TrainingState, read_info
 from minillm_core.training.evaluation import evaluate
-from minillm_core.training.metrics import MetricsLog, Row, bits_per_byte, losses_by_step, perplexity
+from minillm_core.training.metrics import METRICS, MetricsLog, Row, bits_per_byte, losses_by_step, perplexity
 from minillm_core.training.plots import plot_loss
 from minillm_core.training.progress import Progress
 from minillm_core.training.run_directory import RunDirectory, require_same_config, require_same_data, require_same_past
@@ -105,7 +105,7 @@ class _Loop:
         self.saved_step = self.step
         self.last_save_failed = False
         self.skips_in_a_row = 0
-        self.log = MetricsLog(self.folder / "metrics.jsonl", self.step)
+        self.log = MetricsLog(self.folder / METRICS, self.step)
         if self.log.old is not None:
             logger.warning(f"no checkpoint to resume from: starting at step 0; the old metrics are in {self.log.old}")
         self.trackers: list[Tracker] = []

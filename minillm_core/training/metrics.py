@@ -1,6 +1,7 @@
 """Metrics of a run: metrics.jsonl, one JSON object per line."""
 
 import json
+import logging
 import math
 from collections.abc import Iterable
 from pathlib import Path
@@ -8,6 +9,10 @@ from typing import Any
 
 from minillm_core.errors import InputError
 from minillm_core.files import named_if_it_fails, replace_file
+
+METRICS = "metrics.jsonl"
+
+logger = logging.getLogger(__name__)
 
 Row = dict[str, Any]
 """A line of metrics.jsonl: `step`, `split` (`train` or `val`), `loss` (nats per token; null if not finite), etc."""
@@ -50,7 +55,8 @@ class MetricsLog:
 
 
 def read_metrics(path: Path, last_step: float = math.inf) -> list[Row]:
-    """The rows of a metrics.jsonl up to a step. Bad lines that a crash left at the end are skipped.
+    """The rows of a metrics.jsonl up to a step. Bad lines that a crash left at the end are skipped, with
+    a warning if no step is given.
 
     Raises:
         InputError: there is a bad line before one of these rows.
@@ -72,6 +78,8 @@ def read_metrics(path: Path, last_step: float = math.inf) -> list[Row]:
                 hint = "repair or remove that line"
                 raise InputError("not a metrics row", found=bad[1], where=f"{path}:{bad[0]}", hint=hint)
             rows.append(row)
+    if bad and last_step == math.inf:
+        logger.warning(f"{path}: skipping what is after line {bad[0] - 1}, which is not a metrics row: {bad[1]!r}")
     return rows
 
 

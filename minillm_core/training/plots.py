@@ -5,8 +5,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from minillm_core.errors import InputError
 from minillm_core.files import replace_file
+from minillm_core.training.curves import AXIS_LABELS, FIELD_LABELS, Axis, RunCurves
 from minillm_core.training.metrics import Row, losses_by_step
+
+SPLITS = {"train": "-", "val": "o--"}
+"""Split -> line style."""
 
 
 def plot_loss(rows: Sequence[Row], picture: Path) -> None:
@@ -15,7 +20,7 @@ def plot_loss(rows: Sequence[Row], picture: Path) -> None:
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    for split, style in (("train", "-"), ("val", "o-")):
+    for split, style in SPLITS.items():
         if points := losses_by_step(rows, split):
             axes.plot(list(points), list(points.values()), style, markersize=3, linewidth=1, label=split)
     axes.set(xlabel="step", ylabel="loss (nats per token)")
@@ -55,12 +60,55 @@ def plot_two_losses(runs: Mapping[str, Sequence[Row]], picture: Path) -> dict[st
     return differences
 
 
+def plot_curves(runs: Sequence[RunCurves], fields: Sequence[str], axis: Axis, picture: Path) -> None:
+    """Draws metrics of runs, one panel for each metric and one colour for each run, as a PNG or an SVG.
+
+    Args:
+        axis: the horizontal axis: `step`, `tokens`, `flops` or `time`.
+        picture: the file to write; its suffix is .png or .svg.
+
+    Raises:
+        InputError: no run has a finite value of a metric; every metric that the runs have is named.
+    """
+    known = set().union(*(run.fields for run in runs))
+    for field in fields:
+        if not any(run.points(field, split, axis) for run in runs for split in SPLITS):
+            expected = f"one of {', '.join(sorted(known))}"
+            problem = "no finite value of this metric" if field in known else "unknown metric"
+            raise InputError(problem, expected=expected, found=field, where=", ".join(str(run.folder) for run in runs))
+
+    from matplotlib.figure import Figure
+
+    n_columns = min(2, len(fields))
+    n_rows = -(-len(fields) // n_columns)
+    figure = Figure(figsize=(1.5 + 5 * n_columns, 0.6 + 3.2 * n_rows), layout="constrained")
+    panels = figure.subplots(n_rows, n_columns, squeeze=False).flat
+    for field, axes in zip(fields, panels, strict=False):
+        for number, run in enumerate(runs):
+            curves = {split: points for split in SPLITS if (points := run.points(field, split, axis))}
+            for split, points in curves.items():
+                label = f"{run.folder}, {split}" if len(curves) > 1 else str(run.folder)
+                label = label.encode(errors="replace").decode()  # the name of a folder need not be valid UTF-8
+                style = {"color": f"C{number}", "markersize": 3, "linewidth": 1, "label": label}
+                axes.plot(*zip(*points, strict=True), SPLITS[split], **style)
+        axes.set(xlabel=AXIS_LABELS[axis], ylabel=FIELD_LABELS.get(field, field))
+    for axes in [*panels]:
+        axes.remove()
+    _save(figure, picture)
+
+
 def _save(figure: Any, picture: Path) -> None:
+    from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
 
     for axes in figure.axes:
         axes.grid(alpha=0.3)
-        axes.legend()
+        axes.legend(fontsize="small")
     content = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(content)
+    if picture.suffix == ".svg":
+        with rc_context({"svg.fonttype": "none", "svg.hashsalt": "minillm"}):  # the same curves give the same file
+            FigureCanvasSVG(figure).print_svg(content, metadata={"Date": None})
+    else:
+        FigureCanvasAgg(figure).print_png(content)
     replace_file(picture, content.getvalue())
