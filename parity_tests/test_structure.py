@@ -15,6 +15,10 @@ import minillm_jax
 import minillm_torch
 from parity_tests.conftest import ROOT
 
+PACKAGES = [
+    path for name in ("core", "jax", "torch", "cli") for path in (ROOT / f"minillm_{name}").rglob("__init__.py")
+]
+
 
 def test_imports_flow_one_way() -> None:
     """The contracts in pyproject.toml: the order of the packages, no framework in core, no train step in decoding."""
@@ -180,3 +184,21 @@ def test_jax_alone_does_not_need_torch() -> None:
     assert "torch" not in required
     assert "transformers" not in required
     assert "jax>=0.10,!=0.10.2" in required
+
+
+@pytest.mark.parametrize(
+    "folder", ["configs", "scripts", "parity_tests", *sorted(str(path.parent.relative_to(ROOT)) for path in PACKAGES)]
+)
+def test_every_folder_has_a_readme(folder: str) -> None:
+    """At most 20 lines, with links and files that exist; a room of core names all its files."""
+    path = ROOT / folder / "README.md"
+    text = path.read_text()
+    assert len(text.splitlines()) <= 20
+    assert "docs/" in text
+    for target in re.findall(r"\]\(([^)#]+)", text):
+        assert (path.parent / target).exists(), target
+    named = set(re.findall(r"`([\w/.]+\.(?:py|yaml))`", text))
+    for name in named:
+        assert (path.parent / name).is_file() or (ROOT / name).is_file(), name
+    if folder.startswith("minillm_core/"):
+        assert {file.name for file in path.parent.glob("*.py")} - {"__init__.py"} <= named
