@@ -3,9 +3,11 @@
 import importlib.util
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
+import jax
 import pytest
 
 from parity_tests.conftest import ROOT
@@ -29,9 +31,17 @@ def tool(name: str) -> ModuleType:
 hooks, examples = tool("hooks"), tool("examples")
 
 
+@pytest.fixture
+def settings() -> Iterator[None]:
+    """An example may switch JAX to 64 bits."""
+    was_64_bit = jax.config.read("jax_enable_x64")
+    yield
+    jax.config.update("jax_enable_x64", was_64_bit)
+
+
 @pytest.mark.extended
 @pytest.mark.parametrize("page", [page for page, text in PAGES.items() if "```python" in text])
-def test_examples_print_what_the_page_shows(page: str) -> None:
+def test_examples_print_what_the_page_shows(page: str, settings: None) -> None:
     n_shown = 0
     for block, printed in examples.run_blocks(PAGES[page]):
         if block["output"] is None:
