@@ -47,8 +47,8 @@ def check_access() -> None:
         hub.HfApi().whoami()
     except Exception as error:  # those of the HTTP client too, which differ between versions of huggingface_hub
         if _status(error) in (401, 403):
-            raise InputError("the Hub refuses the token", found=_first_line(error), hint=LOGIN) from error
-        logger.warning(f"the Hub cannot be asked about the token now: {_first_line(error)}")
+            raise InputError("the Hub refuses the token", found=_one_line(error), hint=LOGIN) from error
+        logger.warning(f"the Hub cannot be asked about the token now: {_one_line(error)}")
 
 
 def upload_command(folder: Path, repo: str, *, private: bool = False) -> str:
@@ -95,7 +95,7 @@ def upload(folder: Path, repo: str, *, private: bool = False) -> str:
             problem = "the Hub refuses the upload; the folder is complete and nothing was committed"
             hint = f"use a token that may write to {repo} (`hf auth login`, or HF_TOKEN), then: "
             hint += upload_command(folder, repo, private=private)
-        raise InputError(problem, found=_first_line(error), where=folder, hint=hint) from error
+        raise InputError(problem, found=_one_line(error), where=folder, hint=hint) from error
     raise InputError(
         "the repository exists and is public; the folder is complete and nothing was committed",
         expected="a private repository",
@@ -113,6 +113,7 @@ def _is_loaded(name: str) -> bool:
 def _huggingface_hub() -> ModuleType:
     try:
         import huggingface_hub
+        from huggingface_hub import constants  # noqa: F401 (huggingface_hub.constants exists once it is imported)
     except ModuleNotFoundError as error:
         otherwise = "or leave out the repository: the folder is written without this package"
         raise missing_package(error, "hf", otherwise=otherwise) from error
@@ -120,11 +121,13 @@ def _huggingface_hub() -> ModuleType:
 
 
 def _status(error: Exception) -> int | None:
-    """The HTTP status that an error of the client reports."""
+    """The HTTP status that an error of the client, or its cause, reports."""
     status: int | None = getattr(getattr(error, "response", None), "status_code", None)
-    return status
+    return _status(error.__cause__) if status is None and isinstance(error.__cause__, Exception) else status
 
 
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {' '.join(lines)[:300]}" if lines else type(error).__name__
+def _one_line(error: Exception) -> str:
+    """Types and messages of an error and its cause."""
+    words = " ".join(str(error).split())[:300]
+    line = f"{type(error).__name__}: {words}" if words else type(error).__name__
+    return f"{line} {_one_line(error.__cause__)}" if isinstance(error.__cause__, Exception) else line
