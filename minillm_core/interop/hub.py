@@ -71,7 +71,7 @@ def upload(folder: Path, repo: str, *, private: bool = False) -> str:
 
     Raises:
         InputError: the Hub cannot be reached or refuses the upload, or the repository is public where a private one is
-            wanted. Nothing has been committed; the folder is complete.
+            wanted. The folder is complete, and the repository has either all of it or nothing.
     """
     hub = _huggingface_hub()
     try:
@@ -90,7 +90,8 @@ def upload(folder: Path, repo: str, *, private: bool = False) -> str:
             return str(api.create_commit(repo, operations, commit_message="Upload the model").commit_url)
     except Exception as error:  # those of the HTTP client too, which differ between versions of huggingface_hub
         status, hint = _status(error), f"when the problem is solved: {upload_command(folder, repo, private=private)}"
-        problem = "the upload failed; the folder is complete and nothing was committed"
+        # without an answer, the last request may have been carried out
+        problem = "the upload failed; the folder is complete" + " and nothing was committed" * (status is not None)
         if status in (401, 403):
             problem = "the Hub refuses the upload; the folder is complete and nothing was committed"
             hint = f"use a token that may write to {repo} (`hf auth login`, or HF_TOKEN), then: "

@@ -60,7 +60,7 @@ def publish(
 
     Raises:
         InputError: the checkpoint, its data or an argument is unusable, or the Hub refuses the token; nothing is
-            written in these cases. Or the upload failed: the folder is complete then, and nothing was committed.
+            written in these cases. Or the upload failed: the folder is complete then (see `hub.upload`).
     """
     if dtype not in EXPORT_DTYPES["hf"]:
         raise InputError("unknown dtype", expected=", ".join(EXPORT_DTYPES["hf"]), found=dtype)
