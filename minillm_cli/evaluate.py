@@ -1,18 +1,13 @@
 """Loss, perplexity and bits per byte of any checkpoint on a prepared split."""
 
-from dataclasses import replace
 from typing import Annotated, Literal
 
 import tyro
 
 from minillm_cli.backends import load_backend
-from minillm_cli.console import parse, say
-from minillm_core.data.mixture import Mixture
-from minillm_core.data.run_data import open_data
-from minillm_core.decoding.scoring import score_split
-from minillm_core.text.tokenizer_json import load_tokenizer
-from minillm_core.training.checkpoints import find_checkpoint, read_info
-from minillm_core.training.metrics import bits_per_byte, perplexity
+from minillm_cli.console import parse
+from minillm_core.interop.evaluation import evaluate_checkpoint
+from minillm_core.training.checkpoints import find_checkpoint
 
 
 def main() -> None:
@@ -39,19 +34,10 @@ def evaluate(
     """
     framework = load_backend(backend)
     checkpoint = find_checkpoint(path, backend)
-    config = read_info(checkpoint).config
-    given = None if data_dir is None else replace(config.data, dir=data_dir, mixture=None, mixture_changes=None)
-    data = open_data(given or config.data, config.model.vocab_size)
-    length = config.train.seq_len if seq_len is None else seq_len
-    tokenizer = load_tokenizer(checkpoint, config.model.vocab_size)
-    generator = framework.Generator(framework.load(checkpoint, dtype), tokenizer)
-    where = ", ".join(str(part.dir) for part in data.parts.values()) if isinstance(data, Mixture) else data.dir
-    say(f"evaluating {checkpoint} on {where}, split {split}, {framework.describe_device()}")
-    found = score_split(generator, data, split, length)
-    loss = found.mean
-    print(f"loss {loss:.6f} nats per token")
-    print(f"perplexity {perplexity(loss):.4f}")
-    if (per_byte := data.tokens_per_byte(split)) is not None:
-        print(f"bits_per_byte {bits_per_byte(loss, per_byte):.6f}")
-    for name, part in found.parts.items():
+    found = evaluate_checkpoint(checkpoint, framework, split=split, data_dir=data_dir, seq_len=seq_len, dtype=dtype)
+    print(f"loss {found.loss.mean:.6f} nats per token")
+    print(f"perplexity {found.perplexity:.4f}")
+    if found.bits_per_byte is not None:
+        print(f"bits_per_byte {found.bits_per_byte:.6f}")
+    for name, part in found.loss.parts.items():
         print(f"loss_{name} {part:.6f}")

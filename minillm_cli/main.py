@@ -16,6 +16,7 @@ COMMANDS = {
     "generate": ("generate", "continue a prompt, or every prompt of a file"),
     "evaluate": ("evaluate", "print loss, perplexity and bits per byte on a prepared split"),
     "convert": ("convert", "convert a checkpoint: JAX, PyTorch, Hugging Face, GGUF"),
+    "publish": ("publish", "evaluate a checkpoint, write a Hugging Face repository, upload it"),
     "parity": ("parity", "compare two checkpoints stage by stage, and say why they differ"),
     "plot": ("plot", "draw loss, learning rate, gradient norm and speed of runs"),
     "compare-runs": ("compare_runs", "draw the loss curves of two runs and their difference"),

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from minillm_core.doctor.examine import Report
     from minillm_core.errors import InputError, Interrupted
     from minillm_core.interop.conversion import Conversion, convert
+    from minillm_core.interop.publish import Publication, publish
     from minillm_core.text.tokenizer import Tokenizer
     from minillm_core.text.tokenizer_json import load_tokenizer
     from minillm_core.training.backend import Backend, load_backend
@@ -45,6 +46,7 @@ __all__ = [
     "ModelConfig",
     "OptimConfig",
     "PreparedData",
+    "Publication",
     "Report",
     "RopeScaling",
     "RunConfig",
@@ -59,6 +61,7 @@ __all__ = [
     "load_config",
     "load_tokenizer",
     "prepare_data",
+    "publish",
     "read_metrics",
     "train",
 ]
@@ -74,6 +77,7 @@ _MODULES = {
     "ModelConfig": "config",
     "OptimConfig": "config",
     "PreparedData": "data.prepared",
+    "Publication": "interop.publish",
     "Report": "doctor.examine",
     "RopeScaling": "config",
     "RunConfig": "config",
@@ -87,6 +91,7 @@ _MODULES = {
     "load_config": "config",
     "load_tokenizer": "text.tokenizer_json",
     "prepare_data": "data.run_data",
+    "publish": "interop.publish",
     "read_metrics": "training.metrics",
     "train": "training.train",
 }

@@ -129,6 +129,12 @@ def check_result(script: str, arguments: list[str], home: Path, done: Done) -> N
             assert (home / "curves.png").read_bytes().startswith(b"\x89PNG")
         case "plot":
             assert (home / out.strip()).read_bytes().startswith(b"\x89PNG")
+        case "publish":
+            check_convert("jax->hf", home / out.strip())
+            last = read_metrics(home / "runs/quickstart/jax/metrics.jsonl")[-1]
+            card = (home / out.strip() / "README.md").read_text()
+            value = float(re.findall(r"^\| bits per byte \| (\S+) \|$", card, re.M)[0])
+            assert value == pytest.approx(last["bits_per_byte"], rel=1e-5)
         case "convert":
             check_convert(arguments[0], home / out.strip())
         case "parity":

@@ -1,5 +1,6 @@
 """Datasets of the Hugging Face Hub as inputs: a server on this machine answers as the Hub does."""
 
+import contextlib
 import hashlib
 import http.server
 import io
@@ -77,17 +78,26 @@ class Hub(http.server.BaseHTTPRequestHandler):
         pass
 
 
+@contextlib.contextmanager
+def served(handler: type[http.server.BaseHTTPRequestHandler]) -> Iterator[str]:
+    """The address of a server on this machine that answers with `handler`."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
 @pytest.fixture
 def hub() -> Iterator[str]:
     Hub.files = {f"data/train-{i}-of-2.parquet": parquet(TEXTS[i * 1500 : (i + 1) * 1500]) for i in range(2)}
     Hub.files["data/test-0-of-1.parquet"] = parquet(["only for tests"] * 10)
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_address[1]}"
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with served(Hub) as address:
+        yield address
 
 
 @pytest.mark.parametrize(

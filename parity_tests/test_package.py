@@ -115,5 +115,5 @@ def test_bad_input(minillm: Path, tmp_path: Path, arguments: list[str], message:
 
 def test_help_lists_every_command(minillm: Path, tmp_path: Path) -> None:
     shown = succeeds(minillm, "--help", cwd=tmp_path).stdout
-    for command in ("train", "prepare", "generate", "evaluate", "convert", "parity", "compare-runs", "plan"):
+    for command in ("train", "prepare", "generate", "evaluate", "convert", "publish", "parity", "compare-runs", "plan"):
         assert f"\n  {command} " in shown

@@ -9,6 +9,7 @@ from typing import Any
 from minillm_core.config import ModelConfig
 from minillm_core.errors import InputError
 from minillm_core.files import refuse_existing, written_aside
+from minillm_core.interop.evaluation import Evaluation
 from minillm_core.interop.gguf import write_gguf
 from minillm_core.interop.gguf_tokenizer import NO_TOKENIZER, tokenizer_fields
 from minillm_core.interop.hf import write_hf_weights
@@ -38,11 +39,21 @@ def _open_export(checkpoint: Path, destination: Path, backend: Backend) -> tuple
     return info, backend.open_weights(checkpoint, info.config)
 
 
-def export_hf(checkpoint: Path, folder: Path, backend: Backend, dtype: str) -> Path:
+def export_hf(
+    checkpoint: Path,
+    folder: Path,
+    backend: Backend,
+    dtype: str,
+    *,
+    evaluation: Evaluation | None = None,
+    repo: str | None = None,
+) -> Path:
     """Writes a checkpoint as a Hugging Face folder: config.json, weights, tokenizer, model card, loss curve.
 
     Args:
         dtype: precision of the weights: float32, bfloat16, float16 or float64.
+        evaluation: a result for the model card.
+        repo: the repository OWNER/NAME that the model card tells how to load.
 
     Raises:
         InputError: the folder exists, or the checkpoint is damaged.
@@ -65,7 +76,7 @@ def export_hf(checkpoint: Path, folder: Path, backend: Backend, dtype: str) -> P
         curve = checkpoint.parent.parent / "loss.png"
         if curve.is_file():
             shutil.copyfile(curve, beside / "loss.png")
-        card = model_card(checkpoint, info, dtype, curve.is_file())
+        card = model_card(checkpoint, info, dtype, curve.is_file(), evaluation=evaluation, repo=repo)
         (beside / "README.md").write_text(card, encoding="utf-8", errors="replace")  # a path need not be valid UTF-8
     logger.info(f"exported {checkpoint}: {len(weights)} weights in {dtype}")
     return folder

@@ -1,13 +1,21 @@
 """The model card: the README.md of an exported Hugging Face folder."""
 
+import re
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from minillm_core.config import dump_config
+from minillm_core.interop.evaluation import Evaluation
 from minillm_core.model.params import count_params
 from minillm_core.training.checkpoints import CheckpointInfo
 from minillm_core.training.metrics import METRICS, losses_by_step, perplexity, read_metrics
 from minillm_core.training.run_directory import run_name
 from minillm_core.version import __version__
+
+LOADERS = {"model": "AutoModelForCausalLM", "tokenizer": "AutoTokenizer"}
+"""What a user loads -> the class of transformers that loads it."""
 
 
 def model_name(info: CheckpointInfo) -> str:
@@ -15,17 +23,35 @@ def model_name(info: CheckpointInfo) -> str:
     return run_name(info.config.train.out_dir).encode(errors="replace").decode()
 
 
-def model_card(checkpoint: Path, info: CheckpointInfo, dtype: str, has_curve: bool) -> str:
-    """The model card in Markdown: size, origin, losses, how to load the model, configuration, hashes of the data."""
+def model_card(
+    checkpoint: Path,
+    info: CheckpointInfo,
+    dtype: str,
+    has_curve: bool,
+    *,
+    evaluation: Evaluation | None = None,
+    repo: str | None = None,
+) -> str:
+    """The model card in Markdown: size, origin, losses, evaluation, how to load the model, configuration, hashes of the
+    data. It names no licence: only the owner of the model can choose one.
+
+    Args:
+        dtype: of the weights of the folder.
+        evaluation: the result to show, as a table and as metadata (`model-index`).
+        repo: the repository OWNER/NAME that the folder is written for.
+    """
     model, metrics = info.config.model, checkpoint.parent.parent / METRICS
     rows = read_metrics(metrics, info.step) if metrics.is_file() else []
+    name = model_name(info) if repo is None else repo.split("/")[1]
+    header: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    header["tags"] = ["llama", "mini-llm"]
+    if evaluation is not None:
+        header["model-index"] = _model_index(name, evaluation)
     lines = [
         "---",
-        "library_name: transformers",
-        "pipeline_tag: text-generation",
-        "tags: [llama, mini-llm]",
+        yaml.safe_dump(header, sort_keys=False, allow_unicode=True).rstrip(),
         "---",
-        f"# {model_name(info)}",
+        f"# {name}",
         "",
         f"A Llama-architecture model of {count_params(model):,} parameters ({dtype}), exported by Mini-LLM "
         f"{__version__} from a {info.framework} checkpoint of step {info.step}.",
@@ -33,8 +59,9 @@ def model_card(checkpoint: Path, info: CheckpointInfo, dtype: str, has_curve: bo
     ]
     if info.step:
         tokens = info.step * info.config.train.batch_size * info.config.train.seq_len
+        text = evaluation.data if evaluation and evaluation.is_run_data else info.config.data.corpus
         lines += [
-            f"Trained on {tokens:,} tokens of `{info.config.data.corpus}`.",
+            f"Trained on {tokens:,} tokens of `{text}`.",
             "",
             "| split | step | loss, nats per token | perplexity |",
             "|---|---|---|---|",
@@ -45,8 +72,52 @@ def model_card(checkpoint: Path, info: CheckpointInfo, dtype: str, has_curve: bo
                 step = max(losses)
                 lines.append(f"| {split} | {step} | {losses[step]:.4f} | {perplexity(losses[step]):.2f} |")
         lines += ["", *(["![loss curve](loss.png)", ""] if has_curve else [])]
+    if evaluation is not None:
+        lines += _evaluation_table(evaluation, dtype)
+    place = repo or "."
     lines += ["```python", "from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
-    lines += ["model = AutoModelForCausalLM.from_pretrained('.')", "tokenizer = AutoTokenizer.from_pretrained('.')"]
+    lines += [f"{name} = {auto}.from_pretrained('{place}')" for name, auto in LOADERS.items()]
     lines += ["```", "", "## Configuration", "", "```yaml", dump_config(info.config).rstrip(), "```", ""]
     lines += ["## Data (SHA-256)", "", *(f"- {name}: `{value}`" for name, value in info.data_hashes.items()), ""]
     return "\n".join(lines)
+
+
+def _measures(evaluation: Evaluation) -> list[tuple[str, str, float]]:
+    """Identifier, name and value of each measure that is known."""
+    found = [
+        ("loss", "loss, nats per token", evaluation.loss.mean),
+        ("perplexity", "perplexity", evaluation.perplexity),
+        ("bits_per_byte", "bits per byte", evaluation.bits_per_byte),
+    ]
+    return [(key, name, round(value, 6)) for key, name, value in found if value is not None]
+
+
+def _model_index(name: str, evaluation: Evaluation) -> list[dict[str, Any]]:
+    """The metadata from which the Hub shows evaluation results."""
+    dataset = {
+        "name": f"{evaluation.data} (held-out text)" if evaluation.split == "val" else evaluation.data,
+        "type": re.sub(r"[^\w.-]+", "-", evaluation.data, flags=re.ASCII).strip("-.") or "text",
+        "split": evaluation.split,
+        "args": {"seq_len": evaluation.seq_len, "n_tokens": evaluation.n_targets},
+    }
+    measures = [{"type": key, "name": name, "value": value} for key, name, value in _measures(evaluation)]
+    task = {"type": "text-generation", "name": "language modelling"}
+    return [{"name": name, "results": [{"task": task, "dataset": dataset, "metrics": measures}]}]
+
+
+def _evaluation_table(evaluation: Evaluation, dtype: str) -> list[str]:
+    rounded = "" if dtype in ("float32", "float64") else f" It used the weights before they were rounded to {dtype}."
+    return [
+        "## Evaluation",
+        "",
+        f"Every token of `{evaluation.data}`, split `{evaluation.split}`, except the first is predicted once, in "
+        f"windows that start without context. The computation is in {evaluation.dtype}.{rounded}",
+        "",
+        "| measure | value |",
+        "|---|---|",
+        *(f"| {name} | {value:.6g} |" for _, name, value in _measures(evaluation)),
+        *(f"| loss of `{name}` | {loss:.6g} |" for name, loss in evaluation.loss.parts.items()),
+        f"| predicted tokens | {evaluation.n_targets:,} |",
+        f"| tokens per window (`seq_len`) | {evaluation.seq_len} |",
+        "",
+    ]
