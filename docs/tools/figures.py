@@ -3,7 +3,9 @@
 `test_learn.py` draws them again and compares them with the files.
 """
 
+import importlib.util
 import io
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -42,7 +44,7 @@ def figure(draw: Callable[[Figure], None]) -> Callable[[Figure], None]:
     return draw
 
 
-def _finish(axes: Axes, *, xlabel: str, ylabel: str, title: str = "") -> None:
+def finish(axes: Axes, *, xlabel: str, ylabel: str, title: str = "") -> None:
     axes.set(xlabel=xlabel, ylabel=ylabel, title=title)
     axes.grid(alpha=0.25)
     if axes.get_legend_handles_labels()[0]:
@@ -59,7 +61,7 @@ def rope(canvas: Figure) -> None:
     frequencies = inverse_frequencies(MINI)
     for pair in (0, 4, 8, 16):
         angles.plot(positions, np.cos(positions * frequencies[pair]), label=f"pair {pair}")
-    _finish(angles, xlabel="position", ylabel="cosine of the angle", title="each pair turns at its own speed")
+    finish(angles, xlabel="position", ylabel="cosine of the angle", title="each pair turns at its own speed")
     cos, sin = (table[:64].astype(np.float32)[None] for table in rope_table(MINI))
     factors = rotation(jax.numpy.asarray(cos), jax.numpy.asarray(sin))
     H, T = MINI.resolved_head_dim, len(positions)
@@ -73,7 +75,13 @@ def rope(canvas: Figure) -> None:
     error_T = np.sqrt(np.mean((wrong - right) ** 2, axis=0) / np.mean(right**2))
     scores.plot(positions, error_T, color=RED)
     scores.set(ylim=(0, None))
-    _finish(scores, xlabel="distance in tokens", ylabel="relative error", title="scores with the wrong layout")
+    finish(scores, xlabel="distance in tokens", ylabel="relative error", title="scores with the wrong layout")
+
+
+sys.modules["figures"] = sys.modules[__name__]  # the files of the other figures import from here
+for file in sorted(Path(__file__).parent.glob("figures_*.py")):
+    if (part := importlib.util.spec_from_file_location(file.stem, file)) and part.loader:
+        part.loader.exec_module(importlib.util.module_from_spec(part))
 
 
 def main() -> None:
