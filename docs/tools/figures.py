@@ -3,7 +3,9 @@
 `test_learn.py` draws them again and compares them with the files.
 """
 
+import importlib.util
 import io
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -74,6 +76,19 @@ def rope(canvas: Figure) -> None:
     scores.plot(positions, error_T, color=RED)
     scores.set(ylim=(0, None))
     _finish(scores, xlabel="distance in tokens", ylabel="relative error", title="scores with the wrong layout")
+
+
+def load_other_files() -> None:
+    """Adds the drawings of figures_*.py to FIGURES. This file is a script; they import it by the name `figures`."""
+    sys.modules["figures"] = sys.modules[__name__]
+    for path in sorted(Path(__file__).parent.glob("figures_*.py")):
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        assert spec is not None
+        assert spec.loader is not None
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))
+
+
+load_other_files()
 
 
 def main() -> None:
