@@ -4,9 +4,11 @@ import jax.numpy as jnp
 import numpy as np
 from figures import BLUE, GREY, RED, figure
 from figures import _finish as finish
+from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 
 from minillm_core.config import load_config
+from minillm_core.model.mask import AttentionMask
 
 
 @figure
@@ -48,3 +50,34 @@ def attention(canvas: Figure) -> None:
         groups.text(left + (N - 1) / 2, 1.4, name, ha="center", color=color)
     groups.set(xlim=(-0.6, 2 * N + 0.4), ylim=(-0.4, 1.65), title="which query head reads which KV head")
     groups.axis("off")
+
+
+@figure
+def masks(canvas: Figure) -> None:
+    """Masks as matrices, from their descriptions: a row for each query, a column for each key."""
+    from minillm_jax.attention import mask_bias
+
+    T = 8
+    documents = jnp.repeat(jnp.array([0, 1]), jnp.array([3, 5]))[None]
+    in_cache = AttentionMask(None, jnp.arange(5, T)[None])
+    panels = canvas.subplot_mosaic(
+        [["causal", "window", "documents", "right"], ["causal", "window", "documents", "wrong"]]
+    )
+    drawings = {
+        "causal": (AttentionMask(None), T, "causal", BLUE),
+        "window": (AttentionMask(3), T, "sliding window of 3", BLUE),
+        "documents": (AttentionMask(None, None, documents, documents), T, "two documents", BLUE),
+        "right": (in_cache, 3, "3 new tokens, 5 in a cache", BLUE),
+        "wrong": (AttentionMask(None), 3, "the same, aligned top left", RED),
+    }
+    for name, (mask, n_queries, title, color) in drawings.items():
+        axes = panels[name]
+        seen_TS = np.asarray(mask_bias(mask, n_queries, T, jnp.float32))[0] == 0
+        axes.pcolormesh(seen_TS, cmap=ListedColormap(["white", color]), edgecolors=GREY, linewidth=0.4, vmin=0, vmax=1)
+        axes.set(aspect="equal", ylim=(n_queries, 0), xticks=np.arange(T) + 0.5, yticks=np.arange(n_queries) + 0.5)
+        axes.set_xticklabels(range(T))
+        axes.set_yticklabels(range(T - n_queries, T))
+        axes.tick_params(length=0, labelsize=7)
+        axes.set_title(title, fontsize=8, color=color)
+        axes.set_xlabel("key", fontsize=8)
+        axes.set_ylabel("query", fontsize=8)
