@@ -2,13 +2,15 @@
 
 import jax.numpy as jnp
 import numpy as np
-from figures import BLUE, GREY, RED, figure
+from figures import BLUE, GREEN, GREY, MINI, RED, figure
 from figures import _finish as finish
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
-from minillm_core.config import load_config
+from minillm_core.config import ModelConfig, load_config
 from minillm_core.model.mask import AttentionMask
+from minillm_core.model.params import forward_flops, init_params
 
 
 @figure
@@ -81,3 +83,41 @@ def masks(canvas: Figure) -> None:
         axes.set_title(title, fontsize=8, color=color)
         axes.set_xlabel("key", fontsize=8)
         axes.set_ylabel("query", fontsize=8)
+
+
+@figure
+def kv_cache(canvas: Figure) -> None:
+    """Left: operations for each new token. Right: the slots of a cache with two rows, after prefill and four tokens."""
+    from minillm_jax.kv_cache import init_cache
+    from minillm_jax.weights import build_model
+
+    work, slots = canvas.subplots(1, 2)
+    lengths = np.array([1, *range(64, MINI.context_length + 1, 64)])
+    matrices = forward_flops(MINI, 1, 1) - 4 * MINI.n_layers * MINI.n_heads * MINI.resolved_head_dim
+    without = np.array([forward_flops(MINI, 1, int(length)) for length in lengths])
+    with_cache = matrices + 4 * MINI.n_layers * MINI.n_heads * MINI.resolved_head_dim * lengths
+    work.semilogy(lengths, without, color=RED, label="everything again")
+    work.semilogy(lengths, with_cache, color=BLUE, label="with a cache")
+    finish(work, xlabel="tokens so far", ylabel="operations (FLOPs)", title="one new token, mini-llm-50m")
+
+    config = ModelConfig(vocab_size=16, context_length=12, width=8, n_layers=1, n_heads=1, n_kv_heads=1, hidden=8)
+    float32 = {"param_dtype": jnp.float32, "compute_dtype": jnp.float32}
+    model = build_model(config, init_params(config, seed=0), **float32)
+    _, cache = model(jnp.ones((2, 6), int), init_cache(config, 2, 12, jnp.float32), jnp.array([6, 3]))
+    prompt_B = np.asarray(cache.length_B)
+    kinds = {"prompt": BLUE, "new": GREEN, "padding": RED, "empty": "white"}
+    for column, n_new in enumerate((0, 4)):
+        for _ in range(n_new):
+            _, cache = model(jnp.ones((2, 1), int), cache)
+        written_BS = np.abs(np.asarray(cache.layers[0].k_BKSH)).sum(axis=(1, 3)) > 0
+        for row, place in np.ndindex(written_BS.shape):
+            kind = "prompt" if place < prompt_B[row] else "new" if place < cache.length_B[row] else "padding"
+            kind = kind if written_BS[row, place] else "empty"
+            at = (place, 1 - row + 3 * (1 - column))
+            slots.add_patch(Rectangle(at, 0.94, 0.9, facecolor=kinds[kind], edgecolor=GREY, linewidth=0.5))
+        slots.text(0, 3 * (1 - column) + 2.1, ("after prefill", f"after {n_new} new tokens")[column], fontsize=8)
+    for i, (kind, color) in enumerate(kinds.items()):
+        slots.add_patch(Rectangle((3.1 * i, -1.4), 0.8, 0.8, facecolor=color, edgecolor=GREY, linewidth=0.5))
+        slots.text(3.1 * i + 1, -1, kind, va="center", fontsize=8)
+    slots.set(xlim=(-0.1, 12.3), ylim=(-1.6, 6), title="slots of a cache, two rows")
+    slots.axis("off")
