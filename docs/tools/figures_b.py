@@ -1,5 +1,6 @@
 """The figures of attention, masks, KV cache and sampling."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from figures import BLUE, GREEN, GREY, MINI, RED, figure
@@ -9,6 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from minillm_core.config import ModelConfig, load_config
+from minillm_core.decoding.sampling import SamplingConfig
 from minillm_core.model.mask import AttentionMask
 from minillm_core.model.params import forward_flops, init_params
 
@@ -121,3 +123,38 @@ def kv_cache(canvas: Figure) -> None:
         slots.text(3.1 * i + 1, -1, kind, va="center", fontsize=8)
     slots.set(xlim=(-0.1, 12.3), ylim=(-1.6, 6), title="slots of a cache, two rows")
     slots.axis("off")
+
+
+@figure
+def sampling(canvas: Figure) -> None:
+    """Left: probabilities at three temperatures. Right: a draw by inverse CDF, from all tokens and from top_p 0.9."""
+    from minillm_jax.generate import draw, filter_logits, filters_of
+
+    def probabilities(logits_V: np.ndarray, **options: float) -> np.ndarray:
+        seen_1V, filters = jnp.zeros((1, len(logits_V)), bool), filters_of(SamplingConfig(**options), len(logits_V))
+        return np.asarray(jax.nn.softmax(filter_logits(jnp.asarray(logits_V[None]), seen_1V, filters, greedy=False)))[0]
+
+    by_rank, cdf = canvas.subplots(1, 2)
+    logits_V = 2 * np.sort(np.random.default_rng(0).standard_normal(32_000).astype(np.float32))[::-1]
+    ranks = np.arange(1, len(logits_V) + 1)
+    for temperature, color in ((0.5, GREEN), (1.0, BLUE), (2.0, RED)):
+        probs_V = probabilities(logits_V, temperature=temperature, top_p=1.0)
+        n_kept = int((probabilities(logits_V, temperature=temperature, top_p=0.9) > 0).sum())
+        by_rank.plot(ranks, np.cumsum(probs_V), color=color, label=f"{temperature:g}: {n_kept:,} tokens have 90 %")
+    by_rank.axhline(0.9, color=GREY, linestyle=":")
+    by_rank.set(xscale="log", ylim=(0, 1.6), yticks=np.linspace(0, 1, 6))
+    finish(by_rank, xlabel="the n most likely tokens", ylabel="their probability", title="temperature")
+    by_rank.legend(fontsize=8, loc="upper left")
+
+    few_V = np.array([1.0, 3.0, 0.0, 2.5, -1.0, 2.0], np.float32)
+    number = 0.62
+    for options, color, label in (({"top_p": 1.0}, BLUE, "all tokens"), ({"top_p": 0.9}, RED, "top_p 0.9")):
+        probs_V = probabilities(few_V, temperature=1.0, **options)
+        cdf.stairs(np.cumsum(probs_V), np.arange(len(few_V) + 1) - 0.5, baseline=None, color=color, label=label)
+    token = int(draw(jnp.log(probabilities(few_V, temperature=1.0, top_p=0.9))[None], jnp.array([number]))[0])
+    cdf.annotate("", (token, number), (-0.5, number), arrowprops={"arrowstyle": "->", "color": GREY})
+    cdf.annotate("", (token, 0), (token, number), arrowprops={"arrowstyle": "->", "color": GREY})
+    cdf.text(-0.4, number + 0.03, f"u = {number}", color=GREY, fontsize=8)
+    cdf.set(xlim=(-0.5, len(few_V) - 0.5), ylim=(0, 1.05))
+    finish(cdf, xlabel="token id", ylabel="cumulative probability", title="a draw")
+    cdf.legend(fontsize=8, loc="lower right")
