@@ -1,11 +1,9 @@
 """The pages of docs/learn are true: their examples print what they show, their source lines and figures are current."""
 
-import importlib.util
 import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 
 import jax
 import pytest
@@ -17,18 +15,10 @@ PAGES = {path.name: path.read_text() for path in sorted(LEARN.glob("*.md"))}
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 
 
-def tool(name: str) -> ModuleType:
-    """A module of docs/tools, which is no package."""
-    spec = importlib.util.spec_from_file_location(f"docs_{name}", ROOT / "docs" / "tools" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-hooks, examples = tool("hooks"), tool("examples")
+sys.path.append(str(ROOT / "docs" / "tools"))  # scripts, not a package
+import examples  # noqa: E402
+import figures  # noqa: E402
+import hooks  # noqa: E402
 
 
 @pytest.fixture
@@ -82,9 +72,9 @@ def test_source_of_a_missing_name() -> None:
 @pytest.mark.extended
 def test_figures_are_current() -> None:
     """Drawn again, every figure has the same shapes and words; coordinates may differ in the last digits."""
-    figures = tool("figures").FIGURES
-    assert {f"{name}.svg" for name in figures} == {path.name for path in (LEARN / "images").iterdir()}
-    for name, draw in figures.items():
+    drawings = figures.FIGURES
+    assert {f"{name}.svg" for name in drawings} == {path.name for path in (LEARN / "images").iterdir()}
+    for name, draw in drawings.items():
         old, new = (LEARN / "images" / f"{name}.svg").read_text(), draw() + "\n"
         assert NUMBER.split(old) == NUMBER.split(new), f"{name}: run docs/tools/figures.py"
         pairs = zip(map(float, NUMBER.findall(old)), map(float, NUMBER.findall(new)), strict=True)

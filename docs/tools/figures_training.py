@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import optax
-from figures import BLUE, GREEN, GREY, RED, figure, finish
+from drawing import BLUE, GREEN, GREY, RED, figure, finish
 from matplotlib.figure import Figure
 
 from minillm_core.config import ModelConfig, OptimConfig, load_config

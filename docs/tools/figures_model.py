@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from figures import BLUE, GREEN, GREY, MINI, RED, figure, finish
+from drawing import BLUE, GREEN, GREY, MINI, RED, figure, finish
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
