@@ -54,7 +54,9 @@ def publish(
         private: create a private repository.
         dtype: of the weights: float32, bfloat16, float16 or float64. The evaluation is in float64 for float64, and in
             float32 otherwise, with the weights before they are rounded.
-        split, data_dir, seq_len: what is evaluated; see `evaluate_checkpoint`.
+        split: the split to evaluate, `val` or `train`.
+        data_dir: a folder of prepared data to evaluate on; None: the data of the run.
+        seq_len: tokens per window of the evaluation; None: the run's.
         evaluate: False leaves out the evaluation. A checkpoint without data (an imported model) is not evaluated
             unless `data_dir` is given.
 
