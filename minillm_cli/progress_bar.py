@@ -17,7 +17,7 @@ from minillm_core.progress import Work
 APPEARS_AFTER, LOOKS_EVERY = 1.0, 0.25
 """Seconds: work that takes less has no bar; how often the bar looks at the work."""
 
-COUNTED = "{desc} {percentage:3.0f}% |{bar}| {remaining} left, {n_fmt}/{total_fmt}, {rate_fmt}, {elapsed} passed"
+COUNTED = "{desc} {percentage:3.0f}% |{bar}| {remaining} left, {n_fmt}/{total_fmt}, {rate_noinv_fmt}, {elapsed} passed"
 UNCOUNTED = "{desc}, {elapsed} passed"
 
 tqdm.set_lock(threading.RLock())  # the default also locks out other processes, of which none writes here
@@ -57,7 +57,7 @@ class _Bar:
             desc=work.doing,
             total=work.total,
             unit=work.unit if work.unit == "B" else f" {work.unit}",
-            unit_scale=True,
+            unit_scale=work.total is None or work.total >= 1000,
             bar_format=UNCOUNTED if work.total is None else COUNTED,
             dynamic_ncols=True,
             file=sys.stderr,
