@@ -12,7 +12,6 @@ import subprocess
 import sys
 import termios
 import threading
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -309,11 +308,8 @@ def manifest_of(checkpoint: Path) -> str:
 @pytest.mark.extended
 def test_a_real_command(tmp_path: Path) -> None:
     """Preparing the default corpus: a bar for each part that takes more than a second."""
-    started = time.monotonic()
     status, shown = on_terminal("-m", "minillm_cli", "prepare", "quickstart", "--data.dir", str(tmp_path / "data"))
     assert status == 0
     assert re.search(r"encoding +\d+% \|.*\| 00:\d\d left, [\d.]+M/12.2M, [\d.]+ ?MB/s", shown)
     bars = [line for line in lines_of(shown) if re.search(r"\d%|passed", line)]
     assert any(line.startswith("encoding 100%") for line in bars)
-    measured = sum(int(found[1]) for line in bars if (found := re.search(r"00:(\d\d) passed", line)))
-    assert measured >= (time.monotonic() - started) / 3

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -11,6 +12,8 @@ from minillm_core.decoding.generation import BaseGenerator
 from minillm_core.errors import InputError
 from minillm_core.files import beside, lock, named_if_it_fails, real_path, replace_file
 from minillm_core.progress import progress
+
+logger = logging.getLogger(__name__)
 
 
 def continue_file(
@@ -54,6 +57,8 @@ def continue_file(
                 "the output exists already", where=output, hint="choose a different name, or remove the file"
             )
         done = _open_partial(partial, request)
+        if done:
+            logger.info(f"going on after {len(done)} of {len(texts)} prompts")
         lengths = [len(ids) for ids in generator.tokenizer.encode_many(texts)]
         waiting = sorted((i for i in range(len(texts)) if i not in done), key=lambda i: -lengths[i])
         with (
