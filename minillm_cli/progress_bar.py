@@ -30,28 +30,35 @@ def on_terminal() -> bool:
 
 
 class _Bar:
-    """Shows a unit of work. It has a thread of its own, so its clock also runs while the work is in a long call."""
+    """Shows a unit of work. A thread of its own draws it, so its clock also runs while the work is in a long call."""
 
     def __init__(self, work: Work):
         self._work, self._started, self._ended = work, time.time(), threading.Event()
-        self._thread = threading.Thread(target=self._show, name="progress", daemon=True)
-        self._thread.start()
+        self._shown: tqdm[Any] | None = None
+        threading.Thread(target=self._show, name="progress", daemon=True).start()
 
     def end(self) -> None:
-        self._ended.set()
-        self._thread.join(timeout=2)  # not for ever: a signal may come while a message is printed, and the bar waits
+        """Draws the bar for the last time. Not in its thread: a signal may come while this thread prints a message."""
+        with tqdm.get_lock(), contextlib.suppress(OSError):
+            self._ended.set()
+            if self._shown is not None:
+                self._draw(self._shown)
+                self._shown.close()
 
     def _show(self) -> None:
-        if self._ended.wait(APPEARS_AFTER):
-            return
-        with contextlib.suppress(OSError), self._drawn() as bar:
-            is_last = False
-            while not is_last:
-                is_last = self._ended.wait(LOOKS_EVERY)
-                bar.n, bar.initial = self._work.done, self._work.skipped  # the rate is that of the rest
-                bar.refresh()
+        wait = APPEARS_AFTER
+        while not self._ended.wait(wait):
+            wait = LOOKS_EVERY
+            with tqdm.get_lock(), contextlib.suppress(OSError):
+                if not self._ended.is_set():
+                    self._shown = self._new() if self._shown is None else self._shown
+                    self._draw(self._shown)
 
-    def _drawn(self) -> "tqdm[Any]":
+    def _draw(self, bar: "tqdm[Any]") -> None:
+        bar.n, bar.initial = self._work.done, self._work.skipped  # the rate is that of the rest
+        bar.refresh()
+
+    def _new(self) -> "tqdm[Any]":
         work = self._work
         bar: tqdm[Any] = tqdm(
             desc=work.doing,
