@@ -12,14 +12,15 @@ import sys
 import typing
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, TypeVar
 
 import tyro
-from tqdm import tqdm
 
+from minillm_cli.progress_bar import above_bar, end_bar, on_terminal, progress_bar
 from minillm_core.config import RunConfig, load_config, preset_names
 from minillm_core.errors import InputError, Interrupted
 from minillm_core.files import is_disk_full, owner
+from minillm_core.progress import listen
 
 C = TypeVar("C", bound=RunConfig)
 T = TypeVar("T")
@@ -34,32 +35,8 @@ _started_as_script = False
 def say(message: str = "") -> None:
     """Prints a message for the user to stderr, and ignores a stderr that is closed or full. Only results go to
     stdout."""
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError), above_bar():
         print(message, file=sys.stderr, flush=True)
-
-
-class ProgressBar:
-    """A progress bar that appears with the first report and starts at what was finished before."""
-
-    def __init__(self, **style: Any) -> None:
-        """
-        Args:
-            style: arguments of tqdm.
-        """
-        self._style = style
-        self._bar: tqdm[Any] | None = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.close()
-
-    def show(self, done: int, total: int) -> None:
-        if self._bar is None:
-            self._bar = tqdm(total=total, initial=done, **self._style)
-        self._bar.update(done - self._bar.n)
 
 
 def print_stream(prompt: str, pieces: Iterable[str]) -> None:
@@ -91,7 +68,11 @@ class _Console(logging.Handler):
 
 
 def show_progress() -> None:
-    """Sends the log messages of this project's packages to stderr, and silences those of absl and asyncio."""
+    """Sends the log messages and the progress of this project's packages to stderr, and silences those of others."""
+    listen(progress_bar)
+    if not on_terminal():
+        for library in ("HF_DATASETS", "HF_HUB"):
+            os.environ.setdefault(f"{library}_DISABLE_PROGRESS_BARS", "1")
     for library in ("absl", "asyncio"):  # Orbax logs every file that it writes, and also every error that it raises
         logging.getLogger(library).setLevel(logging.CRITICAL)
     for package in ("minillm_core", "minillm_jax", "minillm_torch"):
@@ -131,7 +112,10 @@ def run(main: Callable[[], None], *, as_script: bool = False) -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="minillm")
     try:
-        main()
+        try:
+            main()
+        finally:
+            end_bar()
     except InputError as error:
         say(f"error: {error}" + (f"\n  command: {command_line(error.command)}" if error.command else ""))
         sys.exit(2)

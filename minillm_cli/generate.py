@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 import tyro
 
 from minillm_cli.backends import load_backend
-from minillm_cli.console import ProgressBar, parse, print_stream
+from minillm_cli.console import parse, print_stream
 from minillm_core.decoding.prompts import continue_file
 from minillm_core.errors import InputError
 from minillm_core.files import hash_file, output_file, user_path
@@ -102,5 +102,4 @@ def generate(
         hashes = hash_file(checkpoint / "manifest.json")  # it holds the hashes of all files of the checkpoint
         setup = {"checkpoint": str(checkpoint), "hashes": hashes, "backend": backend, "dtype": dtype}
         options |= {"n": n, "logprobs": logprobs}
-        with ProgressBar(unit="prompt", smoothing=0.05) as bar:
-            continue_file(generator, user_path(prompts), answers, batch_size, setup, options, bar.show)
+        continue_file(generator, user_path(prompts), answers, batch_size, setup, options)

@@ -6,7 +6,7 @@ from typing import Annotated
 import numpy as np
 import tyro
 
-from minillm_cli.console import ProgressBar, parse, say
+from minillm_cli.console import parse, say
 from minillm_core.data.inspect import DataReport, SplitReport, inspect_data, plot_lengths
 from minillm_core.files import output_file
 
@@ -32,8 +32,7 @@ def inspect_folder(
         out: a PNG file for a histogram of the lengths of the documents; an existing PNG is replaced.
     """
     picture = None if out is None else output_file(out, b"\x89PNG")
-    with ProgressBar(unit="B", unit_scale=True) as bar:
-        report = inspect_data(folder, samples, bar.show)
+    report = inspect_data(folder, samples)
     print(text_of(report))
     if picture is not None:
         plot_lengths(report, picture)

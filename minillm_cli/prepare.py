@@ -21,7 +21,7 @@ from typing import Annotated
 
 import tyro
 
-from minillm_cli.console import ProgressBar, parse, parse_run_config
+from minillm_cli.console import parse, parse_run_config
 from minillm_core.config import RunConfig, preset_names
 from minillm_core.data.assemble import Holdout
 from minillm_core.data.documents import Format
@@ -105,7 +105,7 @@ def prepare_inputs(
             raise InputError("--merge takes only the parts and --out", hint="leave out inputs, --shard and --tokenizer")
         join(tuple(map(user_path, merge)), folder)
     else:
-        with tempfile.TemporaryDirectory() as collected, ProgressBar(unit="B", unit_scale=True) as bar:
+        with tempfile.TemporaryDirectory() as collected:
             if tokenizer is None:
                 hint = "train one with `minillm train-tokenizer`, or name that of a model"
                 raise InputError("no tokenizer", expected="--tokenizer FILE|FOLDER", hint=hint)
@@ -124,7 +124,7 @@ def prepare_inputs(
             n_workers = n_cpus() if workers is None else workers
             if n_workers < 1:
                 raise InputError("--workers is out of range", expected="1 or more", found=workers)
-            prepare(plan, folder, n_workers=n_workers, on_progress=bar.show)
+            prepare(plan, folder, n_workers=n_workers)
         if shard:
             print(folder)
             return

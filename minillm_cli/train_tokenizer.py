@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
-from tqdm import tqdm
 
 from minillm_cli.console import parse, say
 from minillm_core.data.documents import Format
 from minillm_core.data.inputs import find_sources
-from minillm_core.data.pieces import text_chunks
+from minillm_core.data.pieces import read_texts, text_chunks
 from minillm_core.data.sources import Source
 from minillm_core.errors import InputError
 from minillm_core.files import output_file, replace_file, user_path, written_aside
@@ -88,16 +87,9 @@ def train_tokenizer_on(
         expected = "--out FILE.model to train, or --report TOKENIZER... [--html FILE] [--json] to compare"
         raise InputError("nothing to do with the inputs", expected=expected)
     path = output_file(out)
-    total = sum(source.n_bytes for source in sources)
-
-    def texts() -> Iterator[str]:
-        with tqdm(total=total, unit="B", unit_scale=True, desc="reading") as bar:
-            for source in sources:
-                yield from text_chunks(source, Format(text_field))
-                bar.update(source.n_bytes)
-
+    texts = read_texts(sources, Format(text_field))
     with written_aside(path) as partial:
-        train_tokenizer(texts(), vocab_size, partial, kind=kind, symbols=symbols)
+        train_tokenizer(texts, vocab_size, partial, kind=kind, symbols=symbols)
     print(f"{path}: {Tokenizer(path).vocab_size} pieces")
 
 

@@ -7,14 +7,17 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 
 from minillm_core.errors import InputError
+from minillm_core.progress import ignore, progress
 
+READ_BYTES = 1 << 20
+"""Bytes that are read and hashed at a time."""
 LONGEST_NAME = 255
 """Bytes that file systems allow in the name of a file."""
 
@@ -102,18 +105,38 @@ def first_bytes(path: Path, n: int) -> bytes:
         return b""
 
 
-def hash_file(path: Path) -> str:
-    """SHA-256, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def hash_file(path: Path, advance: Callable[[int], None] = ignore) -> str:
+    """SHA-256, in hexadecimal.
+
+    Args:
+        advance: called with the number of bytes of every block that was hashed.
+    """
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(READ_BYTES))
+    with path.open("rb", buffering=0) as file:
+        while n := file.readinto(buffer):
+            digest.update(buffer[:n])
+            advance(n)
+    return digest.hexdigest()
+
+
+def hash_files(paths: Sequence[Path], doing: str) -> list[str]:
+    """SHA-256 of each file.
+
+    Args:
+        doing: what this is for, as the progress shows it.
+    """
+    with progress(doing, sum(path.stat().st_size for path in paths), "B") as work:
+        return [hash_file(path, work.advance) for path in paths]
 
 
 def hash_arrays(arrays: Mapping[str, np.ndarray]) -> str:
     """SHA-256 of names, dtypes, shapes and values, in hexadecimal."""
     digest = hashlib.sha256()
-    for name, array in arrays.items():
-        digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
-        digest.update(np.ascontiguousarray(array).view(np.uint8).data)
+    with progress("hashing the tensors", sum(array.nbytes for array in arrays.values()), "B") as work:
+        for name, array in arrays.items():
+            digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
+            digest.update(np.ascontiguousarray(array).view(np.uint8).data)
+            work.advance(array.nbytes)
     return digest.hexdigest()
 
 
@@ -154,8 +177,12 @@ def flush(path: Path) -> None:
 
 def commit_folder(partial: Path, final: Path) -> None:
     """Flushes a finished folder or file to disk, with everything in it, and then gives it its final name."""
-    for path in [*partial.rglob("*"), partial]:
-        flush(path)
+    paths = [*partial.rglob("*"), partial]
+    sizes = [path.stat().st_size if path.is_file() else 0 for path in paths]
+    with progress("flushing to disk", sum(sizes), "B") as work:
+        for path, size in zip(paths, sizes, strict=True):
+            flush(path)
+            work.advance(size)
     partial.rename(final)
     flush(final.parent)
 

@@ -5,6 +5,8 @@ from typing import Any
 
 import numpy as np
 
+from minillm_core.progress import Work
+
 Array = Any
 """An array of numpy or of a framework."""
 
@@ -28,3 +30,12 @@ class LazyTensors(Mapping[str, np.ndarray]):
 
     def __len__(self) -> int:
         return len(self._names)
+
+
+def counted(tensors: Iterable[tuple[str, np.ndarray]], work: Work) -> Tensors:
+    """Tensors that are made one at a time. Their values are counted."""
+    found = {}
+    for name, array in tensors:
+        found[name] = array
+        work.advance(array.size)
+    return found

@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from minillm_core.config import RunConfig
-from minillm_core.model.params import check_shapes
-from minillm_core.tensors import LazyTensors, Tensors
+from minillm_core.model.params import check_shapes, count_params, read_weights
+from minillm_core.progress import progress
+from minillm_core.tensors import LazyTensors, Tensors, counted
 from minillm_core.training.checkpoints import TrainingState, find_checkpoint, read_info, verify_checkpoint
 from minillm_jax import payload
 from minillm_jax.model import MiniLLM
@@ -24,7 +25,9 @@ def write_payload(folder: Path, config: RunConfig, state: TrainingState) -> None
     """Writes framework-free tensors, bit for bit; empty moment groups are omitted."""
     assert bool(state.exp_avg) == bool(state.exp_avg_sq)
     groups = {group: to_framework(config.model, tensors) for group, tensors in vars(state).items() if tensors}
-    payload.start_writing(folder, config.model, groups)()
+    n_values = sum(array.size for tensors in groups.values() for array in tensors.values())
+    with progress("writing the tensors", n_values, "value") as work:
+        payload.start_writing(folder, config.model, groups, work.advance)()
 
 
 def read_payload(checkpoint: Path, config: RunConfig) -> TrainingState:
@@ -33,12 +36,11 @@ def read_payload(checkpoint: Path, config: RunConfig) -> TrainingState:
     Raises:
         InputError: the payload is missing or damaged, or its tensors do not match `config` (at most 20 are listed).
     """
-
-    def read(group: str) -> Tensors:
-        return dict(_open_group(checkpoint, group, config)) if payload.has_group(checkpoint, group) else {}
-
-    weights = dict(open_weights(checkpoint, config))
-    return TrainingState(weights, read("exp_avg"), read("exp_avg_sq"))
+    groups = ["weights", *(g for g in ("exp_avg", "exp_avg_sq") if payload.has_group(checkpoint, g))]
+    opened = {group: _open_group(checkpoint, group, config) for group in groups}
+    with progress("reading the tensors", len(groups) * count_params(config.model), "value") as work:
+        read: dict[str, Tensors] = {group: counted(tensors.items(), work) for group, tensors in opened.items()}
+    return TrainingState(read["weights"], read.get("exp_avg", {}), read.get("exp_avg_sq", {}))
 
 
 def open_weights(checkpoint: Path, config: RunConfig) -> LazyTensors:
@@ -78,6 +80,6 @@ def load(path: str | Path, dtype: str = "float32") -> MiniLLM:
     checkpoint = find_checkpoint(path, FRAMEWORK)
     verify_checkpoint(checkpoint)
     config = read_info(checkpoint).config
-    weights = dict(open_weights(checkpoint, config))
+    weights = read_weights(config.model, open_weights(checkpoint, config).items())
     compute_dtype = resolve_dtype(dtype)
     return build_model(config.model, weights, param_dtype=compute_dtype, compute_dtype=compute_dtype)

@@ -25,6 +25,7 @@ import tensorstore
 from minillm_core.config import ModelConfig
 from minillm_core.errors import InputError
 from minillm_core.files import real_path
+from minillm_core.progress import ignore
 
 FILE_BYTES, CHUNK_BYTES = 1 << 24, 1 << 22
 """Orbax starts a new file after FILE_BYTES (by default, it first collects 2 GB in memory) and a new chunk of an array
@@ -37,19 +38,35 @@ _LOCATIONS = {
 }
 """Group of tensors -> the pytree that holds it, and the keys that lead to it."""
 
-_TYPE_HANDLERS = ocp.type_handlers.create_type_handler_registry(
-    (jax.Array, ocp.type_handlers.ArrayHandler()),
-    # numpy arrays come from conversions, which wait for the write to end: Orbax needs no second copy of all of them
-    (np.ndarray, ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=False)),
-)
+
+class _NumpyHandler(ocp.type_handlers.NumpyHandler):
+    """Writes numpy arrays. They come from conversions, which wait for the write to end: Orbax needs no second copy of
+    all of them."""
+
+    def __init__(self, advance: Callable[[int], None]):
+        super().__init__(deepcopy_host_arrays=False)
+        self._advance = advance
+
+    async def _open_and_write(self, value: np.ndarray, *how: Any, **more: Any) -> None:
+        await super()._open_and_write(value, *how, **more)
+        self._advance(value.size)
 
 
-def start_writing(folder: Path, config: ModelConfig, groups: Mapping[str, Mapping[str, Any]]) -> Callable[[], None]:
+def start_writing(
+    folder: Path,
+    config: ModelConfig,
+    groups: Mapping[str, Mapping[str, Any]],
+    advance: Callable[[int], None] = ignore,
+) -> Callable[[], None]:
     """Copies tensors off the device and starts writing them; the returned function waits until they are written.
 
     Args:
         groups: `weights` and, if training is to resume from it, `exp_avg` and `exp_avg_sq`; each by framework path.
+        advance: called with the number of values that were written, if the tensors are numpy arrays.
     """
+    registry = ocp.type_handlers.create_type_handler_registry(
+        (jax.Array, ocp.type_handlers.ArrayHandler()), (np.ndarray, _NumpyHandler(advance))
+    )
     trees: dict[str, dict[str, Any]] = {}
     for group, tensors in groups.items():
         tree, keys = _LOCATIONS[group]
@@ -65,7 +82,7 @@ def start_writing(folder: Path, config: ModelConfig, groups: Mapping[str, Mappin
         )
         for name, tree in trees.items()
     }
-    handlers = {name: ocp.PyTreeCheckpointHandler(type_handler_registry=_TYPE_HANDLERS) for name in items}
+    handlers = {name: ocp.PyTreeCheckpointHandler(type_handler_registry=registry) for name in items}
     checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(**handlers))
     with ExitStack() as stack:
         plain = stack.enter_context(_plain_path(folder))

@@ -9,7 +9,8 @@ from flax import nnx
 
 from minillm_core.config import ModelConfig
 from minillm_core.data.batches import Batch
-from minillm_core.model.stages import Trace, stage_names
+from minillm_core.model.stages import BACKWARD_PASSES, Trace, stage_names
+from minillm_core.progress import progress
 from minillm_core.tensors import Tensors
 from minillm_jax.loss import mean_loss, token_losses
 from minillm_jax.precision import param_dtype, resolve_dtype
@@ -22,11 +23,14 @@ def trace(config: ModelConfig, weights: Tensors, tokens_BT: np.ndarray, dtype: s
     master_dtype = param_dtype(compute_dtype)
     graphdef, rope = model_structure(config, param_dtype=master_dtype, compute_dtype=compute_dtype)
     params = from_canonical(config, weights, master_dtype)
-    recorded, losses_BT = _forward(graphdef, params, rope, tokens_BT)
-    stages = {
-        name: np.asarray(recorded[name], np.float64).reshape(*tokens_BT.shape, -1) for name in stage_names(config)
-    }
-    gradients = to_canonical(config, _backward(graphdef, params, rope, Batch.from_tokens(tokens_BT)))
+    with progress("running the model in jax", 1 + BACKWARD_PASSES, "pass") as work:
+        recorded, losses_BT = _forward(graphdef, params, rope, tokens_BT)
+        stages = {
+            name: np.asarray(recorded[name], np.float64).reshape(*tokens_BT.shape, -1) for name in stage_names(config)
+        }
+        work.advance()
+        gradients = to_canonical(config, _backward(graphdef, params, rope, Batch.from_tokens(tokens_BT)))
+        work.advance(BACKWARD_PASSES)
     return Trace(stages, np.asarray(losses_BT, np.float64), gradients)
 
 

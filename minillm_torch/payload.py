@@ -13,6 +13,7 @@ from minillm_core.config import ModelConfig
 from minillm_core.errors import InputError
 from minillm_core.interop import safetensors_files
 from minillm_core.interop.hf_config import write_hf_config
+from minillm_core.progress import ignore
 
 _LOCATIONS = {
     "weights": ("model.safetensors", ""),
@@ -23,12 +24,16 @@ _LOCATIONS = {
 
 
 def start_writing(
-    folder: Path, config: ModelConfig, groups: Mapping[str, Mapping[str, np.ndarray]]
+    folder: Path,
+    config: ModelConfig,
+    groups: Mapping[str, Mapping[str, np.ndarray]],
+    advance: Callable[[int], None] = ignore,
 ) -> Callable[[], None]:
     """Returns a function that writes the tensors. They must not change until it has returned.
 
     Args:
         groups: `weights` and, if training is to resume from it, `exp_avg` and `exp_avg_sq`; each by framework path.
+        advance: called with the number of values that were written.
     """
     files: dict[str, dict[str, np.ndarray]] = {}
     for group, tensors in groups.items():
@@ -37,7 +42,7 @@ def start_writing(
 
     def write() -> None:
         for file, tensors in files.items():
-            safetensors_files.write_safetensors(folder / file, tensors)
+            safetensors_files.write_safetensors(folder / file, tensors, advance)
         dtype = next(iter(groups["weights"].values())).dtype.name
         write_hf_config(folder / "config.json", config, dtype)
 

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from minillm_core.config import ModelConfig
 from minillm_core.data.batches import Batch
-from minillm_core.model.stages import Trace, stage_names
+from minillm_core.model.stages import BACKWARD_PASSES, Trace, stage_names
+from minillm_core.progress import progress
 from minillm_core.tensors import Tensors
 from minillm_torch.attention import Attention
 from minillm_torch.device import default_device, to_device
@@ -26,9 +27,13 @@ def trace(config: ModelConfig, weights: Tensors, tokens_BT: np.ndarray, dtype: s
     master_dtype = param_dtype(compute_dtype)
     model = build_model(config, weights, param_dtype=master_dtype, compute_dtype=compute_dtype, device=device)
     batch = to_device(Batch.from_tokens(tokens_BT), device)
-    gradients = to_canonical(config, _backward(model, batch))
-    recorded, losses_BT = _forward(model, batch.tokens_BT)
-    stages = {name: recorded[name].double().cpu().numpy().reshape(*tokens_BT.shape, -1) for name in stage_names(config)}
+    names = stage_names(config)
+    with progress("running the model in torch", 1 + BACKWARD_PASSES, "pass") as work:
+        gradients = to_canonical(config, _backward(model, batch))
+        work.advance(BACKWARD_PASSES)
+        recorded, losses_BT = _forward(model, batch.tokens_BT)
+        stages = {name: recorded[name].double().cpu().numpy().reshape(*tokens_BT.shape, -1) for name in names}
+        work.advance()
     return Trace(stages, losses_BT.double().cpu().numpy(), gradients)
 
 

@@ -17,6 +17,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # JAX and torch share the c
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's threads busy-wait and slow down the other worker
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -38,6 +39,7 @@ from minillm_core.data.run_data import prepare_data
 from minillm_core.errors import Interrupted
 from minillm_core.model.params import param_table
 from minillm_core.model.tolerance import BFLOAT16_MODULE, TOLERANCES
+from minillm_core.progress import Work, listen
 from minillm_core.tensors import Tensors
 from minillm_core.text.tokenizer import Tokenizer
 from minillm_core.training import loop
@@ -149,6 +151,21 @@ def logged(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
     caplog.set_level(logging.INFO, logger="minillm_core")
     yield
     logger.propagate = propagate
+
+
+@contextmanager
+def heard() -> Iterator[list[Work]]:
+    """The units of work that begin here, in order."""
+    works: list[Work] = []
+
+    @contextmanager
+    def listener(work: Work) -> Iterator[None]:
+        works.append(work)
+        yield
+
+    listen(listener)
+    yield works
+    listen(None)
 
 
 @pytest.fixture(params=TIERS)

@@ -2,7 +2,6 @@
 
 import json
 import math
-import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -11,9 +10,9 @@ import numpy as np
 import pytest
 
 from minillm_core.config import DataConfig, OptimConfig
-from minillm_core.data import prepared
 from minillm_core.data.batches import Batch
 from minillm_core.data.corpus import list_documents
+from minillm_core.data.mixture import Mixture, Phase
 from minillm_core.data.order import permute
 from minillm_core.data.pieces import text_chunks
 from minillm_core.data.prepared import PreparedData
@@ -125,12 +124,15 @@ def test_held_out_windows_cover_every_token_once(data_config: DataConfig) -> Non
     assert bits_per_byte(2.0, data.tokens_per_byte("val")) == pytest.approx(expected, rel=1e-12)
 
 
-def test_a_long_evaluation_reports(
-    data_config: DataConfig, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(prepared, "REPORT_EVERY", 0.0)
-    assert len([*PreparedData(data_config.dir, TINY.vocab_size).eval_batches("val", 3, 33, n_batches=4)]) == 4
-    assert re.findall(r"evaluated (\d+)%, 0:00:00 left", caplog.text) == ["25", "50", "75"]
+@pytest.mark.parametrize("n_batches", [None, 1, 4, 10**6])
+def test_the_number_of_batches_is_known(n_batches: int | None, data_config: DataConfig) -> None:
+    data = PreparedData(data_config.dir, TINY.vocab_size)
+    mixture = Mixture({"a": data, "b": data}, [Phase(0, (5000, 5000))])
+    for shape in ((3, 33), (1, 1000), (64, 7)):
+        for source in (data, mixture):
+            assert len([*source.eval_batches("val", *shape, n_batches)]) == source.n_eval_batches(
+                "val", *shape, n_batches
+            )
 
 
 @pytest.mark.parametrize("n_batches", [None, 2])

@@ -26,7 +26,7 @@ from minillm_core.data.prepared import PreparedData
 from minillm_core.errors import InputError
 from minillm_core.text.tokenizer import Tokenizer
 from minillm_core.text.tokenizer_json import load_tokenizer
-from parity_tests.conftest import TINY
+from parity_tests.conftest import TINY, heard
 from parity_tests.test_gguf_tokenizer import train
 from parity_tests.test_hf_tokenizer import byte_level
 
@@ -87,9 +87,9 @@ def test_every_document_once_and_in_order(
     monkeypatch.setattr(assemble, "SHARD_TOKENS", 100_000)
     texts = [*speeches[::6], "x" * 3_000_000, "one line " * 300_000]
     inputs = write_inputs(tmp_path / "in", texts)
-    progress: list[tuple[int, int]] = []
     plan = plan_for(inputs, tokenizer, holdout=Holdout(share=0.2))
-    prepare.prepare(plan, tmp_path / "out", n_workers=n_workers, on_progress=lambda *state: progress.append(state))
+    with heard() as works:
+        prepare.prepare(plan, tmp_path / "out", n_workers=n_workers)
 
     held_out = {text for text in texts if hash_of(text) < 0.2 * 2**64}
     expected = {"train": [t for t in texts if t not in held_out], "val": [t for t in texts if t in held_out]}
@@ -105,10 +105,9 @@ def test_every_document_once_and_in_order(
         assert data.splits[split].n_bytes == sum(len(text.encode()) for text in own)
     assert len(data.splits["train"].files) > 2
     assert {path.name for path in tmp_path.iterdir()} == {"in", "out"}, "nothing else is left"
-    total = sum(source.n_bytes for source in plan.sources)
-    assert progress[0] == (0, total)
-    assert progress[-1] == (total, total)
-    assert progress == sorted(progress)
+    (encoding,) = (work for work in works if work.doing == "encoding")
+    assert (encoding.done, encoding.skipped) == (sum(source.n_bytes for source in plan.sources), 0)
+    assert [work.done for work in works] == [work.total for work in works]
 
 
 def hash_of(text: str) -> int:

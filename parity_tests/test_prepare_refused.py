@@ -6,6 +6,7 @@ import lzma
 import random
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import zstandard
@@ -75,15 +76,21 @@ def test_a_corrected_command(
 
 
 @pytest.mark.usefixtures("small")
-def test_a_source_that_changes_while_it_is_read(texts: list[str], tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_a_source_that_changes_while_it_is_read(
+    texts: list[str], tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     plan = plan_for(write_inputs(tmp_path / "in", texts), tokenizer)
 
-    def change(done: int, total: int) -> None:
+    encode_tasks = prepare.encode_tasks
+
+    def change(*arguments: Any) -> Any:
         with (tmp_path / "in" / "a.jsonl").open("a", encoding="utf-8") as file:
             file.write('{"text": "more"}\n')
+        return encode_tasks(*arguments)
 
+    monkeypatch.setattr(prepare, "encode_tasks", change)
     with pytest.raises(InputError, match=r"(?s)changed while it was read.*a\.jsonl"):
-        prepare.prepare(plan, tmp_path / "out", on_progress=change)
+        prepare.prepare(plan, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

@@ -14,6 +14,7 @@ import pytest
 
 from minillm_core.decoding.prompts import continue_file, read_prompts
 from minillm_core.errors import InputError
+from minillm_core.progress import Work
 from minillm_core.text.tokenizer import Tokenizer
 from parity_tests.commands import fails
 from parity_tests.conftest import BACKENDS, ROOT, train_until
@@ -79,7 +80,7 @@ def test_prompt_file(run: Path, prompts: Path, tmp_path: Path) -> None:
             assert "different request" in refused.stderr
             assert "min_p: 0.0, now 0.1" in refused.stderr
         done = subprocess.run(full, cwd=tmp_path, capture_output=True, text=True, check=True)
-        assert f"{n_kept}/120" in done.stderr
+        assert f"going on after {n_kept} of 120 prompts" in done.stderr
         assert "120/120" in done.stderr
         assert done.stdout == ""
         assert {path.name for path in tmp_path.iterdir()} == {f"{name}.jsonl" for name in [*outputs, framework]}
@@ -145,7 +146,7 @@ def test_bad_prompt_files(name: str, content: bytes, message: str, tmp_path: Pat
     assert read_prompts(tmp_path / "good.jsonl")[0] == ["a\nb", "c\u2028d"]
 
 
-def test_prompts_are_read_once(run: Path, tmp_path: Path) -> None:
+def test_prompts_are_read_once(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From a named pipe: nothing hangs, and the request is known by what was read."""
     pipe, output = tmp_path / "pipe.jsonl", tmp_path / "o.jsonl"
     os.mkfifo(pipe)
@@ -160,12 +161,12 @@ def test_prompts_are_read_once(run: Path, tmp_path: Path) -> None:
     for first in (True, False):
         (tmp_path / "P.JSONL").write_bytes(content if first else content.replace(b"two", b"2"))
 
-        def stop(done: int, total: int) -> None:
-            if done:
-                raise KeyboardInterrupt
+        def stop(work: Work, n: int) -> None:
+            raise KeyboardInterrupt
 
+        monkeypatch.setattr(Work, "advance", stop)
         with pytest.raises(KeyboardInterrupt if first else InputError, match=None if first else "different prompts"):
-            continue_file(generator, tmp_path / "P.JSONL", output, 1, {}, options, stop)
+            continue_file(generator, tmp_path / "P.JSONL", output, 1, {}, options)
 
 
 def test_foreign_partial_output_is_refused(run: Path, tmp_path: Path) -> None:

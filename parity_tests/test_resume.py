@@ -20,10 +20,10 @@ from minillm_core.data.prepared import PreparedData
 from minillm_core.data.split_loss import SplitLoss
 from minillm_core.errors import InputError, Interrupted
 from minillm_core.model.params import count_params
-from minillm_core.training import loop, progress
+from minillm_core.training import loop, speed
 from minillm_core.training.checkpoints import CheckpointWriter, checkpoint_steps, verify_checkpoint
 from minillm_core.training.metrics import read_metrics
-from minillm_core.training.progress import peak_flops
+from minillm_core.training.speed import peak_flops
 from minillm_core.training.train import train
 from parity_tests.conftest import (
     BACKENDS,
@@ -282,9 +282,9 @@ def test_mfu() -> None:
     """The share of the peak that a step's operations are: three times those of the framework's own forward pass."""
     config = run_config(TINY, compute_dtype="bfloat16")
     c = config.train
-    speed = progress.Progress(config, "torch on NVIDIA A100", 0)
-    speed.last_time = 10.0
-    values = speed.tick(4, 10.0 + 4e-5, 1.0, 1.0, 1e-3)
+    measured = speed.Speed(config, "torch on NVIDIA A100", 0)
+    measured.last_time = 10.0
+    values = measured.tick(4, 10.0 + 4e-5, 1.0, 1.0, 1e-3)
     flops = 3 * minillm_torch.count_forward_flops(TINY, c.batch_size, c.seq_len)
     assert values["tokens_per_second"] == pytest.approx(c.batch_size * c.seq_len / 1e-5, rel=1e-6)
     assert values["mfu"] == pytest.approx(flops / 1e-5 / 312e12, abs=1e-4)
@@ -387,7 +387,7 @@ def test_speed_excludes_evaluation_and_plots(
 
     clock = SimpleNamespace(perf_counter=lambda: now)
     monkeypatch.setattr(loop, "time", clock)
-    monkeypatch.setattr(progress, "time", clock)
+    monkeypatch.setattr(speed, "time", clock)
     monkeypatch.setattr(loop, "learning_rate", taking(1, loop.learning_rate))
     monkeypatch.setattr(loop, "evaluate", taking(100, loop.evaluate))
     monkeypatch.setattr(loop, "plot_loss", taking(100, loop.plot_loss))

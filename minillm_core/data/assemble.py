@@ -11,6 +11,7 @@ import numpy as np
 
 from minillm_core.data.encode import BAD, BEGINS, ENDS, read_block
 from minillm_core.data.prepared import SPLITS
+from minillm_core.progress import steps
 
 TRAIN, VAL, DUPLICATE, BAD_DOCUMENT = range(4)
 
@@ -51,7 +52,7 @@ class Table:
 def document_tables(blocks: Sequence[Path]) -> Iterator[Table]:
     """The documents of all blocks, in order; at each step those that end in one block."""
     begun: list[np.void] = []
-    for path in blocks:
+    for path in steps(blocks, "looking at the documents", "block"):
         rows = read_block(path, tokens=False).rows
         begins, ends = (rows["flags"] & BEGINS) > 0, (rows["flags"] & ENDS) > 0
         if not begun and begins.all() and ends.all():
@@ -233,7 +234,7 @@ def write_shards(blocks: Sequence[Path], splits: np.ndarray, folder: Path) -> di
         for writer in writers:
             stack.callback(writer.close)
         n_begun, open_bytes = 0, 0
-        for path in blocks:
+        for path in steps(blocks, "writing the shards", "block"):
             block = read_block(path)
             rows = block.rows
             number = n_begun + np.cumsum((rows["flags"] & BEGINS) > 0) - 1

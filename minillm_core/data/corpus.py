@@ -12,6 +12,7 @@ from minillm_core.data.chunks import CHUNK_BYTES
 from minillm_core.data.inputs import not_a_file, walk_folder
 from minillm_core.data.sources import Source
 from minillm_core.errors import InputError
+from minillm_core.progress import progress
 
 logger = logging.getLogger(__name__)
 
@@ -61,14 +62,16 @@ def digest_of_places(documents: Sequence[Source]) -> str:
 def digest_of_text(documents: Sequence[Source]) -> str:
     """SHA-256 of the text of all documents, with their splits, in order."""
     digest = hashlib.sha256()
-    for document in documents:
-        digest.update(f"{document.split} {document.stop - document.start}\n".encode())
-        with document.path.open("rb") as file:
-            file.seek(document.start)
-            while file.tell() < document.stop:
-                if not (block := file.read(min(CHUNK_BYTES, document.stop - file.tell()))):
-                    raise InputError("a file of the corpus changed while it was read", where=document.path)
-                digest.update(block)
+    with progress("hashing the corpus", sum(document.n_bytes for document in documents), "B") as work:
+        for document in documents:
+            digest.update(f"{document.split} {document.n_bytes}\n".encode())
+            with document.path.open("rb") as file:
+                file.seek(document.start)
+                while file.tell() < document.stop:
+                    if not (block := file.read(min(CHUNK_BYTES, document.stop - file.tell()))):
+                        raise InputError("a file of the corpus changed while it was read", where=document.path)
+                    digest.update(block)
+                    work.advance(len(block))
     return digest.hexdigest()
 
 

@@ -1,6 +1,6 @@
 """What is in a folder of prepared data: sizes, lengths of documents, sources, samples, damage."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +9,7 @@ import numpy as np
 from minillm_core.data.assemble import DOCUMENT
 from minillm_core.data.prepared import SPLITS, PreparedData
 from minillm_core.errors import InputError
-from minillm_core.files import hash_file
+from minillm_core.files import hash_files
 from minillm_core.text.tokenizer import hash_tokenizer
 
 SAMPLE_TOKENS = 80
@@ -37,14 +37,11 @@ class DataReport:
     """Documents that could not be used when the data was prepared."""
 
 
-def inspect_data(
-    folder: str | Path, n_samples: int = 3, on_progress: Callable[[int, int], None] = lambda done, total: None
-) -> DataReport:
+def inspect_data(folder: str | Path, n_samples: int = 3) -> DataReport:
     """Reads a folder of prepared data and compares every file with its hash.
 
     Args:
         n_samples: documents of each split to decode.
-        on_progress: called with the number of bytes that were compared, and of all.
 
     Raises:
         InputError: the folder is not one of prepared data, or files are missing or truncated.
@@ -52,20 +49,16 @@ def inspect_data(
     if n_samples < 0:
         raise InputError("samples is out of range", expected="0 or more", found=n_samples)
     data = PreparedData(folder, None)
-    files = [pair for split in data.splits.values() for pair in zip(split.files, split.hashes, strict=True)]
-    total, done = sum(file.path.stat().st_size for file, _ in files), 0
-    damaged = []
-    for file, digest in files:
-        if hash_file(file.path) != digest:
-            damaged.append(file.path)
-        done += file.path.stat().st_size
-        on_progress(done, total)
+    hashes: dict[Path, str] = {}
+    for name, split in data.splits.items():
+        hashes |= {file.path: digest for file, digest in zip(split.files, split.hashes, strict=True)}
+        if (digest := data.index[name].get("documents_sha256")) is not None:
+            hashes[data.dir / f"{name}.documents"] = digest
+    present = [path for path in hashes if path.is_file()]
+    found = dict(zip(present, hash_files(present, "checking the data"), strict=True))
+    damaged = [path for path, digest in hashes.items() if found.get(path) != digest]
     if hash_tokenizer(data.dir) != data.index["tokenizer_sha256"]:
         damaged.append(data.dir / "the tokenizer's files")
-    for split in SPLITS:
-        path, digest = data.dir / f"{split}.documents", data.index[split].get("documents_sha256")
-        if digest is not None and (not path.is_file() or hash_file(path) != digest):
-            damaged.append(path)
     splits = {split: _inspect_split(data, split, n_samples, damaged) for split in SPLITS}
     return DataReport(data.dir, splits, tuple(damaged), data.index.get("skipped", {}).get("n_documents", 0))
 

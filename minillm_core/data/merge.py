@@ -12,7 +12,7 @@ from minillm_core.errors import InputError
 from minillm_core.files import (
     beside,
     commit_folder,
-    hash_file,
+    hash_files,
     lock,
     make_folder,
     named_if_it_fails,
@@ -50,8 +50,10 @@ def merge(parts: Sequence[Path], out: Path) -> None:
             raise InputError(problem, found=f"{first} and {folder}", hint=hint)
         if i in found:
             raise InputError("a part is given twice", found=f"{found[i][0]} and {folder}", hint="give each part once")
+        present = [path for path in blocks if path.is_file()]
+        digests = dict(zip(present, hash_files(present, f"checking part {i + 1} of {n}"), strict=True))
         for path in blocks:
-            if not path.is_file() or hash_file(path) != record["blocks"][path.name]:
+            if digests.get(path) != record["blocks"][path.name]:
                 hint = "copy the part again"
                 raise InputError("a block of a part is missing or damaged", where=path, hint=hint)
         found[i] = (folder, settings, record)

@@ -115,13 +115,19 @@ class Mixture(TrainingData):
     def eval_parts(
         self, split: str, batch_size: int, seq_len: int, n_batches: int | None = None
     ) -> dict[str, Iterator[Batch]]:
-        """All batches, or n_batches in proportion to the sizes of the splits."""
-        counts: list[int | None] = [None] * len(self.parts)
-        if n_batches is not None:
-            sizes = np.array([data.n_tokens(split) for data in self.parts.values()], float)
-            counts = [max(1, round(n)) for n in sizes / sizes.sum() * n_batches]
-        pairs = zip(self.parts.items(), counts, strict=True)
-        return {name: data.eval_batches(split, batch_size, seq_len, count) for (name, data), count in pairs}
+        counts = self._counts(split, n_batches)
+        return {n: data.eval_batches(split, batch_size, seq_len, counts[n]) for n, data in self.parts.items()}
+
+    def n_eval_batches(self, split: str, batch_size: int, seq_len: int, n_batches: int | None = None) -> int:
+        counts = self._counts(split, n_batches)
+        return sum(data.n_eval_batches(split, batch_size, seq_len, counts[n]) for n, data in self.parts.items())
+
+    def _counts(self, split: str, n_batches: int | None) -> dict[str, int | None]:
+        """All batches of each folder, or n_batches in proportion to the sizes of the splits."""
+        if n_batches is None:
+            return dict.fromkeys(self.parts)
+        sizes = {name: data.n_tokens(split) for name, data in self.parts.items()}
+        return {name: max(1, round(size / sum(sizes.values()) * n_batches)) for name, size in sizes.items()}
 
 
 @lru_cache(maxsize=4)

@@ -2,7 +2,7 @@
 
 import lzma
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, BinaryIO, cast
 
 from minillm_core.data.chunks import CHUNK_BYTES, LONGEST_TEXT, Chunk, DocumentChunks, bad
@@ -17,6 +17,7 @@ from minillm_core.data.documents import (
 from minillm_core.data.sources import Source
 from minillm_core.data.tables import is_table, row_ranges
 from minillm_core.errors import InputError
+from minillm_core.progress import progress
 
 
 def pieces_of(index: int, source: Source, how: Format, size: int) -> Iterator[Piece]:
@@ -114,13 +115,28 @@ def text_chunks(source: Source, how: Format = PLAIN) -> Iterator[str]:
         InputError: a document is not UTF-8 text, or cannot be read.
     """
     for piece in pieces_of(0, source, how, CHUNK_BYTES):
-        for chunk in read_piece(piece, [source], how):
-            if chunk.problem:
-                hint = "correct the file; the field with the text is chosen with --text-field"
-                hint = hint if source.format != "text" else "correct the file"
-                raise InputError("a document cannot be used", found=chunk.problem, where=source.path, hint=hint)
-            try:
-                yield chunk.data.decode("utf-8")
-            except UnicodeDecodeError as error:
-                hint = "convert it to UTF-8"
-                raise InputError("not UTF-8 text", found=error, where=source.path, hint=hint) from error
+        yield from _texts_of(piece, source, how)
+
+
+def read_texts(sources: Sequence[Source], how: Format = PLAIN) -> Iterator[str]:
+    """The text of all documents of all sources, in chunks, with progress. It raises what `text_chunks` raises."""
+    with progress("reading the text", sum(source.n_bytes for source in sources), "B") as work:
+        for source in sources:
+            end = work.done + source.n_bytes
+            for piece in pieces_of(0, source, how, CHUNK_BYTES):
+                yield from _texts_of(piece, source, how)
+                work.advance(piece.n_bytes)
+            work.advance(end - work.done)  # the bytes of pieces of tables are rounded
+
+
+def _texts_of(piece: Piece, source: Source, how: Format) -> Iterator[str]:
+    for chunk in read_piece(piece, [source], how):
+        if chunk.problem:
+            hint = "correct the file; the field with the text is chosen with --text-field"
+            hint = hint if source.format != "text" else "correct the file"
+            raise InputError("a document cannot be used", found=chunk.problem, where=source.path, hint=hint)
+        try:
+            yield chunk.data.decode("utf-8")
+        except UnicodeDecodeError as error:
+            hint = "convert it to UTF-8"
+            raise InputError("not UTF-8 text", found=error, where=source.path, hint=hint) from error

@@ -16,6 +16,7 @@ from minillm_core.data.pieces import is_stream, pieces_of
 from minillm_core.data.sources import Source
 from minillm_core.data.workers import Task
 from minillm_core.errors import InputError
+from minillm_core.progress import steps
 from minillm_core.text.tokenizer import hash_tokenizer
 from minillm_core.version import __version__
 
@@ -47,6 +48,10 @@ class Plan:
 
 def settings_of(plan: Plan) -> dict[str, Any]:
     """The plan as JSON, without the places of its files: the parts of two machines must have the same."""
+    sources = []
+    for s in steps(plan.sources, "looking at the inputs", "file"):
+        ends = (s.n_bytes, s.path.name, s.ends_hash())
+        sources.append([s.format, s.compression, s.start, s.stop, s.split, s.origin, *ends])
     return {
         "version": [FORMAT_VERSION, __version__, sentencepiece.__version__],
         "task_bytes": [task_bytes(plan), CHUNK_BYTES],
@@ -57,10 +62,7 @@ def settings_of(plan: Plan) -> dict[str, Any]:
         "holdout": dataclasses.asdict(plan.holdout),
         "drop_duplicates": plan.drop_duplicates,
         "skip_bad": plan.skip_bad,
-        "sources": [
-            [s.format, s.compression, s.start, s.stop, s.split, s.origin, s.n_bytes, s.path.name, s.ends_hash()]
-            for s in plan.sources
-        ],
+        "sources": sources,
     }
 
 

@@ -9,7 +9,7 @@ import dataclasses
 import json
 import secrets
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from minillm_core.files import (
     beside,
     commit_folder,
     flush,
-    hash_file,
+    hash_files,
     lock,
     make_folder,
     named_if_it_fails,
@@ -31,6 +31,7 @@ from minillm_core.files import (
     refuse_existing,
     replace_file,
 )
+from minillm_core.progress import progress
 from minillm_core.text.tokenizer import copy_tokenizer
 from minillm_core.text.tokenizer_json import load_tokenizer
 
@@ -40,17 +41,14 @@ FAILED = "failed"
 OF_ASSEMBLY = {"holdout", "drop_duplicates", "skip_bad"}
 """Settings that do not change the blocks: work may go on with different ones."""
 
-Progress = Callable[[int, int], None]
 
-
-def prepare(plan: Plan, out: Path, *, n_workers: int = 1, on_progress: Progress = lambda done, total: None) -> None:
+def prepare(plan: Plan, out: Path, *, n_workers: int = 1) -> None:
     """Prepares the data of a plan in the new folder `out`, which appears only when it is complete.
 
     If an earlier call was killed, or the disk was full, the same call continues its work.
 
     Args:
         n_workers: processes that encode text.
-        on_progress: called with the number of bytes that were read from the sources, and of all their bytes.
 
     Raises:
         InputError: `out` exists; a source cannot be read, or a document in it (unless `skip_bad`); no document is left
@@ -64,18 +62,11 @@ def prepare(plan: Plan, out: Path, *, n_workers: int = 1, on_progress: Progress 
         if (out / INDEX).is_file():  # finished by a process that was killed at the very end, or by another one
             shutil.rmtree(beside(out, "partial"), ignore_errors=True)
         refuse_existing(out)
-        carry_out(plan, out, n_workers=n_workers, on_progress=on_progress)
+        carry_out(plan, out, n_workers=n_workers)
         beside(out, "lock").unlink(missing_ok=True)
 
 
-def carry_out(
-    plan: Plan,
-    out: Path,
-    *,
-    restart: bool = False,
-    n_workers: int = 1,
-    on_progress: Progress = lambda done, total: None,
-) -> None:
+def carry_out(plan: Plan, out: Path, *, restart: bool = False, n_workers: int = 1) -> None:
     """`prepare`, for a caller that holds the lock.
 
     Args:
@@ -86,7 +77,7 @@ def carry_out(
         folder = _begin(plan, partial, restart)
         plan = dataclasses.replace(plan, tokenizer=partial / "tokenizer")
         try:
-            blocks, bad_sources = _encode(plan, folder, n_workers, on_progress)
+            blocks, bad_sources = _encode(plan, folder, n_workers)
             if plan.part == (0, 1):
                 assemble_data(plan, blocks, bad_sources, partial / "data")
         except WorkerEndedError:
@@ -95,7 +86,8 @@ def carry_out(
             (partial / FAILED).touch()
             raise
         if plan.part != (0, 1):
-            hashes = {path.name: hash_file(path) for path in blocks}
+            digests = hash_files(blocks, "hashing the part")
+            hashes = {path.name: digest for path, digest in zip(blocks, digests, strict=True)}
             replace_file(partial / PART, json.dumps({"blocks": hashes, "bad_sources": bad_sources}))
             commit_folder(partial, real_path(out))
         else:
@@ -143,7 +135,7 @@ def _begin(plan: Plan, partial: Path, restart: bool) -> Path:
     return folder
 
 
-def _encode(plan: Plan, folder: Path, n_workers: int, on_progress: Progress) -> tuple[list[Path], list[dict[str, Any]]]:
+def _encode(plan: Plan, folder: Path, n_workers: int) -> tuple[list[Path], list[dict[str, Any]]]:
     """Encodes all tasks that are not finished. Returns all blocks, in order, and the sources that cannot be read.
 
     Raises:
@@ -151,28 +143,28 @@ def _encode(plan: Plan, folder: Path, n_workers: int, on_progress: Progress) -> 
     """
     stamps = tuple(source.stamp() for source in plan.sources)
     work = Work(plan.sources, stamps, plan.how, plan.tokenizer, plan.vocab_size, dtype_of(plan))
-    total, done = sum(source.n_bytes for source in plan.sources), 0
-    on_progress(0, total)
     tasked: list[Path] = []
     bad_sources: list[dict[str, Any]] = []
 
     def unfinished() -> Iterator[Task]:
-        nonlocal done
         for path, pieces in tasks(plan, folder, bad_sources):
             tasked.append(path)
             if path.exists():
-                done += sum(piece.n_bytes for piece in pieces)
+                counter.skip(sum(piece.n_bytes for piece in pieces))
             else:
                 yield path, pieces
 
-    for (_, pieces), problems in encode_tasks(work, unfinished(), n_workers):
-        done += sum(piece.n_bytes for piece in pieces)
-        on_progress(done, total)
-        if problems and not plan.skip_bad:
-            break
+    n_bytes, (i, n) = sum(source.n_bytes for source in plan.sources), plan.part
+    doing = "encoding" if n == 1 else f"encoding part {i + 1} of {n}, about"
+    with progress(doing, n_bytes // n, "B") as counter:
+        for (_, pieces), problems in encode_tasks(work, unfinished(), n_workers):
+            counter.advance(sum(piece.n_bytes for piece in pieces))
+            if problems and not plan.skip_bad:
+                break
+        else:
+            counter.finish()  # an unreadable source; what a part has more or less than the others
     blocks = [block for path in sorted(tasked) if path.exists() for block in blocks_of(path)]
     problems = [problem for path in blocks for problem in read_block(path, tokens=False).problems]
     if problems and not plan.skip_bad:
         raise unusable(plan, *min(problems))
-    on_progress(total, total)
     return blocks, bad_sources

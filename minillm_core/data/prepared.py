@@ -3,7 +3,6 @@
 import hashlib
 import json
 import logging
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +16,8 @@ from minillm_core.data.order import permute
 from minillm_core.data.token_files import TokenFile, TokenFiles
 from minillm_core.data.training_data import TrainingData
 from minillm_core.errors import InputError
-from minillm_core.files import hash_file, user_path
+from minillm_core.files import hash_files, user_path
+from minillm_core.progress import progress
 from minillm_core.text.tokenizer import TOKENIZER_JSON, TOKENIZER_MODEL, Tokenizer, hash_tokenizer
 from minillm_core.text.tokenizer_json import load_tokenizer
 
@@ -25,8 +25,6 @@ logger = logging.getLogger(__name__)
 
 SPLITS = ("train", "val")
 INDEX, OLD_INDEX = "index.json", "meta.json"
-REPORT_EVERY = 30.0
-"""Seconds between two reports of a long evaluation."""
 SCANNED = 1 << 24
 """Tokens that are read at a time when documents are counted."""
 VERIFIED_BYTES = 4 << 30
@@ -140,8 +138,9 @@ class PreparedData(TrainingData):
             ends = [(split.files[i], split.hashes[i]) for split in self.splits.values() for i in (0, -1)]
             logger.info(f"checking {len(ends)} of {len(pairs)} data files; `minillm inspect-data` checks all of them")
             pairs = ends
-        is_foreign = self.index["format_version"] == 0
-        changed = [file.path for file, digest in pairs if not is_foreign and hash_file(file.path) != digest]
+        pairs = [] if self.index["format_version"] == 0 else pairs  # the token files of other projects have no hashes
+        found = hash_files([file.path for file, _ in pairs], "checking the data")
+        changed = [file.path for (file, digest), own in zip(pairs, found, strict=True) if own != digest]
         if hash_tokenizer(self.dir) != self.index["tokenizer_sha256"]:
             names = [name for name in (TOKENIZER_MODEL, TOKENIZER_JSON) if (self.dir / name).is_file()]
             changed.append(self.dir / (names or [TOKENIZER_MODEL])[0])
@@ -159,8 +158,12 @@ class PreparedData(TrainingData):
         if split not in self._n_documents:
             n_documents, tokens = self.index[split].get("n_documents"), self.tokens[split]
             if n_documents is None:  # data of version 0.1, or of other projects
-                starts = range(0, len(tokens), SCANNED)
-                n_documents = sum(int((tokens[at : at + SCANNED] == self.end_id).sum()) for at in starts)
+                n_documents = 0
+                with progress("counting documents", len(tokens), "token") as work:
+                    for at in range(0, len(tokens), SCANNED):
+                        part = tokens[at : at + SCANNED]
+                        n_documents += int((part == self.end_id).sum())
+                        work.advance(len(part))
             self._n_documents[split] = int(n_documents)
         return self.n_tokens(split) - self._n_documents[split]
 
@@ -183,25 +186,23 @@ class PreparedData(TrainingData):
     def eval_batches(self, split: str, batch_size: int, seq_len: int, n_batches: int | None = None) -> Iterator[Batch]:
         """The split in order, every token except the first predicted once; or `n_batches` spread evenly over it.
 
-        Each window starts without context. The last batch is padded; the padding has weight 0. The share that is
-        done and the time left are logged every REPORT_EVERY seconds.
+        Each window starts without context. The last batch is padded; the padding has weight 0.
         """
         n_targets = len(self.tokens[split]) - 1
         starts = np.arange(0, n_targets, seq_len)
         if n_batches is not None and n_batches * batch_size < len(starts):
             starts = starts[np.linspace(0, len(starts) - 1, n_batches * batch_size).astype(int)]
-        begin = reported = time.monotonic()
         for first in range(0, len(starts), batch_size):
-            if first and (now := time.monotonic()) - reported >= REPORT_EVERY:
-                left, reported = int((now - begin) / first * (len(starts) - first)), now
-                logger.info(
-                    f"evaluated {first / len(starts):.0%}, {left // 3600}:{left // 60 % 60:02}:{left % 60:02} left"
-                )
             rows = starts[first : first + batch_size]
             rows = np.concatenate([rows, np.full(batch_size - len(rows), n_targets)])
             is_target_BT = rows[:, None] + np.arange(seq_len) < n_targets
             batch = self.as_batch(self._read(split, rows, seq_len))
             yield replace(batch, weights_BT=np.where(is_target_BT, batch.weights_BT, np.float32(0)))
+
+    def n_eval_batches(self, split: str, batch_size: int, seq_len: int, n_batches: int | None = None) -> int:
+        n_windows = -(-(len(self.tokens[split]) - 1) // seq_len)
+        n_all = -(-n_windows // batch_size)
+        return n_all if n_batches is None else min(n_batches, n_all)
 
     def eval_parts(
         self, split: str, batch_size: int, seq_len: int, n_batches: int | None = None

@@ -11,7 +11,7 @@ from minillm_core.config import DataConfig
 from minillm_core.data.assemble import Holdout
 from minillm_core.data.corpus import digest_of_places, digest_of_text, list_documents
 from minillm_core.data.mixture import PERIOD, Mixture, Phase, shares_of
-from minillm_core.data.pieces import text_chunks
+from minillm_core.data.pieces import read_texts
 from minillm_core.data.plan import Plan
 from minillm_core.data.prepare import carry_out
 from minillm_core.data.prepared import INDEX, OLD_INDEX, SPLITS, PreparedData, redo_hint
@@ -96,7 +96,7 @@ def prepare_data(config: DataConfig, vocab_size: int, *, tokenizer: Path | None 
             return False
         places = digest_of_places(sources)
         if tokenizer is None:
-            texts = (text for source in sources if source.split == "train" for text in text_chunks(source))
+            texts = read_texts([source for source in sources if source.split == "train"])
             train_tokenizer(texts, vocab_size, Path(trained) / TOKENIZER_MODEL)
         about = {
             "corpus": config.corpus,

@@ -52,6 +52,10 @@ class TrainingData(ABC):
         """Every token of a split except the first predicted once; or about `n_batches` spread evenly over it."""
 
     @abstractmethod
+    def n_eval_batches(self, split: str, batch_size: int, seq_len: int, n_batches: int | None = None) -> int:
+        """The number of batches that `eval_batches` gives."""
+
+    @abstractmethod
     def eval_parts(
         self, split: str, batch_size: int, seq_len: int, n_batches: int | None = None
     ) -> dict[str, Iterator[Batch]]:

@@ -15,6 +15,7 @@ import numpy as np
 from minillm_core.decoding.requests import Prefix, Prompt, Request, RequestReader, Row
 from minillm_core.decoding.sampling import SamplingConfig, uniforms
 from minillm_core.errors import InputError
+from minillm_core.progress import progress
 
 BLOCK = 16
 """Tokens decoded per host synchronisation."""
@@ -179,14 +180,16 @@ class BaseGenerator(RequestReader, ABC):
             self._check_fits(len(tokens) - 1, 0, where=f"text {i + 1}")
         scores: list[np.ndarray] = [np.empty(0)] * len(ids)
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
-        while order:
-            width = bucket(len(ids[order[-1]]) - 1, self.config.context_length)
-            n_rows = max(1, SCORE_TOKENS // width)
-            group, order = order[-n_rows:], order[:-n_rows]
-            rows = _padded([ids[i] for i in group], _batch_size(len(group)), width + 1)
-            for i, losses in zip(group, self._losses(rows), strict=False):
-                scores[i] = -losses[: len(ids[i]) - 1]
-                _check_finite(scores[i], f"text {i + 1}")
+        with progress("scoring", sum(map(len, ids)) - len(ids), "token") as work:
+            while order:
+                width = bucket(len(ids[order[-1]]) - 1, self.config.context_length)
+                n_rows = max(1, SCORE_TOKENS // width)
+                group, order = order[-n_rows:], order[:-n_rows]
+                rows = _padded([ids[i] for i in group], _batch_size(len(group)), width + 1)
+                for i, losses in zip(group, self._losses(rows), strict=False):
+                    scores[i] = -losses[: len(ids[i]) - 1]
+                    _check_finite(scores[i], f"text {i + 1}")
+                    work.advance(len(scores[i]))
         return scores
 
     def _run(self, request: Request, block: int) -> Iterator[None]:

@@ -2,14 +2,18 @@
 
 import hashlib
 import json
+import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from minillm_core.decoding.generation import BaseGenerator
 from minillm_core.errors import InputError
 from minillm_core.files import beside, lock, named_if_it_fails, real_path, replace_file
+from minillm_core.progress import progress
+
+logger = logging.getLogger(__name__)
 
 
 def continue_file(
@@ -19,7 +23,6 @@ def continue_file(
     batch_size: int,
     setup: Mapping[str, Any],
     options: Mapping[str, Any],
-    on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
     """Writes one line per prompt to `output`: index, prompt, completions (each with text and finish_reason).
 
@@ -30,7 +33,6 @@ def continue_file(
         batch_size: prompts per batch.
         setup: everything else that the result depends on: the checkpoint, the framework, the dtype.
         options: arguments of BaseGenerator.generate; must include `n` and `logprobs`.
-        on_progress: called at the start and after every batch, with the number of finished prompts and of all prompts.
 
     Raises:
         InputError: OUTPUT exists; OUTPUT.partial belongs to a different request; a prompt or an option is bad. This is
@@ -55,10 +57,16 @@ def continue_file(
                 "the output exists already", where=output, hint="choose a different name, or remove the file"
             )
         done = _open_partial(partial, request)
-        lengths = [len(generator.tokenizer.encode(text)) for text in texts]
+        if done:
+            logger.info(f"going on after {len(done)} of {len(texts)} prompts")
+        lengths = [len(ids) for ids in generator.tokenizer.encode_many(texts)]
         waiting = sorted((i for i in range(len(texts)) if i not in done), key=lambda i: -lengths[i])
-        on_progress(len(done), len(texts))
-        with named_if_it_fails(partial), partial.open("a", encoding="utf-8") as file:
+        with (
+            named_if_it_fails(partial),
+            partial.open("a", encoding="utf-8") as file,
+            progress("generating", len(texts), "prompt") as work,
+        ):
+            work.skip(len(done))
             for start in range(0, len(waiting), batch_size):
                 batch = waiting[start : start + batch_size]
                 for index, line in zip(batch, _continue(generator, [texts[i] for i in batch], options), strict=True):
@@ -66,7 +74,7 @@ def continue_file(
                     file.write(json.dumps(done[index], ensure_ascii=False) + "\n")
                 file.flush()
                 os.fsync(file.fileno())
-                on_progress(len(done), len(texts))
+                work.advance(len(batch))
         replace_file(output, "".join(json.dumps(done[i], ensure_ascii=False) + "\n" for i in sorted(done)))
         partial.unlink()
         lock_file.unlink()

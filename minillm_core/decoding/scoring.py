@@ -8,12 +8,10 @@ import numpy as np
 from minillm_core.data.batches import Batch
 from minillm_core.data.split_loss import SplitLoss
 from minillm_core.data.training_data import TrainingData
-from minillm_core.decoding.generation import BaseGenerator
+from minillm_core.decoding.generation import SCORE_TOKENS, BaseGenerator, bucket
 from minillm_core.errors import InputError
+from minillm_core.progress import Work, progress
 from minillm_core.text.tokenizer import hash_tokenizer
-
-ROWS = 64
-"""Windows scored in one call."""
 
 
 def score_split(generator: BaseGenerator, data: TrainingData, split: str, seq_len: int) -> SplitLoss:
@@ -35,12 +33,14 @@ def score_split(generator: BaseGenerator, data: TrainingData, split: str, seq_le
     limit = generator.config.context_length
     if not 1 <= seq_len <= limit:
         raise InputError("seq_len is out of range", expected=f"1 to {limit}, the context length", found=seq_len)
-    parts = data.eval_parts(split, ROWS, seq_len)
-    sums = {name: _sums(generator, batches) for name, batches in parts.items()}
-    return SplitLoss.of(sums, data.targets_of_parts(split))
+    n_targets = data.targets_of_parts(split)
+    parts = data.eval_parts(split, max(1, SCORE_TOKENS // bucket(seq_len, limit)), seq_len)
+    with progress("evaluating", sum(n_targets.values()), "token") as work:
+        sums = {name: _sums(generator, batches, work) for name, batches in parts.items()}
+    return SplitLoss.of(sums, n_targets)
 
 
-def _sums(generator: BaseGenerator, batches: Iterator[Batch]) -> tuple[float, int]:
+def _sums(generator: BaseGenerator, batches: Iterator[Batch], work: Work) -> tuple[float, int]:
     """The loss of all targets with a weight, and their number."""
     sums, n_scored = [], 0
     for batch in batches:
@@ -52,4 +52,5 @@ def _sums(generator: BaseGenerator, batches: Iterator[Batch]) -> tuple[float, in
         scores = np.concatenate(generator.score(rows))
         sums.append(float(scores.sum(dtype=np.float64)))
         n_scored += len(scores)
+        work.advance(len(scores))
     return -math.fsum(sums), n_scored

@@ -18,7 +18,8 @@ from minillm_core.doctor.findings import BOUND, Finding, distance, names_of
 from minillm_core.doctor.subjects import Subject
 from minillm_core.doctor.weights import EMBEDDING, HEAD, Variants, explain_head, explain_weights
 from minillm_core.model.reference import Reference
-from minillm_core.model.stages import Trace
+from minillm_core.model.stages import Trace, stage_names
+from minillm_core.progress import progress, steps
 
 Stages = Mapping[str, np.ndarray]
 
@@ -42,8 +43,10 @@ def check_code(name: str, subject: Subject, trace: Trace, tokens_BT: np.ndarray)
     Every stage is recomputed from the model's own values of the previous stages, so a fault shows only where it is.
     """
     model, stages = Reference(subject.config, subject.weights), trace.stages
-    right = {stage: _stage(model, stage, stages, tokens_BT) for stage in stages}
-    errors = {stage: _error(stages[stage], right[stage]) for stage in stages}
+    right, errors = {}, {}
+    for stage in steps([*stages], f"checking the code of {name}", "stage"):
+        right[stage] = _stage(model, stage, stages, tokens_BT)
+        errors[stage] = _error(stages[stage], right[stage])
     wrong = [stage for stage, error in errors.items() if not error <= BOUND]
     findings = []
     variants = [(fault.name, *form) for fault in FAULTS for form in fault.variants(model, subject.config)]
@@ -78,7 +81,7 @@ def _explaining(
     """The variants that reproduce a wrong stage. If there are none: pairs of faults that reproduce it together."""
     changing: Variants = []
     n_found = 0
-    for fault, says, variant in variants:
+    for fault, says, variant in steps(variants, f"trying known faults: {stage}", "fault"):
         value = _stage(variant, stage, stages, tokens_BT)
         if _error(stages[stage], value) <= BOUND:
             n_found += 1
@@ -88,7 +91,7 @@ def _explaining(
     if n_found:
         return
     names = {fault for fault, _, _ in changing}
-    for fault, says, variant in changing:
+    for fault, says, variant in steps(changing, f"trying pairs: {stage}", "fault"):
         for second in FAULTS:
             if second.name != fault and second.name in names:
                 for more, both in second.variants(variant, config):
@@ -166,15 +169,23 @@ def _explain_configuration(a: Subject, b: Subject, tokens_BT: np.ndarray) -> lis
     findings = []
     for fault, says, change in fields:
         config = replace(y, **change)
-        if config != replace(y, head_dim=y.resolved_head_dim if fault == "head-shape" else y.head_dim):
-            pairs = zip(
-                Reference(y, b.weights).stages(tokens_BT), Reference(config, b.weights).stages(tokens_BT), strict=True
-            )
-            changed = ((name, error) for (name, value), (_, other) in pairs if (error := _error(value, other)) > BOUND)
-            if first := next(changed, None):
-                evidence = f"if B gets A's value, the first stage that changes is {first[0]}, by {first[1]:.1e}"
-                findings.append(Finding(fault, "B", "configuration", says, evidence))
+        if config == replace(y, head_dim=y.resolved_head_dim if fault == "head-shape" else y.head_dim):
+            continue
+        if first := _first_change(Reference(y, b.weights), Reference(config, b.weights), tokens_BT):
+            evidence = f"if B gets A's value, the first stage that changes is {first[0]}, by {first[1]:.1e}"
+            findings.append(Finding(fault, "B", "configuration", says, evidence))
     return findings
+
+
+def _first_change(one: Reference, other: Reference, tokens_BT: np.ndarray) -> tuple[str, float] | None:
+    """The first stage that differs between two models, and its error."""
+    with progress("comparing the configurations", len(stage_names(one.config)), "stage") as work:
+        for (name, value), (_, changed) in zip(one.stages(tokens_BT), other.stages(tokens_BT), strict=True):
+            work.advance()
+            if (error := _error(value, changed)) > BOUND:
+                work.finish()
+                return name, error
+    return None
 
 
 def _explain_gradients(a: Subject, b: Subject, ours: Trace, theirs: Trace, tokens_BT: np.ndarray) -> list[Finding]:
@@ -191,10 +202,13 @@ def _explain_gradients(a: Subject, b: Subject, ours: Trace, theirs: Trace, token
 
     def loss(sign: int) -> float:
         weights = {name: a.weights[name] + sign * step * direction.get(name, 0) for name in a.weights}
-        *_, (_, logits_BTV) = Reference(a.config, weights).stages(tokens_BT)
-        return float(np.mean(_losses(logits_BTV, tokens_BT)))
+        value = np.empty(0)
+        for _, value in Reference(a.config, weights).stages(tokens_BT):  # noqa: B007 (the last one: the logits)
+            work.advance()
+        return float(np.mean(_losses(value, tokens_BT)))
 
-    slope = (loss(1) - loss(-1)) / (2 * step)
+    with progress("measuring the slope of the loss", 2 * len(stage_names(a.config)), "stage") as work:
+        slope = (loss(1) - loss(-1)) / (2 * step)
     slopes = [sum(float(np.vdot(pairs[name][i], direction[name])) for name in wrong) for i in range(2)]
     blamed = "B" if abs(slopes[0] - slope) < abs(slopes[1] - slope) else "A"
     right, false = (ours, theirs) if blamed == "B" else (theirs, ours)

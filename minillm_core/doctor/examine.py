@@ -1,6 +1,7 @@
 """Finds where two models differ: runs both over the same tokens, and compares stages, losses, gradients and weights."""
 
 import logging
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -21,6 +22,7 @@ from minillm_core.model.tolerance import (
     BFLOAT16_TOP1_AGREEMENT,
     TOLERANCES,
 )
+from minillm_core.progress import progress, steps
 from minillm_core.tensors import Tensors
 
 logger = logging.getLogger(__name__)
@@ -100,13 +102,21 @@ def examine(a: Subject, b: Subject, tokens_BT: np.ndarray, dtype: str, *, rows_o
     """
     _check_same_shapes(a, b)
     ours, theirs = _run_both(a, b, tokens_BT, dtype)
-    stages = [_judged(_difference(n, ours.stages[n], theirs.stages[n]), dtype) for n in stage_names(a.config)]
     losses = _judged(_difference("losses", ours.losses_BT, theirs.losses_BT), dtype)
     alike_tied = a.config.tie_embeddings == b.config.tie_embeddings
     grads_a, grads_b = (x.gradients if alike_tied else _tied(x.gradients) for x in (ours, theirs))
-    gradients = [_judged_gradient(_difference(n, grads_a[n], grads_b[n]), dtype) for n in grads_a]
-    common = [name for name in param_table(a.config) if name in b.weights]
-    weights = [_judged_weight(_difference(name, a.weights[name], b.weights[name]), dtype) for name in common]
+    common = {name: a.weights[name] for name in param_table(a.config) if name in b.weights}
+    compared = (ours.stages, grads_a, common)
+    with progress("comparing", sum(x.size for arrays in compared for x in arrays.values()), "value") as work:
+
+        def differences(ours: Tensors, theirs: Tensors, names: Iterable[str]) -> Iterator[Difference]:
+            for name in names:
+                yield _difference(name, ours[name], theirs[name])
+                work.advance(ours[name].size)
+
+        stages = [_judged(d, dtype) for d in differences(ours.stages, theirs.stages, stage_names(a.config))]
+        gradients = [_judged_gradient(d, dtype) for d in differences(grads_a, grads_b, grads_a)]
+        weights = [_judged_weight(d, dtype) for d in differences(common, b.weights, common)]
     mean_kl, top_k = compare_distributions(ours.stages["logits"], theirs.stages["logits"])
     equal = losses.agrees and all(difference.agrees for difference in (*gradients, *weights))
     if dtype == "bfloat16":
@@ -190,7 +200,7 @@ def compare_distributions(ours_BTV: np.ndarray, theirs_BTV: np.ndarray) -> tuple
     which both models have the same k most likely tokens."""
     kl, sizes = [], [k for k in TOP_K if k <= ours_BTV.shape[-1]]
     same = dict.fromkeys(sizes, 0)
-    for ours_TV, theirs_TV in zip(ours_BTV, theirs_BTV, strict=True):
+    for ours_TV, theirs_TV in steps([*zip(ours_BTV, theirs_BTV, strict=True)], "comparing the predictions", "row"):
         log_p, log_q = (x - np.logaddexp.reduce(x, axis=-1, keepdims=True) for x in (ours_TV, theirs_TV))
         kl.append(np.sum(np.exp(log_p) * (log_p - log_q), axis=-1))
         order_p, order_q = (np.argsort(-x, axis=-1, kind="stable")[:, : sizes[-1]] for x in (ours_TV, theirs_TV))

@@ -13,6 +13,7 @@ from minillm_core.config import ModelConfig
 from minillm_core.errors import InputError
 from minillm_core.files import user_path
 from minillm_core.interop.imports import OPENERS, open_foreign
+from minillm_core.model.params import read_weights
 from minillm_core.model.stages import Trace
 from minillm_core.tensors import Tensors
 from minillm_core.text.tokenizer import Tokenizer
@@ -94,11 +95,11 @@ def open_subject(place: str, engines: Mapping[str, Engine]) -> Subject:
         checkpoint = find_checkpoint(path, kind)
         verify_checkpoint(checkpoint)
         run_config = read_info(checkpoint).config
-        weights = dict(backend.open_weights(checkpoint, run_config))
+        weights = read_weights(run_config.model, backend.open_weights(checkpoint, run_config).items())
         tokenizer = _tokenizer(checkpoint, run_config.model)
         return Subject(kind, checkpoint, run_config.model, weights, kind, backend.trace, tokenizer)
     opened = open_foreign(kind, path)
-    weights = dict(opened.tensors())
+    weights = read_weights(opened.config, opened.tensors())
     with tempfile.TemporaryDirectory() as folder:
         try:
             opened.write_tokenizer(Path(folder))

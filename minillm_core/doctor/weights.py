@@ -9,8 +9,9 @@ import numpy as np
 from minillm_core.doctor.faults import FAULTS, layer_orders
 from minillm_core.doctor.findings import Finding, distance, names_of
 from minillm_core.doctor.subjects import Subject
-from minillm_core.model.params import param_table
+from minillm_core.model.params import count_params, param_table
 from minillm_core.model.reference import Reference
+from minillm_core.progress import progress
 
 NEAR = 0.02
 """Largest relative norm of the difference at which two weights can be equal up to rounding. For normally distributed
@@ -31,9 +32,7 @@ def explain_weights(a: Subject, b: Subject) -> list[Finding]:
     inexact: dict[str, str] = {}
     """Weights of B that the fault alone does not reproduce to the bit, and what remains."""
     moved: dict[int, int] = {}
-    for name in param_table(a.config):
-        if name not in b.weights or np.array_equal(a.weights[name], b.weights[name], equal_nan=True):
-            continue
+    for name in _differing(a, b):
         theirs = b.weights[name].astype(np.float64)
         fault, says, ours = min(_forms(a, name, variants, theirs), key=lambda form: distance(form[2], theirs))
         form = _rounding(ours, theirs, b.weights[name].dtype)
@@ -80,6 +79,15 @@ def explain_weights(a: Subject, b: Subject) -> list[Finding]:
             says += "; the weights may come from different models or training steps"
         findings.append(Finding("unknown", "B", "weights", says, evidence))
     return findings
+
+
+def _differing(a: Subject, b: Subject) -> Iterator[str]:
+    """The names of the weights that differ, with progress."""
+    with progress("trying known faults: weights", count_params(a.config), "value") as work:
+        for name in param_table(a.config):
+            if name in b.weights and not np.array_equal(a.weights[name], b.weights[name], equal_nan=True):
+                yield name
+            work.advance(a.weights[name].size)
 
 
 def explain_head(a: Subject, b: Subject) -> list[Finding]:

@@ -70,7 +70,7 @@ def _write(writer: Backend, folder: Path, checkpoint: Path, info: CheckpointInfo
     def start_payload(partial_folder: Path) -> Callable[[], None]:
         return partial(writer.write_payload, partial_folder, info.config, state)
 
-    with CheckpointWriter(folder / "checkpoints") as checkpoints:
+    with CheckpointWriter(folder / "checkpoints", in_background=False) as checkpoints:
         n_bytes = payload_bytes(state.weights, state.exp_avg, state.exp_avg_sq)
         checkpoints.save(copy, checkpoint, start_payload, n_bytes=n_bytes)
     n_moments = len(state.exp_avg) + len(state.exp_avg_sq)

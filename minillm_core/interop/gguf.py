@@ -18,8 +18,9 @@ from minillm_core.errors import InputError, listed
 from minillm_core.interop.gguf_file import GGUFFile, gguf_package, read_gguf
 from minillm_core.interop.gguf_tokenizer import tokenizer_files
 from minillm_core.interop.safetensors_files import checked_weight, parts, rounded
-from minillm_core.model.params import check_shapes, param_table
+from minillm_core.model.params import check_shapes, count_params, param_table
 from minillm_core.model.rope import half_split, interleaved, inverse_frequencies
+from minillm_core.progress import progress
 
 NAMES = {
     "model.embed_tokens": "token_embd",
@@ -334,13 +335,19 @@ def write_gguf(
             for array in arrays:
                 file.write(np.ascontiguousarray(array).view(np.uint8).data)
 
-        if factors is not None:
-            write([factors])
-        for name, kind in dtypes.items():
+        def stored(name: str, kind: str) -> Iterator[np.ndarray]:
             array = weights[name]
             if name.endswith(("q_proj.weight", "k_proj.weight")):
                 array = interleaved(array, config.resolved_head_dim)
-            write(_stored(gguf, gguf_name(name), part, kind) for part in parts(array))
+            for part in parts(array):
+                yield _stored(gguf, gguf_name(name), part, kind)
+                work.advance(part.size)
+
+        if factors is not None:
+            write([factors])
+        with progress("writing the weights", count_params(config), "value") as work:
+            for name, kind in dtypes.items():
+                write(stored(name, kind))
         file.write(bytes(-file.tell() % 32))
     return [name for name, kind in dtypes.items() if dtype == "q8_0" and kind == "float16"]
 

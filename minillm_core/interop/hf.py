@@ -25,8 +25,9 @@ from minillm_core.interop.safetensors_files import (
     safetensors_layout,
     stream_safetensors,
 )
-from minillm_core.model.params import check_shapes, param_table
+from minillm_core.model.params import check_shapes, count_params, param_table
 from minillm_core.model.rope import inverse_frequencies
+from minillm_core.progress import progress
 from minillm_core.text.tokenizer import (
     GENERATION_CONFIG,
     check_special_ids,
@@ -201,8 +202,9 @@ def write_hf_weights(
         room -= size
     names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
     names = ["model.safetensors"] if len(shards) == 1 else names
-    for file, layout in zip(names, shards, strict=True):
-        stream_safetensors(folder / file, layout, ((name, weights[name]) for name in layout))
+    with progress("writing the weights", count_params(config), "value") as work:
+        for file, layout in zip(names, shards, strict=True):
+            stream_safetensors(folder / file, layout, ((name, weights[name]) for name in layout), work.advance)
     if len(shards) > 1:
         total = sum(math.prod(spec.shape) for spec in param_table(config).values()) * itemsize
         weight_map = {name: file for file, layout in zip(names, shards, strict=True) for name in layout}

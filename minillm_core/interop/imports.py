@@ -13,7 +13,7 @@ from minillm_core.files import hash_arrays, hash_file
 from minillm_core.interop.gguf import GGUFCheckpoint, open_gguf
 from minillm_core.interop.hf import HFCheckpoint, open_hf
 from minillm_core.interop.original import OriginalCheckpoint, open_original
-from minillm_core.model.params import count_params
+from minillm_core.model.params import count_params, read_weights
 from minillm_core.text.tokenizer import TOKENIZER_MODEL
 from minillm_core.text.tokenizer_json import contradicting, load_tokenizer
 from minillm_core.training.backend import Backend
@@ -87,7 +87,7 @@ def import_checkpoint(format: str, source: Path, run_dir: Path, backend: Backend
         raise InputError(
             "the run directory already has checkpoints", where=result.parent, hint="use a different run directory"
         )
-    weights = dict(opened.tensors())
+    weights = read_weights(opened.config, opened.tensors())
     with tempfile.TemporaryDirectory() as beside:
         folder = Path(beside)
         _copy_tokenizer(opened, folder)
@@ -95,7 +95,10 @@ def import_checkpoint(format: str, source: Path, run_dir: Path, backend: Backend
         hashes = {path.relative_to(folder).as_posix(): hash_file(path) for path in files}
         hashes["weights"] = hash_arrays(weights)
         config = _run_config(opened.config, run_dir)
-        with RunDirectory(run_dir, config).opened(folder, hashes), CheckpointWriter(result.parent) as writer:
+        with (
+            RunDirectory(run_dir, config).opened(folder, hashes),
+            CheckpointWriter(result.parent, in_background=False) as writer,
+        ):
 
             def start_payload(partial_folder: Path) -> Callable[[], None]:
                 return partial(backend.write_payload, partial_folder, config, TrainingState(weights, {}, {}))

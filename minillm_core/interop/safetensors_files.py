@@ -3,7 +3,7 @@
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import ml_dtypes
@@ -12,6 +12,7 @@ import safetensors
 
 from minillm_core.errors import InputError
 from minillm_core.files import first_bytes
+from minillm_core.progress import ignore
 
 PART_BYTES = 1 << 24
 """The size of the parts in which a tensor is read, rounded and written."""
@@ -25,18 +26,28 @@ def numpy_dtype(name: str) -> np.dtype:
     return np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
-    """Writes tensors bit for bit. Unlike the library's `save_file`, it does not make a second copy of all tensors."""
+def write_safetensors(path: Path, tensors: Mapping[str, np.ndarray], advance: Callable[[int], None] = ignore) -> None:
+    """Writes tensors bit for bit. Unlike the library's `save_file`, it does not make a second copy of all tensors.
+
+    Args:
+        advance: called with the number of values that were written.
+    """
     for dtype in {array.dtype for array in tensors.values()}:
         assert dtype.name in DTYPES.values(), dtype
     layout = {name: (array.shape, array.dtype.name) for name, array in tensors.items()}
-    stream_safetensors(path, layout, tensors.items())
+    stream_safetensors(path, layout, tensors.items(), advance)
 
 
 def stream_safetensors(
-    path: Path, layout: Mapping[str, tuple[tuple[int, ...], str]], tensors: Iterable[tuple[str, np.ndarray]]
+    path: Path,
+    layout: Mapping[str, tuple[tuple[int, ...], str]],
+    tensors: Iterable[tuple[str, np.ndarray]],
+    advance: Callable[[int], None] = ignore,
 ) -> None:
     """Writes tensors that come one at a time, in the order of `layout`: name -> (shape, dtype to which it is rounded).
+
+    Args:
+        advance: called with the number of values that were written.
 
     Raises:
         InputError: a dtype cannot hold the values of a tensor.
@@ -55,6 +66,7 @@ def stream_safetensors(
             assert (name, array.shape) == (expected, shape), f"{name} {array.shape} where {expected} {shape} should be"
             for part in parts(array):
                 file.write(np.ascontiguousarray(rounded(name, part, dtype)).view(np.uint8).data)
+                advance(part.size)
 
 
 def parts(array: np.ndarray) -> list[np.ndarray]:

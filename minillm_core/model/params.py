@@ -12,6 +12,8 @@ import numpy as np
 
 from minillm_core.config import ModelConfig
 from minillm_core.errors import InputError, listed
+from minillm_core.progress import progress
+from minillm_core.tensors import Tensors, counted
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,12 @@ def param_table(config: ModelConfig) -> dict[str, ParamSpec]:
 
 def count_params(config: ModelConfig) -> int:
     return sum(math.prod(spec.shape) for spec in param_table(config).values())
+
+
+def read_weights(config: ModelConfig, tensors: Iterable[tuple[str, np.ndarray]]) -> Tensors:
+    """The weights of a model, from an iterator that reads them one at a time."""
+    with progress("reading the weights", count_params(config), "value") as work:
+        return counted(tensors, work)
 
 
 def forward_flops(config: ModelConfig, batch: int, seq_len: int) -> int:

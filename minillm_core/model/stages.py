@@ -20,6 +20,9 @@ BLOCK_STAGES = (
 """The stages of a block, in the order in which they are computed: q and k after RoPE, self_attn and mlp before they are
 added to the residual stream, and "" for the output of the block."""
 
+BACKWARD_PASSES = 3
+"""What recording the gradients costs, in forward passes: one for the loss, and two as large for the gradients."""
+
 
 def stage_names(config: ModelConfig) -> list[str]:
     """The names of all stages of a model, in the order in which they are computed."""

@@ -5,12 +5,14 @@ import io
 import random
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Literal
 
 import sentencepiece
 
 from minillm_core.errors import InputError
+from minillm_core.progress import progress
 from minillm_core.text.tokenizer import BOS_ID, EOS_ID, PAD_ID, UNK_ID
 
 Kind = Literal["bpe", "unigram"]
@@ -41,29 +43,37 @@ def train_tokenizer(
     if wrong := [symbol for symbol in symbols if not symbol or "\n" in symbol or symbols.count(symbol) > 1]:
         expected = "different texts, not empty and without line ends"
         raise InputError("a symbol cannot be a piece", expected=expected, found=repr(wrong[0]))
-    model = io.BytesIO()
+    model, training = io.BytesIO(), ExitStack()
+
+    def lines() -> Iterator[str]:
+        yield from sample_lines(texts, SAMPLE_BYTES, SAMPLE_LINES)
+        # SentencePiece has the text now. It does not tell how far it is.
+        training.enter_context(progress(f"training {vocab_size:,} pieces (time unknown)", None, "piece"))
+
     try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=sample_lines(texts, SAMPLE_BYTES, SAMPLE_LINES),
-            model_writer=model,
-            vocab_size=vocab_size,
-            model_type=kind,
-            byte_fallback=True,
-            character_coverage=1.0,
-            normalization_rule_name="identity",
-            remove_extra_whitespaces=False,
-            add_dummy_prefix=False,
-            allow_whitespace_only_pieces=True,
-            split_digits=True,
-            user_defined_symbols=["\n", *symbols],
-            max_sentence_length=1 << 20,
-            input_sentence_size=SAMPLE_LINES,  # never exceeded: the sample of SentencePiece differs from call to call
-            unk_id=UNK_ID,
-            bos_id=BOS_ID,
-            eos_id=EOS_ID,
-            pad_id=PAD_ID,
-            minloglevel=2,
-        )
+        with training:
+            sentencepiece.SentencePieceTrainer.train(
+                sentence_iterator=lines(),
+                model_writer=model,
+                vocab_size=vocab_size,
+                model_type=kind,
+                byte_fallback=True,
+                character_coverage=1.0,
+                normalization_rule_name="identity",
+                remove_extra_whitespaces=False,
+                add_dummy_prefix=False,
+                allow_whitespace_only_pieces=True,
+                split_digits=True,
+                user_defined_symbols=["\n", *symbols],
+                max_sentence_length=1 << 20,
+                # never exceeded: the sample of SentencePiece differs from call to call
+                input_sentence_size=SAMPLE_LINES,
+                unk_id=UNK_ID,
+                bos_id=BOS_ID,
+                eos_id=EOS_ID,
+                pad_id=PAD_ID,
+                minloglevel=2,
+            )
     except (RuntimeError, OSError) as error:
         raise _untrainable(vocab_size, " ".join(str(error).split())) from error
     path.write_bytes(model.getvalue())

@@ -11,6 +11,7 @@ from minillm_core.config import ModelConfig, RunConfig
 from minillm_core.data.batches import Batch
 from minillm_core.errors import InputError, missing_package
 from minillm_core.model.stages import Trace
+from minillm_core.progress import progress
 from minillm_core.tensors import LazyTensors, Tensors
 from minillm_core.training.checkpoints import FRAMEWORKS, TrainingState
 
@@ -68,7 +69,8 @@ def load_backend(framework: str) -> Backend:
     if framework not in FRAMEWORKS:
         raise InputError("unknown framework", expected=" or ".join(FRAMEWORKS), found=repr(framework))
     try:
-        return cast(Backend, importlib.import_module(f"minillm_{framework}"))
+        with progress(f"loading {framework}", None, "module"):
+            return cast(Backend, importlib.import_module(f"minillm_{framework}"))
     except ModuleNotFoundError as error:
         if error.name and error.name.startswith("minillm"):
             raise

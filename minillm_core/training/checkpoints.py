@@ -28,7 +28,7 @@ from minillm_core.errors import InputError
 from minillm_core.files import (
     commit_folder,
     first_bytes,
-    hash_file,
+    hash_files,
     is_disk_full,
     make_folder,
     real_path,
@@ -192,15 +192,18 @@ def verify_checkpoint(checkpoint: Path) -> None:
     path = checkpoint / "manifest.json"
     try:
         manifest: dict[str, dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
-        problems = []
+        problems, whole = [], []
         for name, entry in manifest.items():
             file = checkpoint / name
             if not file.is_file():
                 problems.append(f"missing: {name}")
             elif file.stat().st_size != entry["size"]:
                 problems.append(f"size: {name}: expected {entry['size']} bytes, found {file.stat().st_size}")
-            elif hash_file(file) != entry["sha256"]:
-                problems.append(f"content changed: {name}")
+            else:
+                whole.append(name)
+        hashes = hash_files([checkpoint / name for name in whole], "checking the checkpoint")
+        changed = [name for name, digest in zip(whole, hashes, strict=True) if digest != manifest[name]["sha256"]]
+        problems += [f"content changed: {name}" for name in changed]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         problems = [f"manifest.json: {error!r}"]
         manifest = {}
@@ -218,17 +221,18 @@ def verify_checkpoint(checkpoint: Path) -> None:
 
 
 class CheckpointWriter:
-    """Commits checkpoints into one folder, in the background, one at a time, and removes old ones.
+    """Commits checkpoints into one folder, one at a time, and removes old ones.
 
     Only one process at a time may write to a folder. Leaving the context waits for the save in progress.
     """
 
-    def __init__(self, folder: Path, keep_last: int = 0):
+    def __init__(self, folder: Path, keep_last: int = 0, *, in_background: bool = True):
         """
         Args:
             keep_last: number of good checkpoints to keep after each commit, besides the best one; 0 keeps all.
+            in_background: `save` returns before the checkpoint is written, and nothing shows the progress.
         """
-        self.folder, self.keep_last = folder, keep_last
+        self.folder, self.keep_last, self._in_background = folder, keep_last, in_background
         self.damaged: dict[int, InputError] = {}
         """Steps that `newest_good` skipped, and why. Their folders stay in place until the same step is saved again."""
         self._thread = ThreadPoolExecutor(1, "checkpoint")
@@ -279,7 +283,7 @@ class CheckpointWriter:
         best: int | None = None,
         n_bytes: int = 0,
     ) -> None:
-        """Starts saving; the caller may change its state as soon as this returns.
+        """Starts saving (or saves, if not in the background); the caller may change its state as soon as this returns.
 
         Args:
             tokenizer: the folder of the tokenizer's files.
@@ -299,7 +303,10 @@ class CheckpointWriter:
             if shutil.disk_usage(partial).free < n_bytes:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # fail before a library starts to write
             finish_payload = start_payload(partial)
-        self._pending = self._thread.submit(self._commit, partial, info, tokenizer, finish_payload, best)
+        if self._in_background:
+            self._pending = self._thread.submit(self._commit, partial, info, tokenizer, finish_payload, best)
+        else:
+            self._commit(partial, info, tokenizer, finish_payload, best)
 
     def _commit(
         self, partial: Path, info: CheckpointInfo, tokenizer: Path, finish_payload: Callable[[], None], best: int | None
@@ -312,9 +319,11 @@ class CheckpointWriter:
             copy_tokenizer(tokenizer, partial)
             data = {"format_version": FORMAT_VERSION, "version": __version__, **dataclasses.asdict(info)}
             _write_json(partial / "checkpoint.json", data | {"config": to_dict(info.config)})
+            names = _files(partial)
+            hashes = hash_files([partial / name for name in names], "hashing the new checkpoint")
             manifest = {
-                name: {"size": (partial / name).stat().st_size, "sha256": hash_file(partial / name)}
-                for name in _files(partial)
+                name: {"size": (partial / name).stat().st_size, "sha256": digest}
+                for name, digest in zip(names, hashes, strict=True)
             }
             _write_json(partial / "manifest.json", manifest)
             if final.exists():  # a damaged checkpoint of this step

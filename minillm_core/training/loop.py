@@ -24,9 +24,9 @@ from minillm_core.training.checkpoints import CheckpointInfo, CheckpointWriter, 
 from minillm_core.training.evaluation import evaluate
 from minillm_core.training.metrics import METRICS, MetricsLog, Row, bits_per_byte, losses_by_step, perplexity
 from minillm_core.training.plots import plot_loss
-from minillm_core.training.progress import Progress
 from minillm_core.training.run_directory import RunDirectory, require_same_config, require_same_data, require_same_past
 from minillm_core.training.schedule import learning_rate
+from minillm_core.training.speed import Speed
 from minillm_core.training.trackers import Tracker, open_trackers
 
 MAX_SKIPS = 20
@@ -109,7 +109,7 @@ class _Loop:
         if self.log.old is not None:
             logger.warning(f"no checkpoint to resume from: starting at step 0; the old metrics are in {self.log.old}")
         self.trackers: list[Tracker] = []
-        self.progress = Progress(config, backend.describe_device(), self.step)
+        self.speed = Speed(config, backend.describe_device(), self.step)
         self.unread: deque[tuple[int, float, float, StepMetrics]] = deque()
         """Dispatched steps whose metrics are not read yet: step, learning rate, time of dispatch, metrics."""
 
@@ -194,7 +194,7 @@ class _Loop:
                 self._skip_or_stop(step, f"loss {loss}, gradient norm {grad_norm}, learning rate {rate:.3e}")
             if self._logs(step):
                 values = {"grad_norm": grad_norm, "learning_rate": rate}
-                values |= self.progress.tick(step, at, loss, grad_norm, rate)
+                values |= self.speed.tick(step, at, loss, grad_norm, rate)
                 if self.config.train.nonfinite == "skip":
                     values["updates"] = self.updates
                 self._log(step, "train", loss, **values)
@@ -217,7 +217,7 @@ class _Loop:
         if self.saved_step == self.step:
             return
         self._read_metrics(self.step)
-        with self.progress.paused():
+        with self.speed.paused():
             flush(self.log.path)  # a committed checkpoint has all its metrics, even after a crash
             try:
                 self.writer.wait()
@@ -236,7 +236,7 @@ class _Loop:
 
     def _evaluate(self) -> None:
         c, step = self.config.train, self.step
-        with self.progress.paused():
+        with self.speed.paused():
             n_batches = c.final_eval_batches if step == c.steps else c.eval_batches
             if n_batches is None:
                 logger.info(f"evaluating on the whole held-out text, {self.data.n_tokens('val'):,} tokens")

@@ -29,7 +29,7 @@ def peak_flops(device: str, dtype: str) -> float | None:
     return next((peaks.get(dtype) for name, peaks in PEAK_FLOPS.items() if name in device), None)
 
 
-class Progress:
+class Speed:
     """Training speed and time left. The time that evaluations and checkpoints take is not counted."""
 
     def __init__(self, config: RunConfig, device: str, start: int):
