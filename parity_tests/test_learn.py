@@ -10,6 +10,8 @@ import pytest
 
 from parity_tests.conftest import ROOT
 
+pytestmark = pytest.mark.extended
+
 LEARN = ROOT / "docs" / "learn"
 PAGES = {path.name: path.read_text() for path in sorted(LEARN.glob("*.md"))}
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
@@ -29,7 +31,6 @@ def settings() -> Iterator[None]:
     jax.config.update("jax_enable_x64", was_64_bit)
 
 
-@pytest.mark.extended
 @pytest.mark.parametrize("page", [page for page, text in PAGES.items() if "```python" in text])
 def test_examples_print_what_the_page_shows(page: str, settings: None) -> None:
     n_shown = 0
@@ -69,7 +70,6 @@ def test_source_of_a_missing_name() -> None:
         hooks.source_of("minillm_jax/layers.py", "Nothing")
 
 
-@pytest.mark.extended
 def test_figures_are_current() -> None:
     """Drawn again, every figure has the same shapes and words; coordinates may differ in the last digits."""
     drawings = figures.FIGURES

@@ -8,10 +8,11 @@ import pytest
 
 from parity_tests.conftest import ROOT
 
+pytestmark = pytest.mark.extended
+
 NOTEBOOK = ROOT / "notebooks" / "demo.ipynb"
 
 
-@pytest.mark.extended
 def test_every_cell_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DEMO_STEPS", "6")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))

@@ -34,6 +34,8 @@ from minillm_core.text.tokenizer_json import load_tokenizer
 from minillm_core.training.train import train
 from parity_tests.conftest import BACKENDS, ROOT, TINY, heard, text_run
 
+pytestmark = pytest.mark.extended
+
 WORK = """
 import logging, sys, time
 from minillm_cli import console, progress_bar
@@ -305,7 +307,6 @@ def manifest_of(checkpoint: Path) -> str:
     return f'{{"size": {len(content)}, "sha256": "{hashlib.sha256(content).hexdigest()}"}}'
 
 
-@pytest.mark.extended
 def test_a_real_command(tmp_path: Path) -> None:
     """Preparing the default corpus: a bar for each part that takes more than a second."""
     status, shown = on_terminal("-m", "minillm_cli", "prepare", "quickstart", "--data.dir", str(tmp_path / "data"))
