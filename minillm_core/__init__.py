@@ -25,9 +25,12 @@ if TYPE_CHECKING:
     from minillm_core.decoding.sampling import SamplingConfig
     from minillm_core.doctor.compare import compare
     from minillm_core.doctor.examine import Report
+    from minillm_core.doctor.report import text_report
+    from minillm_core.doctor.subjects import Engine
     from minillm_core.errors import InputError, Interrupted
     from minillm_core.interop.conversion import Conversion, convert
     from minillm_core.interop.publish import Publication, publish
+    from minillm_core.model.stages import Trace
     from minillm_core.text.tokenizer import Tokenizer
     from minillm_core.text.tokenizer_json import load_tokenizer
     from minillm_core.training.backend import Backend, load_backend
@@ -41,6 +44,7 @@ __all__ = [
     "Completion",
     "Conversion",
     "DataConfig",
+    "Engine",
     "InputError",
     "Interrupted",
     "ModelConfig",
@@ -52,6 +56,7 @@ __all__ = [
     "RunConfig",
     "SamplingConfig",
     "Tokenizer",
+    "Trace",
     "TrainConfig",
     "__version__",
     "compare",
@@ -63,6 +68,7 @@ __all__ = [
     "prepare_data",
     "publish",
     "read_metrics",
+    "text_report",
     "train",
 ]
 
@@ -72,6 +78,7 @@ _MODULES = {
     "Completion": "decoding.generation",
     "Conversion": "interop.conversion",
     "DataConfig": "config",
+    "Engine": "doctor.subjects",
     "InputError": "errors",
     "Interrupted": "errors",
     "ModelConfig": "config",
@@ -83,6 +90,7 @@ _MODULES = {
     "RunConfig": "config",
     "SamplingConfig": "decoding.sampling",
     "Tokenizer": "text.tokenizer",
+    "Trace": "model.stages",
     "TrainConfig": "config",
     "compare": "doctor.compare",
     "convert": "interop.conversion",
@@ -93,6 +101,7 @@ _MODULES = {
     "prepare_data": "data.run_data",
     "publish": "interop.publish",
     "read_metrics": "training.metrics",
+    "text_report": "doctor.report",
     "train": "training.train",
 }
 """Public name -> the module that defines it."""

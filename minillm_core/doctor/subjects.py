@@ -43,8 +43,9 @@ class Engine:
     name: str
     run: Callable[[Path], Run]
     """Checkpoint folder -> the function that runs it."""
-    encoder: Callable[[Path], Callable[[str], list[int]]]
-    """Checkpoint folder -> the engine's own tokenizer (text -> token ids). Raises InputError if it cannot be loaded."""
+    encoder: Callable[[Path], Callable[[str], list[int]]] | None = None
+    """Checkpoint folder -> the engine's own tokenizer (text -> token ids). Raises InputError if it cannot be loaded.
+    None: the engine has no tokenizer of its own."""
 
 
 @dataclass(frozen=True)
