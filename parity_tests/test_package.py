@@ -1,6 +1,7 @@
 """The built wheel, installed outside the checkout: the commands work from any directory."""
 
 import os
+import re
 import subprocess
 import sys
 import sysconfig
@@ -66,7 +67,7 @@ def test_wheel_contents(wheel: Path) -> None:
     (metadata,) = {name.split("/")[0] for name in names} - packages
     assert metadata == f"minillm_jax_torch-{__version__}.dist-info"
     assert {name for name in names if name.endswith("py.typed")} == {f"{package}/py.typed" for package in packages}
-    presets = {Path(name).stem for name in names if name.startswith("minillm_core/configs/")}
+    presets = {Path(name).stem for name in names if re.match(r"minillm_core/configs/.*\.yaml", name)}
     assert presets == {*preset_names()}
     cards = {Path(name).stem for name in names if name.startswith("minillm_jax/compiled/cards/")}
     assert cards == {*CARDS}

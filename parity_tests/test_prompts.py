@@ -81,7 +81,6 @@ def test_prompt_file(run: Path, prompts: Path, tmp_path: Path) -> None:
             assert "min_p: 0.0, now 0.1" in refused.stderr
         done = subprocess.run(full, cwd=tmp_path, capture_output=True, text=True, check=True)
         assert f"going on after {n_kept} of 120 prompts" in done.stderr
-        assert "120/120" in done.stderr
         assert done.stdout == ""
         assert {path.name for path in tmp_path.iterdir()} == {f"{name}.jsonl" for name in [*outputs, framework]}
         outputs[framework] = rows_of(output)
