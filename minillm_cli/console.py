@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import tyro
 
-from minillm_cli.progress_bar import above_bar, end_bar, on_terminal, progress_bar
+from minillm_cli.progress_bar import above_bar, end_bar, progress_bar
 from minillm_core.config import RunConfig, load_config, preset_names
 from minillm_core.errors import InputError, Interrupted
 from minillm_core.files import is_disk_full, owner
@@ -70,9 +70,8 @@ class _Console(logging.Handler):
 def show_progress() -> None:
     """Sends the log messages and the progress of this project's packages to stderr, and silences those of others."""
     listen(progress_bar)
-    if not on_terminal():
-        for library in ("HF_DATASETS", "HF_HUB"):
-            os.environ.setdefault(f"{library}_DISABLE_PROGRESS_BARS", "1")
+    for library in ("HF_DATASETS", "HF_HUB"):
+        os.environ.setdefault(f"{library}_DISABLE_PROGRESS_BARS", "1")
     for library in ("absl", "asyncio"):  # Orbax logs every file that it writes, and also every error that it raises
         logging.getLogger(library).setLevel(logging.CRITICAL)
     for package in ("minillm_core", "minillm_jax", "minillm_torch"):

@@ -14,7 +14,7 @@ from minillm_cli.console import parse, say
 from minillm_core.config import load_config, preset_names
 from minillm_core.errors import InputError
 from minillm_core.files import output_file, replace_file
-from minillm_core.model.diagram import diagram
+from minillm_core.model.diagram import DIAGRAM_BEGINS, diagram
 from minillm_core.training.checkpoints import FRAMEWORKS
 from minillm_core.training.plan import plan as compute_plan
 
@@ -40,9 +40,12 @@ def plan(
         card: instead, compile the JAX programs of each configuration for this GPU, which this machine does not need to
             have, and print what they cost (needs the extra `cuda`).
         as_json: print one JSON object, with the exact numbers by configuration.
-        picture: instead, draw the architecture of one configuration, with the shape of every tensor, as an SVG file.
+        picture: instead, draw the architecture of one configuration, with the shape of every tensor, as an SVG file; an
+            existing diagram is replaced.
     """
     if picture is not None:
+        if as_json or card is not None:
+            raise InputError("--diagram is given with --json or --compile", hint="give one of them")
         _draw(names, picture)
         return
     names = names or tuple(preset_names())
@@ -55,7 +58,9 @@ def plan(
 def _draw(names: Sequence[str], picture: str) -> None:
     if len(names) != 1:
         raise InputError("--diagram draws one configuration", expected="one preset or .yaml file", found=names)
-    path = output_file(picture, b"<svg")
+    if not picture.lower().endswith(".svg"):
+        raise InputError("the diagram is an SVG picture", expected="a name that ends in .svg", found=picture)
+    path = output_file(picture, DIAGRAM_BEGINS.encode())
     replace_file(path, diagram(load_config(names[0])))
     print(path)
 

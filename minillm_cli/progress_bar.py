@@ -1,8 +1,6 @@
 """The progress bar: one unit of work at a time, on stderr, with the time left. Nothing if stderr is no terminal."""
 
 import contextlib
-import os
-import signal
 import sys
 import threading
 import time
@@ -86,8 +84,7 @@ def progress_bar(work: Work) -> Iterator[None]:
         return
     _bar = _Bar(work)
     try:
-        with _ended_by_signals():
-            yield
+        yield
     finally:
         end_bar()
 
@@ -98,25 +95,6 @@ def end_bar() -> None:
     if _bar is not None:
         _bar.end()
         _bar = None
-
-
-@contextlib.contextmanager
-def _ended_by_signals() -> Iterator[None]:
-    """A signal that ends the process at once first ends the bar."""
-
-    def handle(number: int, frame: object) -> None:
-        end_bar()
-        signal.signal(number, signal.SIG_DFL)
-        os.kill(os.getpid(), number)
-
-    signals = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) == signal.SIG_DFL]
-    for number in signals:
-        signal.signal(number, handle)
-    try:
-        yield
-    finally:
-        for number in signals:
-            signal.signal(number, signal.SIG_DFL)
 
 
 def above_bar() -> AbstractContextManager[None]:

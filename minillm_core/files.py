@@ -39,6 +39,18 @@ def user_path(text: str | Path) -> Path:
         raise InputError("no such home folder", found=repr(str(text)), hint=hint) from error
 
 
+def require_writable(path: Path) -> None:
+    """Checks, before long work, that a new file or folder can be made there.
+
+    Raises:
+        InputError: the nearest folder above it that exists is not a folder, or cannot be written.
+    """
+    place = next(parent for parent in path.absolute().parents if os.path.lexists(parent))
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        found = "a file" if not place.is_dir() else "no permission to write, or a read-only disk"
+        raise InputError("the output cannot be written", expected="a folder", found=found, where=place)
+
+
 def real_path(path: Path) -> Path:
     """The absolute path without symbolic links. (Path.resolve raises RuntimeError for a link to itself.)"""
     return Path(os.path.realpath(path))

@@ -1,7 +1,7 @@
 """Progress of work that may take long: how much there is, and how much is done.
 
-Whoever works opens a unit of work and counts. A listener, such as the progress bar of the command line, looks at the
-count whenever it likes. So counting costs the same with and without a listener, and without one nothing is shown.
+Code that may run long opens a unit of work and counts. A listener, such as the progress bar of the command line, looks
+at the count whenever it likes. So counting costs the same with and without a listener; without one, nothing is shown.
 """
 
 import threading
@@ -53,14 +53,14 @@ _listener: ContextVar[Listener | None] = ContextVar("listener", default=None)
 
 
 def listen(listener: Listener | None) -> None:
-    """Installs the listener of this thread, in place of an earlier one. Other threads are not heard: work in the
-    background keeps nobody waiting."""
+    """Installs the listener of this thread, in place of an earlier one. Other threads are not reported: the user does
+    not wait for work in the background."""
     _listener.set(listener)
 
 
 @contextmanager
 def progress(doing: str, total: int | None, unit: str) -> Iterator[Work]:
-    """Opens a unit of work (the arguments are those of `Work`). A unit inside of another one is not heard."""
+    """Opens a unit of work (the arguments are those of `Work`). Nested units are not reported."""
     work, listener = Work(doing, total, unit), _listener.get()
     if listener is None:
         yield work
@@ -74,14 +74,11 @@ def progress(doing: str, total: int | None, unit: str) -> Iterator[Work]:
 
 
 def steps(items: Sequence[T], doing: str, unit: str) -> Iterator[T]:
-    """The items, for a loop that works on each. If it breaks, the rest counts as skipped."""
+    """The items, for a loop that works on each. A loop that ends early leaves the work unfinished. The unit is open
+    until the loop ends: use this in a `for` statement only."""
     with progress(doing, len(items), unit) as work:
         for item in items:
-            try:
-                yield item
-            except GeneratorExit:
-                work.finish()
-                raise
+            yield item
             work.advance()
 
 

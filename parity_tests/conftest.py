@@ -89,7 +89,7 @@ MODELS = {
 LENGTHS = (1, 2, 7, 64, 257, 600)
 
 
-LONGEST = ("gradients", "generate", "cache", "state", "scripts", "doctor_code", "docs", "model", "packing", "modules")
+LONGEST = ("notebook", "gradients", "generate", "cache", "state", "scripts", "doctor_code", "docs", "model", "packing")
 """The test files that take longest; each is run by one worker, so they start first."""
 
 

@@ -107,12 +107,23 @@ def test_runs_that_cannot_be_compared(tmp_path: Path) -> None:
     said = plot("a", "b", "--out", "p.svg", cwd=tmp_path)
     assert "different tokenizers" in said
     assert "(a/jax: 128, b/jax: 256); use `--x tokens`" in said
+    fake_run(tmp_path / "$x_1$ 日本", tokenizer="a")
+    fake_run(tmp_path / "other" / "c", tokenizer="a")
+    plot("$x_1$ 日本", "other/c", "--out", "p.png", cwd=tmp_path)
     assert plot("a", "b", "--x", "tokens", "--y", "grad_norm", "--out", "p.svg", cwd=tmp_path) == ""
 
 
 def test_damaged_logs(tmp_path: Path) -> None:
     fake_run(tmp_path / "end", lines=['{"step": 5, "split": "tr'])
     assert "skipping what is after line 4" in plot("end", "--out", "p.svg", cwd=tmp_path)
+    for number, step in enumerate(("1e400", "-5", '"x"')):
+        line = f'{{"step": {step}, "split": "train", "loss": 1.0}}'
+        fake_run(tmp_path / str(number), lines=[line])
+        assert "skipping what is after line 4" in plot(str(number), "--out", "p.svg", cwd=tmp_path)
+    fake_run(tmp_path / "back", lines=['{"step": 2, "split": "train", "loss": 1e308}'])
+    (fake_run(tmp_path / "few") / "jax/metrics.jsonl").write_text('{"step": 1, "split": "train", "loss": 1.0}')
+    assert plot("few", "--out", "p.svg", cwd=tmp_path) == ""  # the usual metrics that are there
+    assert "do not ascend" in plot("back", "--out", "p.svg", cwd=tmp_path)
     good = '{"step": 6, "split": "train", "loss": 1.0}'
     fake_run(tmp_path / "middle", lines=["\x00\x00", good])
     fails(r"not a metrics row.*metrics\.jsonl:5", "plot", "middle", "--out", "q.svg", cwd=tmp_path)
@@ -129,15 +140,17 @@ def test_damaged_logs(tmp_path: Path) -> None:
         (r"no metrics found.*no such folder", ["nowhere"]),
         (r"no metrics found.*found: none", ["."]),
         (r"a run is given twice.*a/jax and .*a/jax", ["a", "./a/jax"]),
-        (r"unknown metric.*grad_norm.*found: lose", ["a", "--y", "lose"]),
-        (r"no finite value.*found: bad", ["a", "--y", "bad"]),
+        (r"no such metric.*grad_norm.*found: lose", ["a", "--y", "lose"]),
+        (r"can be drawn.*found: bad", ["a", "--y", "bad"]),
+        (r"can be drawn.*found: odd", ["a", "--y", "odd"]),
+        (r"no metric to draw.*grad_norm", ["a", "--y"]),
         (r"kind of picture.*\.png or \.svg.*found: p\.jpg", ["a", "--out", "p.jpg"]),
         (r"a file of a different kind", ["a", "--out", "taken.svg"]),
         (r"tokens of a step cannot be computed.*no config\.yaml", ["moved/jax", "--x", "tokens"]),
     ],
 )
 def test_bad_input(message: str, arguments: list[str], tmp_path: Path) -> None:
-    fake_run(tmp_path / "a", lines=['{"step": 5, "split": "train", "loss": 1.0, "bad": null}'])
+    fake_run(tmp_path / "a", lines=['{"step": 5, "split": "train", "loss": 1.0, "bad": null, "odd": [1]}'])
     (fake_run(tmp_path / "moved") / "config.yaml").unlink()
     (tmp_path / "taken.svg").write_text("my notes")
     before = sorted(tmp_path.iterdir())
@@ -161,7 +174,7 @@ def check_diagram(config: RunConfig) -> None:
     svg = diagram(config)
     texts = re.findall(r"<text[^>]*>([^<]+)</text>", svg)
     assert f"{count_params(model):,} parameters" in texts
-    assert f"{model.n_layers} such blocks" in texts
+    assert f"{model.n_layers:,} such block{'s' * (model.n_layers > 1)}" in texts
     drawn = [text for text in texts if re.search(r" = [\d,]+$", text)]
     matrices = {name.split(".")[-2]: spec.shape for name, spec in param_table(model).items() if len(spec.shape) > 1}
     assert sorted(drawn) == sorted(f"{a:,} {TIMES} {b:,} = {a * b:,}" for a, b in matrices.values())
@@ -180,5 +193,7 @@ def test_diagram_command(tmp_path: Path) -> None:
     assert (tmp_path / "a.svg").read_text() == diagram(load_config("quickstart"))
     assert script_here("plan", "quickstart", "--diagram", "a.svg", cwd=tmp_path).returncode == 0  # replaced
     fails(r"draws one configuration", "plan", "--diagram", "b.svg", cwd=tmp_path)
-    (tmp_path / "notes.svg").write_text("mine")
+    fails(r"ends in \.svg", "plan", "quickstart", "--diagram", "a.png", cwd=tmp_path)
+    fails(r"give one of them", "plan", "quickstart", "--diagram", "a.svg", "--json", cwd=tmp_path)
+    (tmp_path / "notes.svg").write_text("<svg>mine</svg>")
     fails(r"a file of a different kind", "plan", "quickstart", "--diagram", "notes.svg", cwd=tmp_path)

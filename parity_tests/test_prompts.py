@@ -80,7 +80,7 @@ def test_prompt_file(run: Path, prompts: Path, tmp_path: Path) -> None:
             assert "different request" in refused.stderr
             assert "min_p: 0.0, now 0.1" in refused.stderr
         done = subprocess.run(full, cwd=tmp_path, capture_output=True, text=True, check=True)
-        assert f"going on after {n_kept} of 120 prompts" in done.stderr
+        assert f"resuming: {n_kept} of 120 prompts are done" in done.stderr
         assert done.stdout == ""
         assert {path.name for path in tmp_path.iterdir()} == {f"{name}.jsonl" for name in [*outputs, framework]}
         outputs[framework] = rows_of(output)

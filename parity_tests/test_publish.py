@@ -26,7 +26,7 @@ from minillm_core.training.checkpoints import find_checkpoint
 from minillm_core.training.metrics import read_metrics
 from minillm_core.training.train import train
 from parity_tests.commands import environment, fails, succeeds_here
-from parity_tests.conftest import BACKENDS, TINY, state_at, text_run
+from parity_tests.conftest import BACKENDS, TINY, run_config, state_at, text_run
 from parity_tests.hub_uploads import Uploads, served_uploads
 from parity_tests.test_hub import Hub, served
 
@@ -120,6 +120,25 @@ def test_an_imported_model(run: Path, data_config: DataConfig, tmp_path: Path, c
     assert done.evaluation.loss.mean == pytest.approx(last["loss"], rel=1e-5)
 
 
+def test_a_mixture(data_config: DataConfig, tmp_path: Path) -> None:
+    """It is evaluated, and the card names its folders; no path of this machine is in the card."""
+    for name in "ab":
+        shutil.copytree(data_config.dir, tmp_path / "data" / name)
+    corpus = "/home/somebody/secret/mails"
+    data = DataConfig(corpus, str(tmp_path / "data"), mixture={"a": 0.5, "b": 0.5}, document_mask=True)
+    train(run_config(TINY, tmp_path / "run", data=data, steps=2, eval_every=2), BACKENDS["torch"])
+    done = minillm_core.publish(tmp_path / "run", tmp_path / "out", backend="torch")
+    assert done.evaluation is not None
+    assert done.evaluation.loss.parts.keys() == {"a", "b"}
+    plain = minillm_core.publish(tmp_path / "run", tmp_path / "plain", backend="torch", evaluate=False)
+    for folder in (done.folder, plain.folder):
+        card = (folder / "README.md").read_text()
+        assert "tokens of `a, b`" in card
+        assert "secret" not in card
+        assert str(tmp_path) not in card
+    assert "except the first of each document is predicted once" in (done.folder / "README.md").read_text()
+
+
 @pytest.mark.parametrize(
     "repo", ["name", "a/b/c", "/b", "a/", "a/b.git", "a/b c", "a/b--c", "https://x.co/a/b", "a/-b"]
 )
@@ -211,12 +230,16 @@ def test_upload(uploads: str, run: Path, tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "out")
     kept = {"notes.md": b"mine", "images/model.safetensors": b"mine"}
     stale = {"model-00001-of-00002.safetensors": b"old", "special_tokens_map.json": b"old"}
+    stale |= {"adapter_config.json": b"{}", "adapter_model.safetensors": b"old"}  # would load a different model
     Uploads.files |= kept | stale | {"README.md": b"old", ".gitattributes": b"x"}
     done = publishes(run, uploads, tmp_path, "--private")
     assert done.returncode == 0, done.stderr
     assert Uploads.files == content_of(tmp_path / "out") | kept | {".gitattributes": b"x"}
     assert len(Uploads.commits) == 2
-    assert "deleted: model-00001-of-00002.safetensors, special_tokens_map.json; kept: images/model" in done.stderr
+    assert (
+        "adapter_model.safetensors, model-00001-of-00002.safetensors, special_tokens_map.json; kept: images/"
+        in done.stderr
+    )
 
 
 @pytest.mark.parametrize(

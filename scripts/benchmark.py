@@ -30,7 +30,7 @@ from minillm_core.data.prepared import PreparedData
 from minillm_core.data.run_data import prepare_data
 from minillm_core.errors import InputError
 from minillm_core.files import user_path
-from minillm_core.model.params import forward_flops, init_params
+from minillm_core.model.params import init_params, training_flops_per_token
 from minillm_core.model.tolerance import (
     BFLOAT16_GRADIENT_COSINE,
     BFLOAT16_MEAN_KL,
@@ -189,7 +189,7 @@ def training_rates(config: BenchmarkConfig) -> list[str]:
         saves.append(saving_times(backend, config, state, data))
         del state
         free_memory()
-    flops = 3 * forward_flops(config.model, 1, c.seq_len) / c.seq_len
+    flops = training_flops_per_token(config.model, c.seq_len)
     return [
         f"| training, token/s | {speeds[0]:,.0f} | {speeds[1]:,.0f} |",
         f"| training, TFLOP/s of matrix products | {speeds[0] * flops / 1e12:.3g} | {speeds[1] * flops / 1e12:.3g} |",

@@ -9,6 +9,7 @@ import io
 import re
 import sys
 from collections.abc import Iterator
+from decimal import Decimal
 from pathlib import Path
 
 BLOCK = re.compile(r"```python\n(?P<code>.*?)```\n(?:\n```text\n(?P<output>.*?)```\n)?", re.DOTALL)
@@ -25,12 +26,20 @@ def run_blocks(page: str) -> Iterator[tuple[re.Match[str], str]]:
         yield block, printed.getvalue()
 
 
-def same_output(expected: str, found: str, rel: float = 0.05) -> bool:
-    """Whether two outputs are equal, but for the last digits of their numbers: another processor rounds differently."""
+def same_output(expected: str, found: str) -> bool:
+    """Whether two outputs are equal, but for two units of the last digit of a decimal number: a different processor
+    rounds differently. Integers must be equal, and decimal numbers must have the same number of digits."""
     if NUMBER.split(expected) != NUMBER.split(found):
         return False
-    pairs = zip(map(float, NUMBER.findall(expected)), map(float, NUMBER.findall(found)), strict=True)
-    return all(abs(x - y) <= rel * abs(x) for x, y in pairs)
+    pairs = zip(map(Decimal, NUMBER.findall(expected)), map(Decimal, NUMBER.findall(found)), strict=True)
+    return all(_close(x, y) for x, y in pairs)
+
+
+def _close(x: Decimal, y: Decimal) -> bool:
+    unit, other = (number.as_tuple().exponent for number in (x, y))
+    if not isinstance(unit, int) or unit != other:
+        return False
+    return abs(x - y) <= (2 * Decimal(10) ** unit if unit < 0 else 0)
 
 
 def main() -> None:

@@ -58,7 +58,7 @@ def continue_file(
             )
         done = _open_partial(partial, request)
         if done:
-            logger.info(f"going on after {len(done)} of {len(texts)} prompts")
+            logger.info(f"resuming: {len(done)} of {len(texts)} prompts are done")
         lengths = [len(ids) for ids in generator.tokenizer.encode_many(texts)]
         waiting = sorted((i for i in range(len(texts)) if i not in done), key=lambda i: -lengths[i])
         with (

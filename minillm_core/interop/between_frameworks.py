@@ -75,7 +75,7 @@ def _write(writer: Backend, folder: Path, checkpoint: Path, info: CheckpointInfo
         checkpoints.save(copy, checkpoint, start_payload, n_bytes=n_bytes)
     n_moments = len(state.exp_avg) + len(state.exp_avg_sq)
     logger.info(f"converted {checkpoint}: {len(state.weights)} weights, {n_moments} Adam moments, step {info.step}")
-    if not state.exp_avg and "train" in info.data_hashes:
+    if not state.exp_avg and info.has_data:
         logger.warning("the source has no optimizer state: further training restarts Adam's moments at zero")
     return result
 

@@ -92,7 +92,7 @@ def convert(
         result = copy_checkpoint(checkpoint, destination, reader, load_backend(target_format))
         info = read_info(checkpoint)
         # an imported model has no training data
-        unfinished = info.step < info.config.train.steps and "train" in info.data_hashes
+        unfinished = info.step < info.config.train.steps and info.has_data
         return Conversion(source_format, target_format, checkpoint, result, _generates(result), unfinished)
     return Conversion(source_format, target_format, checkpoint, destination, False, False)
 

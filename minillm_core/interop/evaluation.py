@@ -19,7 +19,8 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The loss of a checkpoint over every token of a split except the first, and how it was computed."""
+    """The loss of a checkpoint over every token of a split, and how it was computed. Nothing precedes the first token
+    (of each folder of a mixture; with a document mask, of each document), so it is not predicted."""
 
     data: str
     """Name of the text: its corpus, or its folder if it was not prepared from a corpus."""
@@ -33,6 +34,8 @@ class Evaluation:
     """Predicted tokens per byte of the text; None if its size is not known."""
     seq_len: int
     """Tokens per window; each window starts without context."""
+    document_mask: bool
+    """Documents in a window do not see each other."""
     dtype: str
     """Of the parameters and the computation."""
 
@@ -78,13 +81,14 @@ def evaluate_checkpoint(
     logger.info(f"evaluating {checkpoint} on {where}, split {split}, {backend.describe_device()}")
     loss = score_split(generator, data, split, length)
     return Evaluation(
-        data=", ".join(_name(part) for part in parts),
+        data=", ".join(data.parts) if isinstance(data, Mixture) else _name(data),
         is_run_data=data_dir is None,
         split=split,
         loss=loss,
         n_targets=sum(data.targets_of_parts(split).values()),
         tokens_per_byte=data.tokens_per_byte(split),
         seq_len=length,
+        document_mask=data.end_id is not None,
         dtype=dtype,
     )
 

@@ -18,7 +18,10 @@ LOGIN = (
 LONGEST_NAME = 96
 """Characters that the Hub allows in OWNER/NAME."""
 
-_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
+_WEIGHTS = re.compile(r"(adapter_)?model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
+
+_ALSO_LOADED = ("adapter_config.json", "added_tokens.json")
+"""An adapter names the model to load in place of this one; the other is a tokenizer file of older versions."""
 
 
 def check_repo(repo: str) -> None:
@@ -77,8 +80,8 @@ def upload(folder: Path, repo: str, *, private: bool = False) -> str:
     try:
         api = hub.HfApi()
         api.create_repo(repo, private=private or None, exist_ok=True)
-        is_private = api.repo_info(repo).private
-        if not private or is_private:
+        found = api.repo_info(repo)
+        if not private or found.private:
             names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
             others = set(api.list_repo_files(repo)) - {*names, ".gitattributes"}
             stale = sorted(name for name in others if _is_loaded(name))
@@ -87,7 +90,9 @@ def upload(folder: Path, repo: str, *, private: bool = False) -> str:
                 logger.info(f"{repo} has further files; deleted: {', '.join(stale) or 'none'}; kept: {kept}")
             operations = [hub.CommitOperationAdd(name, folder / name) for name in names]
             operations += [hub.CommitOperationDelete(name) for name in stale]
-            return str(api.create_commit(repo, operations, commit_message="Upload the model").commit_url)
+            message = "Upload the model"
+            commit = api.create_commit(repo, operations, commit_message=message, parent_commit=found.sha)
+            return str(commit.commit_url)
     except Exception as error:  # those of the HTTP client too, which differ between versions of huggingface_hub
         status, hint = _status(error), f"when the problem is solved: {upload_command(folder, repo, private=private)}"
         # without an answer, the last request may have been carried out
@@ -108,7 +113,8 @@ def upload(folder: Path, repo: str, *, private: bool = False) -> str:
 
 def _is_loaded(name: str) -> bool:
     """Whether a file of a repository is one of those that a model is loaded from."""
-    return bool(_WEIGHTS.fullmatch(name)) or name in TOKENIZER_FILES or name.startswith(f"{CHAT_TEMPLATES}/")
+    is_tokenizer = name in TOKENIZER_FILES or name.startswith(f"{CHAT_TEMPLATES}/")
+    return bool(_WEIGHTS.fullmatch(name)) or name in _ALSO_LOADED or is_tokenizer
 
 
 def _huggingface_hub() -> ModuleType:

@@ -1,12 +1,13 @@
 """The model card: the README.md of an exported Hugging Face folder."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from minillm_core.config import dump_config
+from minillm_core.config import DataConfig, RunConfig, dump_config
 from minillm_core.interop.evaluation import Evaluation
 from minillm_core.model.params import count_params
 from minillm_core.training.checkpoints import CheckpointInfo
@@ -59,7 +60,7 @@ def model_card(
     ]
     if info.step:
         tokens = info.step * info.config.train.batch_size * info.config.train.seq_len
-        text = evaluation.data if evaluation and evaluation.is_run_data else info.config.data.corpus
+        text = evaluation.data if evaluation and evaluation.is_run_data else _text_of(info.config.data)
         lines += [
             f"Trained on {tokens:,} tokens of `{text}`.",
             "",
@@ -77,9 +78,30 @@ def model_card(
     place = repo or "."
     lines += ["```python", "from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
     lines += [f"{name} = {auto}.from_pretrained('{place}')" for name, auto in LOADERS.items()]
-    lines += ["```", "", "## Configuration", "", "```yaml", dump_config(info.config).rstrip(), "```", ""]
+    lines += ["```", "", "## Configuration", "", "```yaml", dump_config(without_paths(info.config)).rstrip(), "```", ""]
     lines += ["## Data (SHA-256)", "", *(f"- {name}: `{value}`" for name, value in info.data_hashes.items()), ""]
     return "\n".join(lines)
+
+
+def _text_of(data: DataConfig) -> str:
+    """What a run was trained on, in words that name no folder of this machine."""
+    return ", ".join(sorted(data.mixture)) if data.mixture is not None else _last_part(data.corpus)
+
+
+def _last_part(path: str) -> str:
+    return Path(path).name.encode(errors="replace").decode() or "text"
+
+
+def without_paths(config: RunConfig) -> RunConfig:
+    """The configuration with only the last part of each path: a model card is public."""
+    init_from = config.train.init_from
+    data = replace(config.data, corpus=_last_part(config.data.corpus), dir=_last_part(config.data.dir))
+    train = replace(
+        config.train,
+        out_dir=_last_part(config.train.out_dir),
+        init_from=None if init_from is None else _last_part(init_from),
+    )
+    return replace(config, data=data, train=train)
 
 
 def _measures(evaluation: Evaluation) -> list[tuple[str, str, float]]:
@@ -98,7 +120,11 @@ def _model_index(name: str, evaluation: Evaluation) -> list[dict[str, Any]]:
         "name": f"{evaluation.data} (held-out text)" if evaluation.split == "val" else evaluation.data,
         "type": re.sub(r"[^\w.-]+", "-", evaluation.data, flags=re.ASCII).strip("-.") or "text",
         "split": evaluation.split,
-        "args": {"seq_len": evaluation.seq_len, "n_tokens": evaluation.n_targets},
+        "args": {
+            "seq_len": evaluation.seq_len,
+            "n_tokens": evaluation.n_targets,
+            "document_mask": evaluation.document_mask,
+        },
     }
     measures = [{"type": key, "name": name, "value": value} for key, name, value in _measures(evaluation)]
     task = {"type": "text-generation", "name": "language modelling"}
@@ -107,11 +133,12 @@ def _model_index(name: str, evaluation: Evaluation) -> list[dict[str, Any]]:
 
 def _evaluation_table(evaluation: Evaluation, dtype: str) -> list[str]:
     rounded = "" if dtype in ("float32", "float64") else f" It used the weights before they were rounded to {dtype}."
+    first = "of each document" if evaluation.document_mask else "of each folder" if evaluation.loss.parts else "one"
     return [
         "## Evaluation",
         "",
-        f"Every token of `{evaluation.data}`, split `{evaluation.split}`, except the first is predicted once, in "
-        f"windows that start without context. The computation is in {evaluation.dtype}.{rounded}",
+        f"Every token of `{evaluation.data}`, split `{evaluation.split}`, except the first {first} is predicted once, "
+        f"in windows that start without context. The computation is in {evaluation.dtype}.{rounded}",
         "",
         "| measure | value |",
         "|---|---|",

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minillm_core.errors import InputError
-from minillm_core.files import user_path
+from minillm_core.files import require_writable, user_path
 from minillm_core.interop import hub
 from minillm_core.interop.conversion import EXPORT_DTYPES
 from minillm_core.interop.evaluation import Evaluation, evaluate_checkpoint
@@ -73,12 +73,13 @@ def publish(
     checkpoint = find_checkpoint(run, backend)
     target = checkpoint.parent.parent.parent / f"published-{backend}" if folder is None else user_path(folder)
     _refuse_existing(target, repo, private)
+    require_writable(target)
     if repo is not None:
         hub.check_access()
     verify_checkpoint(checkpoint)
     framework = load_backend(backend)
     found = None
-    if evaluate and data_dir is None and "train" not in read_info(checkpoint).data_hashes:
+    if evaluate and data_dir is None and not read_info(checkpoint).has_data:
         logger.warning("the model was imported, so it has no held-out text: the model card has no evaluation")
     elif evaluate:
         compute = "float64" if dtype == "float64" else "float32"

@@ -17,9 +17,13 @@ BOX_W, BOX_H = 200, 40
 LEFT, RIGHT = 200, 700
 """The centres of the columns of q and v, of gate and up."""
 
+DIAGRAM_BEGINS = "<!-- architecture of a Mini-LLM configuration -->\n"
+"""The first characters of every diagram."""
+
 STYLE = """
 text { font: 12px system-ui, sans-serif; fill: #1d2430; text-anchor: middle }
-.name { font-weight: 600 } .small { font-size: 11px; fill: #495057 } .title { font-size: 15px; font-weight: 600 }
+.name { font-weight: 600 } .small { font-size: 11px; fill: #495057 } .tiny { font-size: 9.5px }
+.title { font-size: 15px; font-weight: 600 }
 .shape { font: 11px ui-monospace, monospace; fill: #1c4f9c; text-anchor: start }
 .weights { fill: #e7f0fe; stroke: #3b5bdb } .plain { fill: #f8f9fa; stroke: #868e96 }
 .frame { fill: none; stroke: #adb5bd; stroke-dasharray: 5 4 } .edge { fill: none; stroke: #495057; stroke-width: 1.2 }
@@ -59,7 +63,7 @@ class _Drawing:
         self.items.append(f'<rect {corner} class="{"weights" if weight else "plain"}"/>')
         self.text(x, y - 4 if does else y + 4, name, "name")
         if does:
-            self.text(x, y + 12, does, "small")
+            self.text(x, y + 12, does, "small" if len(does) < 32 else "small tiny")
 
     def edge(self, points: Sequence[tuple[float, float]], tensor: str = "", *, at: float | None = None) -> None:
         """An arrow through points, with the name and the shape of its tensor beside its last part, or at a height."""
@@ -83,6 +87,7 @@ def diagram(config: RunConfig) -> str:
     y: float = 24
     d.text(MIDDLE, y, f"{count_params(model):,} parameters", "title")
     sizes = {"B": "rows", "T": "tokens", "D": "width", "F": "hidden", "N": "heads", "K": "KV heads", "H": "head dim"}
+    sizes["V"] = "tokens in the vocabulary"
     d.text(MIDDLE, y + 20, " · ".join(f"{k} = {d.sizes[k]:,} {word}" for k, word in sizes.items()), "small")
     y += 72
     d.box(MIDDLE, y, "Embedding", weight="embed_tokens")
@@ -90,7 +95,7 @@ def diagram(config: RunConfig) -> str:
     top = y + half + 14
     split = top + 18
     y = split + gap + half
-    d.edge([(MIDDLE, y - gap - 2 * half + 2), (MIDDLE, y - half)], "x_BTD")
+    d.edge([(MIDDLE, top - 14), (MIDDLE, y - half)], "x_BTD", at=split + gap / 2)
     d.box(MIDDLE, y, "RMSNorm", weight="input_layernorm")
     fork = y + half + 14
     d.edge([(MIDDLE, y + half), (MIDDLE, fork), (MIDDLE, fork + gap)], "x_BTD")
@@ -108,7 +113,7 @@ def diagram(config: RunConfig) -> str:
     d.edge([(MIDDLE, below + half), (MIDDLE, attention - half)], "k_BTKH")
     d.edge([(RIGHT, y + half), (RIGHT, attention), (MIDDLE + BOX_W / 2, attention)], "v_BTKH", at=y + half + 17)
     window = "" if model.sliding_window is None else f", window {model.sliding_window:,}"
-    d.box(MIDDLE, attention, "Attention", f"softmax(q kᵀ / √{d.sizes['H']} + mask) v{window}")
+    d.box(MIDDLE, attention, f"Attention{window}", f"softmax(q kᵀ / √{d.sizes['H']} + mask) v")
     y = attention + half + gap + half
     d.edge([(MIDDLE, attention + half), (MIDDLE, y - half)], "out_BTNH")
     d.box(MIDDLE, y, "o_proj", weight="o_proj")
@@ -134,7 +139,7 @@ def diagram(config: RunConfig) -> str:
     y = _residual(d, y, split)
     bottom = y + 22
     d.items.append(f'<rect x="14" y="{top:g}" width="{WIDTH - 28}" height="{bottom - top:g}" rx="8" class="frame"/>')
-    d.text(WIDTH - 90, bottom - 12, f"{model.n_layers} such blocks", "name")
+    d.text(WIDTH - 90, bottom - 12, f"{model.n_layers:,} such block{'s' if model.n_layers > 1 else ''}", "name")
     y += 26 + gap + half
     d.edge([(MIDDLE, y - half - gap - 16), (MIDDLE, y - half)], "x_BTD")
     d.box(MIDDLE, y, "RMSNorm", weight="model.norm")
@@ -147,7 +152,8 @@ def diagram(config: RunConfig) -> str:
     d.edge([(MIDDLE, y + half), (MIDDLE, y + half + gap)], "logits_BTV")
     height = math.ceil(y + half + gap + 12)
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}">\n'
+        f'{DIAGRAM_BEGINS}<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" '
+        f'width="{WIDTH}" height="{height}">\n'
         f"<style>{STYLE}</style>\n"
         '<defs><marker id="head" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" orient="auto">'
         '<path d="M0,0 L8,4 L0,8 z" fill="#495057"/></marker></defs>\n'

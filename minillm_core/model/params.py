@@ -82,6 +82,11 @@ def forward_flops(config: ModelConfig, batch: int, seq_len: int) -> int:
     return 2 * batch * seq_len * (matrices + attention)
 
 
+def training_flops_per_token(config: ModelConfig, seq_len: int) -> float:
+    """Floating-point operations of training one token, forward and backward: 3 times those of a forward pass."""
+    return 3 * forward_flops(config, 1, seq_len) / seq_len
+
+
 def init_param(spec: ParamSpec, seed: int, start: int = 0, stop: int | None = None) -> np.ndarray:
     """Initial values of rows start:stop of one parameter, float32.
 

@@ -56,6 +56,11 @@ class CheckpointInfo:
     data_hashes: dict[str, str]
     converted_from: str | None = None
 
+    @property
+    def has_data(self) -> bool:
+        """Whether it was trained here. An imported model has hashes of its tokenizer and its weights only."""
+        return any(name.partition(" of ")[0] == "train" for name in self.data_hashes)
+
 
 @dataclass(frozen=True)
 class TrainingState:

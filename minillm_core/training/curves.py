@@ -1,19 +1,23 @@
 """The curves of a run: its logged metrics against steps, tokens, operations or time."""
 
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
-from minillm_core.config import RUN_RECORD, RunConfig, load_config
+from minillm_core.config import RUN_RECORD, RunConfig, read_config
 from minillm_core.errors import InputError
 from minillm_core.files import real_path
-from minillm_core.model.params import forward_flops
+from minillm_core.model.params import training_flops_per_token
 from minillm_core.training.checkpoints import FRAMEWORKS
 from minillm_core.training.metrics import METRICS, Row, read_metrics
 from minillm_core.training.run_directory import CONFIG
+
+logger = logging.getLogger(__name__)
 
 Axis = Literal["step", "tokens", "flops", "time"]
 
@@ -25,7 +29,10 @@ FIELD_LABELS = {
     "tokens_per_second": "tokens per second",
     "bits_per_byte": "bits per byte",
 }
-NO_FIELDS = ("step", "split")
+LARGEST_VALUE = 1e100
+"""Axes cannot show numbers near the limits of float64."""
+ROW_KEYS = ("step", "split")
+"""What a row is about, in contrast to its metrics."""
 
 
 @dataclass(frozen=True)
@@ -37,26 +44,27 @@ class RunCurves:
     rows: list[Row]
     config: RunConfig | None
     """None if the log was moved away from its run."""
-    tokenizer: str | None
-    """SHA-256 of the tokenizer; None if it is not known."""
+    hashes: dict[str, str]
+    """SHA-256 of the tokenizer and of the tokens of each split; empty if they are not known."""
 
     @property
     def fields(self) -> set[str]:
         """The metrics that the log has."""
-        return {name for row in self.rows for name in row}.difference(NO_FIELDS)
+        return {name for row in self.rows for name in row}.difference(ROW_KEYS)
 
     @property
     def tokens_per_step(self) -> int | None:
         return None if self.config is None else self.config.train.batch_size * self.config.train.seq_len
 
     def points(self, field: str, split: str, axis: Axis) -> list[tuple[float, float]]:
-        """The finite values of a metric, (place on the axis, value).
+        """The values of a metric that can be drawn, (place on the axis, value): NaN and numbers above LARGEST_VALUE are
+        left out.
 
         Raises:
             InputError: the axis needs a configuration or speeds that are missing.
         """
-        rows = [row for row in self.rows if row["split"] == split and row.get(field) is not None]
-        return [(self._place(row["step"], axis), float(row[field])) for row in rows]
+        rows = [row for row in self.rows if row["split"] == split and isinstance(row.get(field), int | float)]
+        return [(self._place(row["step"], axis), row[field]) for row in rows if abs(row[field]) < LARGEST_VALUE]
 
     def _place(self, step: int, axis: Axis) -> float:
         if axis == "step":
@@ -68,13 +76,14 @@ class RunCurves:
         if axis == "tokens":
             return step * self.tokens_per_step
         if axis == "flops":
-            T = self.config.train.seq_len
-            return step * self.tokens_per_step * 3 * forward_flops(self.config.model, 1, T) / T
+            return step * self.tokens_per_step * training_flops_per_token(self.config.model, self.config.train.seq_len)
         return self._hours[step]
 
     @cached_property
     def _hours(self) -> dict[int, float]:
-        """Hours of training at each logged step, without evaluations and checkpoints, from the logged speeds."""
+        """Hours of training at each logged step, without evaluations and checkpoints, from the logged speeds. (A
+        held-out loss is logged with a train row of its step. After a resume between two rows, the speed of the first
+        one stands for all its steps.)"""
         hours, last, found = 0.0, 0, {}
         for row in self.rows:
             if row["split"] == "train":
@@ -124,25 +133,35 @@ def read_curves(folder: Path) -> RunCurves:
     rows = read_metrics(path)
     if not rows:
         raise InputError("the log is empty", expected="one JSON object on each line", where=path)
-    config = load_config(str(run / CONFIG)) if (run / CONFIG).is_file() else None
-    return RunCurves(folder, rows, config, _tokenizer_of(run / RUN_RECORD))
+    for split in {row["split"] for row in rows}:
+        steps = [row["step"] for row in rows if row["split"] == split]
+        if any(later <= step for step, later in pairwise(steps)):
+            logger.warning(f"{path}: the steps of {split} do not ascend: the curve goes back")
+    config = read_config(run / CONFIG) if (run / CONFIG).is_file() else None
+    return RunCurves(folder, rows, config, _hashes_of(run / RUN_RECORD))
 
 
-def _tokenizer_of(record: Path) -> str | None:
+def _hashes_of(record: Path) -> dict[str, str]:
     try:
-        return str(json.loads(record.read_text(encoding="utf-8"))["data_hashes"]["tokenizer"])
+        return dict(json.loads(record.read_text(encoding="utf-8"))["data_hashes"])
     except (OSError, ValueError, KeyError, TypeError):
-        return None
+        return {}
 
 
 def why_not_comparable(runs: Sequence[RunCurves], fields: Sequence[str], axis: Axis) -> list[str]:
     """What makes the curves of several runs hard to compare, in sentences for the user."""
     reasons = []
-    tokenizers = {run.tokenizer for run in runs if run.tokenizer is not None}
-    if len(tokenizers) > 1 and any(field in ("loss", "perplexity") for field in fields):
-        reasons.append(
-            "the runs have different tokenizers, so losses per token cannot be compared; `--y bits_per_byte` can"
-        )
+    known = [run.hashes for run in runs if run.hashes]
+    per_token = any(field in ("loss", "perplexity") or field.startswith("loss_") for field in fields)
+    if per_token and len({hashes.get("tokenizer") for hashes in known}) > 1:
+        reasons.append("the runs have different tokenizers: losses per token cannot be compared, bits per byte can")
+    held_out = [{name: value for name, value in hashes.items() if name.startswith("val")} for hashes in known]
+    lengths = {run.config.train.seq_len for run in runs if run.config is not None}
+    if per_token or "bits_per_byte" in fields:
+        if any(hashes != held_out[0] for hashes in held_out) and len({h.get("tokenizer") for h in known}) == 1:
+            reasons.append("the runs have different held-out texts: their held-out losses cannot be compared")
+        if len(lengths) > 1:
+            reasons.append(f"the runs have windows of different lengths (seq_len {sorted(lengths)}): longer ones help")
     per_step = {str(run.folder): run.tokens_per_step for run in runs if run.tokens_per_step is not None}
     if axis == "step" and len({*per_step.values()}) > 1:
         sizes = ", ".join(f"{name}: {n:,}" for name, n in per_step.items())

@@ -12,6 +12,9 @@ from minillm_core.files import named_if_it_fails, replace_file
 
 METRICS = "metrics.jsonl"
 
+LARGEST_STEP = 1 << 53
+"""Above it, a float64 cannot count."""
+
 logger = logging.getLogger(__name__)
 
 Row = dict[str, Any]
@@ -70,7 +73,9 @@ def read_metrics(path: Path, last_step: float = math.inf) -> list[Row]:
             row = json.loads(line)
             loss = None if row["loss"] is None else float(row["loss"])
             row = row | {"step": int(row["step"]), "split": str(row["split"]), "loss": loss}
-        except (ValueError, KeyError, TypeError):
+            if not 0 <= row["step"] < LARGEST_STEP:
+                raise ValueError("not a step")
+        except (ValueError, KeyError, TypeError, OverflowError):
             bad = bad or (number, line[:80])
             continue
         if row["step"] <= last_step:

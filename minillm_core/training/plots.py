@@ -1,9 +1,13 @@
 """Loss plots."""
 
 import io
+import os
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from minillm_core.errors import InputError
 from minillm_core.files import replace_file
@@ -71,44 +75,65 @@ def plot_curves(runs: Sequence[RunCurves], fields: Sequence[str], axis: Axis, pi
         InputError: no run has a finite value of a metric; every metric that the runs have is named.
     """
     known = set().union(*(run.fields for run in runs))
+    if not fields:
+        raise InputError("no metric to draw", expected=f"one or more of {', '.join(sorted(known))}", found="none")
     for field in fields:
         if not any(run.points(field, split, axis) for run in runs for split in SPLITS):
             expected = f"one of {', '.join(sorted(known))}"
-            problem = "no finite value of this metric" if field in known else "unknown metric"
+            problem = "no value of this metric can be drawn" if field in known else "the runs have no such metric"
             raise InputError(problem, expected=expected, found=field, where=", ".join(str(run.folder) for run in runs))
 
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
+    few = len(runs) <= 10
+    colors = [f"C{i}" for i in range(10)] if few else [*colormaps["turbo"](np.linspace(0, 1, len(runs)))]
     n_columns = min(2, len(fields))
     n_rows = -(-len(fields) // n_columns)
-    figure = Figure(figsize=(1.5 + 5 * n_columns, 0.6 + 3.2 * n_rows), layout="constrained")
+    height = 0.6 + 3.2 * n_rows + 0.2 * len(runs)
+    figure = Figure(figsize=(1.5 + 5 * n_columns, height), layout="constrained")
     panels = figure.subplots(n_rows, n_columns, squeeze=False).flat
+    drawn: dict[str, Any] = {}
     for field, axes in zip(fields, panels, strict=False):
-        for number, run in enumerate(runs):
-            curves = {split: points for split in SPLITS if (points := run.points(field, split, axis))}
-            for split, points in curves.items():
-                label = f"{run.folder}, {split}" if len(curves) > 1 else str(run.folder)
-                label = label.encode(errors="replace").decode()  # the name of a folder need not be valid UTF-8
-                style = {"color": f"C{number}", "markersize": 3, "linewidth": 1, "label": label}
-                axes.plot(*zip(*points, strict=True), SPLITS[split], **style)
+        for name, run, color in zip(_names(runs), runs, colors, strict=False):
+            for split, line in SPLITS.items():
+                if points := run.points(field, split, axis):
+                    (curve,) = axes.plot(*zip(*points, strict=True), line, color=color, markersize=3, linewidth=1)
+                    drawn.setdefault(f"{name}, {split}", curve)
         axes.set(xlabel=AXIS_LABELS[axis], ylabel=FIELD_LABELS.get(field, field))
+        axes.grid(alpha=0.3)
     for axes in [*panels]:
         axes.remove()
-    _save(figure, picture)
+    figure.legend(drawn.values(), drawn, loc="outside lower left", ncols=2, fontsize="small")
+    _write(figure, picture)
+
+
+def _names(runs: Sequence[RunCurves]) -> list[str]:
+    """The folders of runs without what they have in common, as text that matplotlib shows as it is."""
+    parents = {run.folder.parent for run in runs}
+    common = Path(os.path.commonpath(parents)) if len(parents) > 1 else Path()
+    names = (run.folder.relative_to(common) for run in runs)
+    return [str(name).encode(errors="replace").decode().replace("$", r"\$") for name in names]
 
 
 def _save(figure: Any, picture: Path) -> None:
+    for axes in figure.axes:
+        axes.grid(alpha=0.3)
+        axes.legend()
+    _write(figure, picture)
+
+
+def _write(figure: Any, picture: Path) -> None:
     from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.backends.backend_svg import FigureCanvasSVG
 
-    for axes in figure.axes:
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize="small")
     content = io.BytesIO()
-    if picture.suffix == ".svg":
-        with rc_context({"svg.fonttype": "none", "svg.hashsalt": "minillm"}):  # the same curves give the same file
-            FigureCanvasSVG(figure).print_svg(content, metadata={"Date": None})
-    else:
-        FigureCanvasAgg(figure).print_png(content)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # the font lacks a letter of a run's name
+        if picture.suffix.lower() == ".svg":
+            with rc_context({"svg.fonttype": "none", "svg.hashsalt": "minillm"}):  # the same curves give the same file
+                FigureCanvasSVG(figure).print_svg(content, metadata={"Date": None})
+        else:
+            FigureCanvasAgg(figure).print_png(content)
     replace_file(picture, content.getvalue())

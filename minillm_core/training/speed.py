@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from minillm_core.config import RunConfig
-from minillm_core.model.params import forward_flops
+from minillm_core.model.params import training_flops_per_token
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ class Speed:
     def __init__(self, config: RunConfig, device: str, start: int):
         c = config.train
         self.steps, self.tokens_per_step = c.steps, c.batch_size * c.seq_len
-        self.flops_per_token = 3 * forward_flops(config.model, 1, c.seq_len) / c.seq_len
+        self.flops_per_token = training_flops_per_token(config.model, c.seq_len)
         self.peak = peak_flops(device, c.compute_dtype)
         self.last_step, self.last_time = start, time.perf_counter()
         self.ticks = 0
