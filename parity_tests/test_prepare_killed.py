@@ -56,15 +56,17 @@ def write_speeches(path: Path) -> None:
 
 def test_random_kills(tokenizer: Tokenizer, tmp_path: Path) -> None:
     write_speeches(tmp_path / "in.jsonl")
+    began = time.monotonic()
     undisturbed = start(tmp_path, tokenizer, "whole", 2)
     assert undisturbed.wait() == 0
+    took = time.monotonic() - began
     expected = files_of(tmp_path / "whole")
     rng, kills, finished, partly = random.Random(0), 0, 0, 0
     while kills < KILLS:
         out = f"out{finished}"
         process = start(tmp_path, tokenizer, out, 1 + finished % 4)
         try:
-            assert process.wait(timeout=rng.uniform(0.5, 1.7)) == 0, (tmp_path / "log").read_text()
+            assert process.wait(timeout=rng.uniform(0.3, 1) * took) == 0, (tmp_path / "log").read_text()
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
