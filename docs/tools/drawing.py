@@ -13,7 +13,13 @@ from minillm_core.config import load_config
 from minillm_core.model.diagram import diagram
 
 FOLDER = Path(__file__).parents[1] / "learn" / "images"
-STYLE = {"svg.hashsalt": "learn", "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9}
+STYLE = {
+    "path.simplify": False,
+    "svg.hashsalt": "learn",
+    "svg.fonttype": "none",
+    "font.family": "sans-serif",
+    "font.size": 9,
+}
 BLUE, RED, GREY, GREEN = "#3b5bdb", "#c92a2a", "#868e96", "#2b8a3e"
 MINI = load_config("mini-llm-50m").model
 

@@ -136,11 +136,13 @@ def sampling(canvas: Figure) -> None:
 
     by_rank, cdf = canvas.subplots(1, 2)
     logits_V = 2 * np.sort(np.random.default_rng(0).standard_normal(32_000).astype(np.float32))[::-1]
-    ranks = np.arange(1, len(logits_V) + 1)
+    ranks = np.unique(np.geomspace(1, len(logits_V), 300).astype(int))
     for temperature, color in ((0.5, GREEN), (1.0, BLUE), (2.0, RED)):
         probs_V = probabilities(logits_V, temperature=temperature, top_p=1.0)
         n_kept = int((probabilities(logits_V, temperature=temperature, top_p=0.9) > 0).sum())
-        by_rank.plot(ranks, np.cumsum(probs_V), color=color, label=f"{temperature:g}: {n_kept:,} tokens have 90 %")
+        by_rank.plot(
+            ranks, np.cumsum(probs_V)[ranks - 1], color=color, label=f"{temperature:g}: {n_kept:,} tokens have 90 %"
+        )
     by_rank.axhline(0.9, color=GREY, linestyle=":")
     by_rank.set(xscale="log", ylim=(0, 1.6), yticks=np.linspace(0, 1, 6))
     finish(by_rank, xlabel="the n most likely tokens", ylabel="their probability", title="temperature")

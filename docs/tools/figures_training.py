@@ -76,8 +76,8 @@ def ones() -> Params:
 def learning_rates(canvas: Figure) -> None:
     """Left: the schedule of mini-llm-50m. Right: the first updates of a short one, and two off by one."""
     whole, start = canvas.subplots(1, 2)
-    steps = np.arange(RUN.train.steps)
-    whole.plot(steps, [1e4 * learning_rate(RUN.optim, n, RUN.train.steps) for n in steps], color=BLUE)
+    steps = np.arange(0, RUN.train.steps, 20)
+    whole.plot(steps, [1e4 * learning_rate(RUN.optim, int(n), RUN.train.steps) for n in steps], color=BLUE)
     whole.axvline(RUN.optim.warmup_steps, color=GREY, linewidth=0.8)
     whole.text(RUN.optim.warmup_steps + 150, 0.3, "end of warm-up", fontsize=8, color=GREY)
     whole.set(ylim=(0, 6.6))
