@@ -286,7 +286,7 @@ def small_disk(folder: Path, kilobytes: int) -> list[str]:
     prefix = ["unshare", "--map-root-user", "--mount", "sh", "-c"]
     mount = f"mount -t tmpfs -o size={kilobytes}k tmpfs {folder}"
     if not shutil.which("unshare") or subprocess.run([*prefix, mount], capture_output=True, check=False).returncode:
-        pytest.skip("this system does not let an unprivileged process mount a tmpfs")
+        pytest.skip("a full disk is not tested here: this system does not let a process mount a small one (a tmpfs)")
     return [*prefix, f'{mount} && cd {folder} && "$0" "$@"']
 
 

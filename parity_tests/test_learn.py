@@ -2,7 +2,6 @@
 
 import re
 import sys
-import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -76,7 +75,7 @@ def test_source_is_included(page: str) -> None:
     assert not re.findall(hooks.LINK, text), "a line with such a link has nothing else"
     for path, name in links:
         assert (ROOT / path).is_file()
-        assert hooks.source_of(path, name) in textwrap.dedent(text)
+        assert hooks.source_of(path, name) in text
 
 
 def test_source_of_a_missing_name() -> None:

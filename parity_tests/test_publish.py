@@ -164,6 +164,8 @@ def test_bad_input(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     fails("not the name of a repository.*OWNER/NAME", "publish", *mine, "--repo", "name", cwd=tmp_path)
     fails("private repository without a name", "publish", *mine, "--private", cwd=tmp_path)
     fails("no token.*hf auth login.*HF_TOKEN", "publish", *mine, "--repo", "a/b", cwd=tmp_path)
+    said = fails("cannot be written.*found: a file", "publish", str(run), "full/config.json/x", cwd=tmp_path)
+    assert "evaluating" not in said
     message = "cannot be evaluated: not a folder of prepared data.*--no-evaluate"
     fails(message, "publish", *mine, "--data-dir", "none", cwd=tmp_path)
     fails("cannot be evaluated: seq_len is out of range", "publish", *mine, "--seq-len", "9999", cwd=tmp_path)
