@@ -283,6 +283,10 @@ class TrainConfig:
             expected = f"one of {', '.join(options)}"
             require(value in options, f"train.{field} is unknown", expected=expected, found=repr(value))
 
+    @property
+    def tokens_per_step(self) -> int:
+        return self.batch_size * self.seq_len
+
 
 @dataclass(frozen=True)
 class RunConfig:

@@ -51,6 +51,11 @@ def require_writable(path: Path) -> None:
         raise InputError("the output cannot be written", expected="a folder", found=found, where=place)
 
 
+def as_text(name: str) -> str:
+    """The name of a file or folder with a question mark for each byte that is not UTF-8, for files that must be."""
+    return name.encode(errors="replace").decode()
+
+
 def real_path(path: Path) -> Path:
     """The absolute path without symbolic links. (Path.resolve raises RuntimeError for a link to itself.)"""
     return Path(os.path.realpath(path))

@@ -185,7 +185,7 @@ def training_rates(config: BenchmarkConfig) -> list[str]:
                 started = time.perf_counter()
             state, metrics = step(state, batch, learning_rate(config.optim, n, c.steps))
         losses.append(float(metrics["loss"]))
-        speeds.append(config.steps * c.batch_size * c.seq_len / (time.perf_counter() - started))
+        speeds.append(config.steps * c.tokens_per_step / (time.perf_counter() - started))
         saves.append(saving_times(backend, config, state, data))
         del state
         free_memory()

@@ -9,6 +9,7 @@ from minillm_core.data.prepared import PreparedData
 from minillm_core.data.run_data import open_data
 from minillm_core.data.split_loss import SplitLoss
 from minillm_core.decoding.scoring import score_split
+from minillm_core.files import as_text
 from minillm_core.text.tokenizer_json import load_tokenizer
 from minillm_core.training import metrics
 from minillm_core.training.backend import Backend
@@ -96,4 +97,4 @@ def evaluate_checkpoint(
 def _name(data: PreparedData) -> str:
     """The name of the corpus or of the folder. A model card is public, so it leaves out the rest of the path."""
     place = data.index.get("corpus") or data.dir
-    return Path(place).absolute().name.encode(errors="replace").decode()
+    return as_text(Path(place).absolute().name)

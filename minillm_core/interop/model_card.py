@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from minillm_core.config import DataConfig, RunConfig, dump_config
+from minillm_core.files import as_text
 from minillm_core.interop.evaluation import Evaluation
 from minillm_core.model.params import count_params
 from minillm_core.training.checkpoints import CheckpointInfo
@@ -20,8 +21,8 @@ LOADERS = {"model": "AutoModelForCausalLM", "tokenizer": "AutoTokenizer"}
 
 
 def model_name(info: CheckpointInfo) -> str:
-    """The name of the run's folder, as text: a folder's name need not be valid UTF-8."""
-    return run_name(info.config.train.out_dir).encode(errors="replace").decode()
+    """The name of the run's folder."""
+    return as_text(run_name(info.config.train.out_dir))
 
 
 def model_card(
@@ -59,7 +60,7 @@ def model_card(
         "",
     ]
     if info.step:
-        tokens = info.step * info.config.train.batch_size * info.config.train.seq_len
+        tokens = info.step * info.config.train.tokens_per_step
         text = evaluation.data if evaluation and evaluation.is_run_data else _text_of(info.config.data)
         lines += [
             f"Trained on {tokens:,} tokens of `{text}`.",
@@ -89,7 +90,7 @@ def _text_of(data: DataConfig) -> str:
 
 
 def _last_part(path: str) -> str:
-    return Path(path).name.encode(errors="replace").decode() or "text"
+    return as_text(Path(path).name) or "text"
 
 
 def without_paths(config: RunConfig) -> RunConfig:

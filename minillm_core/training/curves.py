@@ -1,6 +1,5 @@
 """The curves of a run: its logged metrics against steps, tokens, operations or time."""
 
-import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,13 +8,13 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
-from minillm_core.config import RUN_RECORD, RunConfig, read_config
+from minillm_core.config import RUN_RECORD, RunConfig
 from minillm_core.errors import InputError
 from minillm_core.files import real_path
 from minillm_core.model.params import training_flops_per_token
 from minillm_core.training.checkpoints import FRAMEWORKS
 from minillm_core.training.metrics import METRICS, Row, read_metrics
-from minillm_core.training.run_directory import CONFIG
+from minillm_core.training.run_directory import known_hashes, saved_config
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +53,7 @@ class RunCurves:
 
     @property
     def tokens_per_step(self) -> int | None:
-        return None if self.config is None else self.config.train.batch_size * self.config.train.seq_len
+        return None if self.config is None else self.config.train.tokens_per_step
 
     def points(self, field: str, split: str, axis: Axis) -> list[tuple[float, float]]:
         """The values of a metric that can be drawn, (place on the axis, value): NaN and numbers above LARGEST_VALUE are
@@ -124,7 +123,7 @@ def read_curves(folder: Path) -> RunCurves:
     """The curves of one framework folder.
 
     Raises:
-        InputError: it has no log, or a damaged one.
+        InputError: it has no log, or a damaged one; or config.yaml or run.json of the run is damaged.
     """
     path, run = folder / METRICS, real_path(folder).parent
     if not path.is_file():
@@ -137,15 +136,7 @@ def read_curves(folder: Path) -> RunCurves:
         steps = [row["step"] for row in rows if row["split"] == split]
         if any(later <= step for step, later in pairwise(steps)):
             logger.warning(f"{path}: the steps of {split} do not ascend: the curve goes back")
-    config = read_config(run / CONFIG) if (run / CONFIG).is_file() else None
-    return RunCurves(folder, rows, config, _hashes_of(run / RUN_RECORD))
-
-
-def _hashes_of(record: Path) -> dict[str, str]:
-    try:
-        return dict(json.loads(record.read_text(encoding="utf-8"))["data_hashes"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
+    return RunCurves(folder, rows, saved_config(run), known_hashes(run / RUN_RECORD) or {})
 
 
 def why_not_comparable(runs: Sequence[RunCurves], fields: Sequence[str], axis: Axis) -> list[str]:

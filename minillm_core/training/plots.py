@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from minillm_core.errors import InputError
-from minillm_core.files import replace_file
+from minillm_core.files import as_text, replace_file
 from minillm_core.training.curves import AXIS_LABELS, FIELD_LABELS, Axis, RunCurves
 from minillm_core.training.metrics import Row, losses_by_step
 
@@ -113,7 +113,7 @@ def _names(runs: Sequence[RunCurves]) -> list[str]:
     parents = {run.folder.parent for run in runs}
     common = Path(os.path.commonpath(parents)) if len(parents) > 1 else Path()
     names = (run.folder.relative_to(common) for run in runs)
-    return [str(name).encode(errors="replace").decode().replace("$", r"\$") for name in names]
+    return [as_text(str(name)).replace("$", r"\$") for name in names]
 
 
 def _save(figure: Any, picture: Path) -> None:

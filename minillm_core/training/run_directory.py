@@ -40,7 +40,7 @@ class RunDirectory:
         _require_run_or_nothing(run)
         make_folder(run)
         with lock(run / ".lock"):
-            recorded, known = _known_hashes(run / RUN_RECORD), saved_config(run)
+            recorded, known = known_hashes(run / RUN_RECORD), saved_config(run)
             if recorded is not None:
                 require_same_data(recorded, data_hashes, run)
             if known is not None:
@@ -70,7 +70,7 @@ def find_run(config: RunConfig, auto_dtype: str) -> RunDirectory:
     """
     path = Path(config.train.out_dir)
     _require_run_or_nothing(path)
-    if "weights" in (_known_hashes(path / RUN_RECORD) or {}):
+    if "weights" in (known_hashes(path / RUN_RECORD) or {}):
         hint = f"train a new run (--train.out_dir) that starts from it: --train.init_from {path}"
         raise InputError("the run holds an imported model", where=path, hint=hint)
     known = saved_config(path)
@@ -107,7 +107,7 @@ def saved_config(run: Path) -> RunConfig | None:
     return read_config(run / CONFIG) if (run / CONFIG).exists() else None
 
 
-def _known_hashes(path: Path) -> dict[str, str] | None:
+def known_hashes(path: Path) -> dict[str, str] | None:
     """The data hashes that run.json records; None if there is no such file.
 
     Raises:

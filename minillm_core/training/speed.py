@@ -34,7 +34,7 @@ class Speed:
 
     def __init__(self, config: RunConfig, device: str, start: int):
         c = config.train
-        self.steps, self.tokens_per_step = c.steps, c.batch_size * c.seq_len
+        self.steps, self.tokens_per_step = c.steps, c.tokens_per_step
         self.flops_per_token = training_flops_per_token(config.model, c.seq_len)
         self.peak = peak_flops(device, c.compute_dtype)
         self.last_step, self.last_time = start, time.perf_counter()
