@@ -103,6 +103,23 @@ def take_rows(cache: KVCache, rows_B: jax.Array, capacity: int) -> KVCache:
     return KVCache(layers, cache.length_B[rows_B], segments_BS)
 
 
+def put_row(cache: KVCache, row: int, one: KVCache) -> KVCache:
+    """The cache with one of its rows replaced by the only row of `one`, a cache of the same capacity."""
+    layers = tuple(
+        LayerCache(layer.k_BKSH.at[row].set(new.k_BKSH[0]), layer.v_BKSH.at[row].set(new.v_BKSH[0]))
+        for layer, new in zip(cache.layers, one.layers, strict=True)
+    )
+    segments_BS = cache.segments_BS
+    if segments_BS is not None and one.segments_BS is not None:
+        segments_BS = segments_BS.at[row].set(one.segments_BS[0])
+    return KVCache(layers, cache.length_B.at[row].set(one.length_B[0]), segments_BS)
+
+
+def only_rows(cache: KVCache, active_B: jax.Array) -> KVCache:
+    """The cache with all other rows empty."""
+    return KVCache(cache.layers, jnp.where(active_B, cache.length_B, 0), cache.segments_BS)
+
+
 def check_room(cache: KVCache, tokens_BT: jax.Array, valid_B: jax.Array | None, segments_BT: jax.Array | None) -> None:
     """Raises InputError if the number of rows differs from the cache's, if a row has no room for T more tokens, if
     valid_B is not 0 to T for every row, or if only one of cache and call has segments. Under jit only shapes are known,

@@ -3,7 +3,6 @@
 Shapes: B rows, T prompt tokens, N tokens per block, V vocabulary.
 """
 
-import math
 from typing import Any
 
 import numpy as np
@@ -12,18 +11,15 @@ from torch import Tensor
 
 from minillm_core.data.batches import Batch
 from minillm_core.decoding.generation import BaseGenerator
-from minillm_core.decoding.sampling import SamplingConfig
+from minillm_core.decoding.sampling import Filters
 from minillm_core.text.tokenizer import Tokenizer
-from minillm_torch.kv_cache import KVCache, init_cache, take_rows
+from minillm_torch.kv_cache import KVCache, init_cache, only_rows, put_row, take_rows
 from minillm_torch.loss import make_eval_step, token_losses
 from minillm_torch.model import MiniLLM
 from minillm_torch.precision import at_least_float32
 
 DecodeState = tuple[Tensor, KVCache]
 """Logits (B, V) for the next token, and the cache of all tokens before it."""
-
-Filters = tuple[float, ...]
-"""repetition_penalty, temperature, top_k, top_p, min_p."""
 
 
 class Generator(BaseGenerator):
@@ -49,27 +45,50 @@ class Generator(BaseGenerator):
         rows = torch.from_numpy(rows_B).long()
         return logits_BV[rows.to(self._device)], take_rows(cache, rows, capacity)
 
+    def _put_row(self, state: DecodeState, row: int, one_row: DecodeState) -> DecodeState:
+        return _put_row(state, row, one_row)
+
+    def _next_logits(self, state: DecodeState, row: int) -> np.ndarray:
+        return to_numpy(state[0][row])
+
     def _prefill(self, state: DecodeState, tokens_BT: np.ndarray, valid_B: np.ndarray) -> DecodeState:
         tokens = torch.from_numpy(tokens_BT).long().to(self._device)
         return _prefill(self._model, state, tokens, torch.from_numpy(valid_B).long())
+
+    def _prefill_logits(
+        self, state: DecodeState, tokens_BT: np.ndarray, valid_B: np.ndarray
+    ) -> tuple[np.ndarray, DecodeState]:
+        tokens = torch.from_numpy(tokens_BT).long().to(self._device)
+        logits_BTV, state = _prefill_logits(self._model, state, tokens, torch.from_numpy(valid_B).long())
+        return to_numpy(logits_BTV), state
 
     def _decode(
         self,
         state: DecodeState,
         seen_BV: np.ndarray,
         uniforms_BN: np.ndarray,
+        active_B: np.ndarray,
         n_tokens: int,
-        sampling: SamplingConfig,
+        filters: Filters,
+        *,
+        greedy: bool,
     ) -> tuple[np.ndarray, np.ndarray, DecodeState]:
-        greedy, filters = sampling.temperature == 0, filters_of(sampling, self.config.vocab_size)
         seen, uniforms = (torch.from_numpy(array).to(self._device) for array in (seen_BV, uniforms_BN))
         tokens_BN, logprobs_BN, state = _decode(
-            self._model, self._decoder, greedy, state, seen, uniforms, n_tokens, filters
+            self._model, self._decoder, greedy, state, seen, uniforms, torch.from_numpy(active_B), n_tokens, filters
         )
         return tokens_BN.cpu().numpy(), logprobs_BN.cpu().numpy(), state
 
     def _losses(self, rows: np.ndarray) -> np.ndarray:
         return np.asarray(self._eval_step(Batch.from_rows(rows)))
+
+
+@torch.inference_mode()
+def _put_row(state: DecodeState, row: int, one_row: DecodeState) -> DecodeState:
+    logits_BV, cache = state
+    logits_1V, one = one_row
+    logits_BV[row] = logits_1V[0]
+    return logits_BV, put_row(cache, row, one)
 
 
 @torch.inference_mode()
@@ -82,6 +101,17 @@ def _prefill(model: MiniLLM, state: DecodeState, tokens_BT: Tensor, valid_B: Ten
 
 
 @torch.inference_mode()
+def _prefill_logits(
+    model: MiniLLM, state: DecodeState, tokens_BT: Tensor, valid_B: Tensor
+) -> tuple[Tensor, DecodeState]:
+    logits_BV, cache = state
+    x_BTD, cache_after = model.model(tokens_BT, cache, valid_B)
+    valid, logits_BTV = valid_B.to(tokens_BT.device), model.head(x_BTD)
+    last_B1V = torch.take_along_dim(logits_BTV, (valid - 1).clamp(min=0)[:, None, None], dim=1)
+    return logits_BTV, (torch.where((valid > 0)[:, None], last_B1V[:, 0], logits_BV), cache_after)
+
+
+@torch.inference_mode()
 def _decode(
     model: MiniLLM,
     decoder: Any,
@@ -89,33 +119,26 @@ def _decode(
     state: DecodeState,
     seen_BV: Tensor,
     uniforms_BN: Tensor,
+    active_B: Tensor,
     n_tokens: int,
     filters: Filters,
 ) -> tuple[Tensor, Tensor, DecodeState]:
     """Samples n_tokens tokens, one model step each, without synchronising with the device in between."""
-    logits_BV, cache = state
+    logits_BV, cache = state[0], only_rows(state[1], active_B)
+    valid_B, greedy_B = active_B.long(), torch.from_numpy(filters.greedy_B).to(logits_BV.device)
     tokens: list[Tensor] = []
     logprobs: list[Tensor] = []
     for i in range(n_tokens):
         filtered_BV = filter_logits(logits_BV, seen_BV, filters, greedy=greedy)
-        token_B = largest(filtered_BV) if greedy else draw(filtered_BV, uniforms_BN[:, i])
+        token_B = largest(filtered_BV)
+        if not greedy:
+            token_B = torch.where(greedy_B, token_B, draw(filtered_BV, uniforms_BN[:, i]))
         tokens.append(token_B)
         logprobs.append(-token_losses(logits_BV, token_B))
         seen_BV.scatter_(1, token_B[:, None], True)
-        x_BTD, cache = decoder(token_B[:, None], cache)
-        logits_BV = model.head(x_BTD)[:, 0]
+        x_BTD, cache = decoder(token_B[:, None], cache, valid_B)
+        logits_BV = model.head(x_BTD)[:, 0].contiguous()  # the layout decides in which order sums are added
     return torch.stack(tokens, dim=1), torch.stack(logprobs, dim=1), (logits_BV, cache)
-
-
-def filters_of(sampling: SamplingConfig, vocab_size: int) -> Filters:
-    """The sampling options as the numbers that `filter_logits` takes."""
-    return (
-        float(sampling.repetition_penalty),
-        float(sampling.temperature),
-        min(sampling.top_k, vocab_size),
-        float(sampling.top_p),
-        float(sampling.min_p),
-    )
 
 
 def filter_logits(logits_BV: Tensor, seen_BV: Tensor, filters: Filters, *, greedy: bool) -> Tensor:
@@ -125,23 +148,28 @@ def filter_logits(logits_BV: Tensor, seen_BV: Tensor, filters: Filters, *, greed
         seen_BV: bool; the tokens that repetition_penalty applies to.
         greedy: apply only the penalty; the most likely token passes all other filters anyway.
     """
-    repetition_penalty, temperature, top_k, top_p, min_p = filters
     logits_BV = logits_BV.to(at_least_float32(logits_BV.dtype))
-    if repetition_penalty != 1:
-        penalised_BV = torch.where(logits_BV < 0, logits_BV * repetition_penalty, logits_BV / repetition_penalty)
+    penalty_B1, temperature_B1, top_p_B1, log_min_p_B1 = (
+        torch.from_numpy(x).to(logits_BV)
+        for x in (filters.repetition_penalty_B1, filters.temperature_B1, filters.top_p_B1, filters.log_min_p_B1)
+    )
+    if (filters.repetition_penalty_B1 != 1).any():
+        penalised_BV = torch.where(logits_BV < 0, logits_BV * penalty_B1, logits_BV / penalty_B1)
         logits_BV = torch.where(seen_BV, penalised_BV, logits_BV)
     if greedy:
         return logits_BV
-    logits_BV = (logits_BV - torch.amax(logits_BV, dim=-1, keepdim=True)) / temperature
-    if top_k > 0:
-        logits_BV = _drop(logits_BV, torch.ones_like(logits_BV), top_k)
-    if top_p < 1:
-        logits_BV = _drop(logits_BV, torch.softmax(logits_BV, dim=-1), top_p)
-    return logits_BV.masked_fill(logits_BV < math.log(min_p), -torch.inf) if min_p > 0 else logits_BV
+    logits_BV = (logits_BV - torch.amax(logits_BV, dim=-1, keepdim=True)) / temperature_B1
+    if (filters.top_k_B1 < logits_BV.shape[1]).any():
+        logits_BV = _drop(
+            logits_BV, torch.ones_like(logits_BV), torch.from_numpy(filters.top_k_B1).to(logits_BV.device)
+        )
+    if (filters.top_p_B1 < 1).any():
+        logits_BV = _drop(logits_BV, torch.softmax(logits_BV, dim=-1), top_p_B1)
+    return logits_BV.masked_fill(logits_BV < log_min_p_B1, -torch.inf)
 
 
-def _drop(logits_BV: Tensor, weights_BV: Tensor, limit: float) -> Tensor:
-    """Drops every token for which the weights of all larger logits sum to `limit` or more.
+def _drop(logits_BV: Tensor, weights_BV: Tensor, limit_B1: Tensor) -> Tensor:
+    """Drops every token for which the weights of all larger logits sum to the row's limit or more.
 
     The threshold is found by bisection over all numbers of the dtype, mapped to integers in the same order. The result
     is exact and needs no sorting (for 32,000 logits, XLA:CPU takes 7 ms to sort and 0.5 ms to bisect).
@@ -157,7 +185,7 @@ def _drop(logits_BV: Tensor, weights_BV: Tensor, limit: float) -> Tensor:
     for _ in range(8 * logits_BV.dtype.itemsize):
         middle_B1 = (low_B1 & high_B1) + ((low_B1 ^ high_B1) >> 1)
         above_B1 = torch.sum(weights_BV.masked_fill(ordered_BV <= middle_B1, 0), dim=-1, keepdim=True)
-        kept_B1 = above_B1 < limit
+        kept_B1 = above_B1 < limit_B1
         low_B1, high_B1 = torch.where(kept_B1, low_B1, middle_B1), torch.where(kept_B1, middle_B1, high_B1)
     return logits_BV.masked_fill(ordered_BV <= low_B1, -torch.inf)
 
@@ -179,3 +207,8 @@ def draw(logits_BV: Tensor, uniform_B: Tensor) -> Tensor:
 def largest(x_BV: Tensor) -> Tensor:
     """Index of the first largest value of every row, int64."""
     return torch.argmax(x_BV, dim=-1)
+
+
+def to_numpy(x: Tensor) -> np.ndarray:
+    """A copy on the host, in at least float32."""
+    return x.to(at_least_float32(x.dtype)).cpu().numpy().copy()

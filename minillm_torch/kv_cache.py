@@ -115,6 +115,26 @@ def take_rows(cache: KVCache, rows_B: Tensor, capacity: int) -> KVCache:
     return KVCache(layers, cache.length_B[rows_B], cache.length_B[rows_B], segments_BS)
 
 
+def put_row(cache: KVCache, row: int, one: KVCache) -> KVCache:
+    """The cache with one of its rows replaced, in place, by the only row of `one`, a cache of the same capacity."""
+    for layer, new in zip(cache.layers, one.layers, strict=True):
+        layer.k_BKSH[row] = new.k_BKSH[0]
+        layer.v_BKSH[row] = new.v_BKSH[0]
+    if cache.segments_BS is not None and one.segments_BS is not None:
+        cache.segments_BS[row] = one.segments_BS[0]
+    length_B = cache.length_B.clone()
+    length_B[row] = one.length_B[0]
+    cache.written_B.copy_(length_B)
+    return KVCache(cache.layers, length_B, cache.written_B, cache.segments_BS)
+
+
+def only_rows(cache: KVCache, active_B: Tensor) -> KVCache:
+    """The cache with all other rows empty."""
+    length_B = torch.where(active_B, cache.length_B, 0)
+    cache.written_B.copy_(length_B)
+    return KVCache(cache.layers, length_B, cache.written_B, cache.segments_BS)
+
+
 def writable(cache: KVCache) -> KVCache:
     """The cache itself, or a copy if writing in place would do harm: an earlier call has already continued this cache,
     gradients are recorded, or the cache was made in inference mode and that mode has ended."""

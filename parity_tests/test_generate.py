@@ -17,7 +17,7 @@ import minillm_torch
 from minillm_core.config import ModelConfig
 from minillm_core.decoding import generation
 from minillm_core.decoding.generation import BLOCK, BaseGenerator, Completion, bucket
-from minillm_core.decoding.sampling import SamplingConfig, row_key
+from minillm_core.decoding.sampling import Filters, SamplingConfig, row_key
 from minillm_core.errors import InputError
 from minillm_core.text.tokenizer import Tokenizer
 from minillm_jax import generate as jax_generate
@@ -194,9 +194,9 @@ def test_finished_rows_cost_nothing(framework: str, tokenizer: Tokenizer, monkey
     batches = []
     decode = type(generator)._decode
 
-    def counted(self: Any, state: Any, seen: np.ndarray, noise: np.ndarray, n: int, sampling: Any) -> Any:
-        batches.append(len(noise))
-        return decode(self, state, seen, noise, n, sampling)
+    def counted(self: Any, state: Any, seen: np.ndarray, *arguments: Any, **options: Any) -> Any:
+        batches.append(len(seen))
+        return decode(self, state, seen, *arguments, **options)
 
     monkeypatch.setattr(type(generator), "_decode", counted)
     stopped = tokens_of(generator, prompts, max_new_tokens=64, temperature=0.0, stop=sorted(stops))
@@ -293,8 +293,9 @@ def test_cache_is_donated_and_never_copied(batch: int, tokenizer: Tokenizer) -> 
     arguments = (
         np.zeros((batch, TINY.vocab_size), bool),
         np.zeros((batch, BLOCK), np.float32),
+        np.ones(batch, bool),
         2,
-        jax_generate.filters_of(SamplingConfig(), TINY.vocab_size),
+        Filters.of([SamplingConfig()] * batch, TINY.vocab_size),
     )
     params = generator._one_row if batch == 1 else generator._several_rows
     program = generator._run_decode.lower(False, params, generator._rope, state, *arguments).compile().as_text()
@@ -311,7 +312,7 @@ def test_cache_is_donated_and_never_copied(batch: int, tokenizer: Tokenizer) -> 
                 copies = ("copy(", "concatenate(", "slice(", *(["fusion("] if shape in kernels else []))
                 assert not operation.startswith(copies), line
     old = state[1].layers[0].k_BKSH
-    generator._decode(state, *arguments[:3], SamplingConfig())
+    generator._decode(state, *arguments, greedy=False)
     assert old.is_deleted()
 
 

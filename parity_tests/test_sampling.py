@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from scipy import stats
 from transformers.generation import logits_process as hf
 
-from minillm_core.decoding.sampling import SamplingConfig, row_key, uniforms
+from minillm_core.decoding.sampling import Filters, SamplingConfig, row_key, uniforms
 from minillm_core.errors import InputError
 from minillm_jax import generate as jax_generate
 from minillm_torch import generate as torch_generate
@@ -24,8 +24,7 @@ jax_filter_logits = jax.jit(jax_generate.filter_logits, static_argnames="greedy"
 
 def filtered(logits: np.ndarray, seen: np.ndarray, sampling: SamplingConfig) -> tuple[np.ndarray, np.ndarray]:
     """Both frameworks' filtered logits."""
-    filters = jax_generate.filters_of(sampling, logits.shape[1])
-    assert filters == torch_generate.filters_of(sampling, logits.shape[1])
+    filters = Filters.of([sampling] * len(logits), logits.shape[1])
     ours = jax_filter_logits(jnp.asarray(logits), jnp.asarray(seen), filters, greedy=False)
     theirs = torch_generate.filter_logits(torch.from_numpy(logits), torch.from_numpy(seen), filters, greedy=False)
     return to_numpy(ours), to_numpy(theirs)

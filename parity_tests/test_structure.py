@@ -101,7 +101,8 @@ ONE_SIDED = {
     | {"target_device", "compiling_for"},  # JAX also compiles for a device that is not there
     # the jitted functions before they are compiled, for minillm_jax/compiled
     "train.py": {"jit_train_step"},
-    "generate.py": {"jit_prefill", "jit_decode", "new_state"},
+    "generate.py": {"jit_prefill", "jit_prefill_logits", "jit_decode", "new_state"}
+    | {"to_numpy"},  # numpy reads jax arrays
     "kv_cache.py": {"writable"},  # torch writes in place
     "weights.py": {"model_structure", "merge_model", "split_model"},  # torch modules hold their own structure
 }

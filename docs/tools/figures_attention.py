@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from minillm_core.config import ModelConfig, load_config
-from minillm_core.decoding.sampling import SamplingConfig
+from minillm_core.decoding.sampling import Filters, SamplingConfig
 from minillm_core.model.mask import AttentionMask
 from minillm_core.model.params import forward_flops, init_params
 from minillm_core.model.rope import inverse_frequencies, rope_table
@@ -128,10 +128,10 @@ def kv_cache(canvas: Figure) -> None:
 @figure
 def sampling(canvas: Figure) -> None:
     """Left: probabilities at three temperatures. Right: a draw by inverse CDF, from all tokens and from top_p 0.9."""
-    from minillm_jax.generate import draw, filter_logits, filters_of
+    from minillm_jax.generate import draw, filter_logits
 
     def probabilities(logits_V: np.ndarray, **options: float) -> np.ndarray:
-        seen_1V, filters = jnp.zeros((1, len(logits_V)), bool), filters_of(SamplingConfig(**options), len(logits_V))
+        seen_1V, filters = jnp.zeros((1, len(logits_V)), bool), Filters.of([SamplingConfig(**options)], len(logits_V))
         return np.asarray(jax.nn.softmax(filter_logits(jnp.asarray(logits_V[None]), seen_1V, filters, greedy=False)))[0]
 
     by_rank, cdf = canvas.subplots(1, 2)

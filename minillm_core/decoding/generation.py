@@ -13,7 +13,7 @@ from typing import Any, Literal, overload
 import numpy as np
 
 from minillm_core.decoding.requests import Prefix, Prompt, Request, RequestReader, Row
-from minillm_core.decoding.sampling import SamplingConfig, uniforms
+from minillm_core.decoding.sampling import Filters, uniforms
 from minillm_core.errors import InputError
 from minillm_core.progress import progress
 
@@ -62,14 +62,38 @@ class BaseGenerator(RequestReader, ABC):
         """A new state with the given rows, in the given order; a row may be repeated. `state` does not change."""
 
     @abstractmethod
+    def _put_row(self, state: Any, row: int, one_row: Any) -> Any:
+        """The state with one of its rows replaced by a state of one row and the same capacity. Consumes `state`."""
+
+    @abstractmethod
+    def _next_logits(self, state: Any, row: int) -> np.ndarray:
+        """Logits (V,) of a row's next token, at least float32."""
+
+    @abstractmethod
     def _prefill(self, state: Any, tokens_BT: np.ndarray, valid_B: np.ndarray) -> Any:
         """Runs the first valid_B tokens (int32) of every row; rows with none keep their logits. Consumes `state`."""
 
     @abstractmethod
+    def _prefill_logits(self, state: Any, tokens_BT: np.ndarray, valid_B: np.ndarray) -> tuple[np.ndarray, Any]:
+        """`_prefill` that also returns the logits (B, T, V) after every token, at least float32."""
+
+    @abstractmethod
     def _decode(
-        self, state: Any, seen_BV: np.ndarray, uniforms_BN: np.ndarray, n_tokens: int, sampling: SamplingConfig
+        self,
+        state: Any,
+        seen_BV: np.ndarray,
+        uniforms_BN: np.ndarray,
+        active_B: np.ndarray,
+        n_tokens: int,
+        filters: Filters,
+        *,
+        greedy: bool,
     ) -> tuple[np.ndarray, np.ndarray, Any]:
-        """Samples n_tokens tokens (at most N) for every row. Consumes `state`.
+        """Samples n_tokens tokens (at most N) for every active row. Consumes `state`. The other rows become empty; what
+        is returned for them is meaningless.
+
+        Args:
+            greedy: every row takes the most likely token: a faster program.
 
         Returns:
             tokens (B, n_tokens), their log-probabilities under the model (NaN if its logits are not finite), and the
@@ -119,7 +143,7 @@ class BaseGenerator(RequestReader, ABC):
             InputError: no prompt, an empty prompt, one that does not fit, ids outside the vocabulary, an option out of
                 range (all before anything is computed); or the model's logits are not finite.
         """
-        request = self._request(prompts, max_new_tokens, n, stop, truncate, prefix, **sampling)
+        request = self.request(prompts, max_new_tokens, n, stop, truncate, prefix, **sampling)
         for _ in self._run(request, BLOCK):
             pass
         completions = [self._completion(row, request) for row in request.rows]
@@ -141,12 +165,12 @@ class BaseGenerator(RequestReader, ABC):
         if isinstance(prompt, (list, tuple)) and any(isinstance(item, str) for item in prompt):
             expected, hint = "a text or token ids", "pass one text, or use `generate` for several"
             raise InputError("stream takes one prompt", expected=expected, found=repr(prompt)[:60], hint=hint)
-        request = self._request([prompt], max_new_tokens, stop=stop, truncate=truncate, prefix=prefix, **sampling)
+        request = self.request([prompt], max_new_tokens, stop=stop, truncate=truncate, prefix=prefix, **sampling)
         return self._pieces(request)
 
     def check(self, prompts: Sequence[Prompt], *, max_new_tokens: int, logprobs: bool = False, **options: Any) -> None:
         """Raises the InputError that `generate` would raise for these arguments; computes nothing."""
-        self._request(prompts, max_new_tokens, **options)
+        self.request(prompts, max_new_tokens, **options)
 
     def prefill(self, prompt: Prompt) -> Prefix:
         """Runs a text through the model once, so that `generate` and `stream` can put it before any number of prompts.
@@ -209,7 +233,11 @@ class BaseGenerator(RequestReader, ABC):
                 if row:
                     noise_BN[i] = uniforms(request.sampling.seed, row.key, len(row.prompt) + done, BLOCK)
                     seen_BV[i, row.prompt + row.tokens] = request.sampling.repetition_penalty != 1
-            tokens_BN, logprobs_BN, state = self._decode(state, seen_BV, noise_BN, count, request.sampling)
+            active_B = np.array([row is not None for row in rows] + [False] * (n_rows - len(rows)))
+            filters = Filters.of([request.sampling] * n_rows, self.config.vocab_size)
+            tokens_BN, logprobs_BN, state = self._decode(
+                state, seen_BV, noise_BN, active_B, count, filters, greedy=request.sampling.temperature == 0
+            )
             for i, row in enumerate(rows):
                 if row:
                     self._extend(row, tokens_BN[i].tolist(), logprobs_BN[i].tolist(), request)

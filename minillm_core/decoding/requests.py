@@ -67,7 +67,7 @@ class RequestReader:
                 hint="use the tokenizer.model of the run that trained the model",
             )
 
-    def _request(
+    def request(
         self,
         prompts: Sequence[Prompt],
         max_new_tokens: int,
@@ -75,8 +75,10 @@ class RequestReader:
         stop: str | int | Sequence[str | int] = (),
         truncate: bool = False,
         prefix: Prefix | None = None,
+        least_new_tokens: int = 1,
         **sampling: Any,
     ) -> Request:
+        """A checked request; arguments and errors are those of `BaseGenerator.generate`."""
         self._check_list(prompts)
         known = [field.name for field in fields(SamplingConfig)]
         if unknown := sorted(sampling.keys() - known):
@@ -85,9 +87,9 @@ class RequestReader:
             raise InputError("unknown option", expected=", ".join(known), found=", ".join(unknown), hint=hint)
         config = SamplingConfig(**sampling)
         max_new_tokens, n = whole_number("max_new_tokens", max_new_tokens), whole_number("n", n)
-        for name, value in (("max_new_tokens", max_new_tokens), ("n", n)):
-            if value < 1:
-                raise InputError(f"{name} is out of range", expected="1 or more", found=value)
+        for name, value, least in (("max_new_tokens", max_new_tokens, least_new_tokens), ("n", n, 1)):
+            if value < least:
+                raise InputError(f"{name} is out of range", expected=f"{least} or more", found=value)
         if prefix is not None and getattr(prefix, "generator", None) is not self:
             hint = "use what this generator's `prefill` returned"
             raise InputError(

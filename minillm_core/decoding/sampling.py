@@ -4,6 +4,7 @@ import hashlib
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -44,6 +45,41 @@ class SamplingConfig:
             value = getattr(self, name)
             if not isinstance(value, (int, float, np.number)) or not holds(value):
                 raise InputError(f"{name} is out of range", expected=expected, found=value)
+
+
+class Filters(NamedTuple):
+    """The sampling options of every row, as arrays (B, 1) in the form in which they are applied to logits. An option
+    that is off has a value that changes nothing, so the rows of a batch can have different options."""
+
+    repetition_penalty_B1: Any
+    temperature_B1: Any
+    """1 for a row that takes the most likely token."""
+    top_k_B1: Any
+    top_p_B1: Any
+    log_min_p_B1: Any
+    greedy_B: Any
+    """Whether a row takes the most likely token (temperature 0); then only its repetition penalty applies."""
+
+    @classmethod
+    def of(cls, rows: Sequence[SamplingConfig], vocab_size: int) -> "Filters":
+        """Arrays of numpy; all float64, but top_k is int32 and greedy_B is bool."""
+        greedy_B = np.array([row.temperature == 0 for row in rows])
+
+        def column(name: str, off: float) -> np.ndarray:
+            values_B = np.array([getattr(row, name) for row in rows], np.float64)
+            return np.where(greedy_B, off, values_B)[:, None]
+
+        top_k_B1, top_p_B1 = column("top_k", 0), column("top_p", 1)
+        with np.errstate(divide="ignore"):
+            log_min_p_B1 = np.log(column("min_p", 0))
+        return cls(
+            np.array([[row.repetition_penalty] for row in rows], np.float64),
+            column("temperature", 1),
+            np.where(top_k_B1 == 0, vocab_size, np.minimum(top_k_B1, vocab_size)).astype(np.int32),
+            np.where(top_p_B1 < 1, top_p_B1, np.inf),  # rounded probabilities can add up to 1 before the last token
+            log_min_p_B1,
+            greedy_B,
+        )
 
 
 def whole_number(name: str, value: object) -> int:

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 from minillm_core.config import RunConfig
 from minillm_core.data.batches import Batch
 from minillm_core.decoding.generation import BLOCK, PREFILL_CHUNK
-from minillm_core.decoding.sampling import SamplingConfig
+from minillm_core.decoding.sampling import Filters, SamplingConfig
 from minillm_jax.compiled.card import card_device, standing_in_for
 from minillm_jax.compiled.hlo import read_costs
-from minillm_jax.generate import filters_of, jit_decode, jit_prefill, new_state
+from minillm_jax.generate import jit_decode, jit_prefill, new_state
 from minillm_jax.model import abstract_model
 from minillm_jax.optim import make_optimizer
 from minillm_jax.precision import param_dtype, resolve_dtype
@@ -96,8 +96,9 @@ def compile_decode_step(config: RunConfig, card: str) -> Program:
         graphdef, *arguments = _decoding(config)
         seen_BV = jax.ShapeDtypeStruct((1, config.model.vocab_size), jnp.bool)
         uniforms_BN = jax.ShapeDtypeStruct((1, BLOCK), jnp.float32)
-        filters, greedy = filters_of(SamplingConfig(), config.model.vocab_size), False
-        arguments += [seen_BV, uniforms_BN, BLOCK, filters]
+        active_B = jax.ShapeDtypeStruct((1,), jnp.bool)
+        filters, greedy = Filters.of([SamplingConfig()], config.model.vocab_size), False
+        arguments += [seen_BV, uniforms_BN, active_B, BLOCK, filters]
         return _compile(jit_decode(graphdef, device), device, *arguments, static=(greedy,))
 
 

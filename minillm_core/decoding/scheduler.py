@@ -1,0 +1,366 @@
+"""Continuous batching: requests join and leave a batch that is always running (Orca, Yu et al., OSDI 2022).
+
+All arrays that a request is computed with have shapes that depend on this request alone: its prompt runs in a batch of
+one row, and it decodes in a batch that always has `n_rows` rows, whose capacity follows from the length of the request.
+So the same programs compute it whatever runs beside it, and its numbers are the same to the last bit.
+
+Shapes: B rows, T prompt tokens, N tokens per block, V vocabulary.
+"""
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+
+from minillm_core.decoding.generation import BLOCK, STREAM_BLOCK, BaseGenerator, shown
+from minillm_core.decoding.requests import Request, Row
+from minillm_core.decoding.sampling import Filters, SamplingConfig, uniforms
+from minillm_core.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+WIDTHS = (32, 128, 512)
+"""Prompt tokens per call: the smallest of these that holds the rest of the prompt, or the largest."""
+SCORED_WIDTHS = (32, 128)
+"""The same for a prompt whose logits are all kept on the host."""
+TOKENS_PER_STEP = 512
+"""Prompt tokens that join the batch between two blocks: more would delay the requests that are being decoded."""
+SMALLEST, GROWTH = 256, 4
+"""Capacities of the batches: 256, 1024, 4096 ... tokens per row. Requests of similar length share a batch."""
+
+Alternatives = list[tuple[int, float]]
+"""Tokens and their natural log-probabilities under the model, most likely first."""
+
+
+@dataclass(frozen=True)
+class Details:
+    """What a request reports besides its tokens."""
+
+    alternatives: int | None = None
+    """The number of most likely tokens at every position; None: not reported."""
+    prompt: bool = False
+    """The log-probabilities of the prompt's tokens, and their alternatives."""
+    logits: bool = False
+    """All logits that each token was sampled from."""
+
+
+@dataclass(frozen=True)
+class PromptScores:
+    """The log-probability of every token of a prompt except the first, given those before it."""
+
+    logprobs: list[float]
+    alternatives: list[Alternatives]
+
+
+@dataclass(frozen=True)
+class Update:
+    """What a block adds to one continuation."""
+
+    sample: int
+    text: str
+    tokens: list[int]
+    logprobs: list[float]
+    alternatives: list[Alternatives]
+    """One per token if they were asked for, else empty."""
+    logits: list[np.ndarray]
+    """The same, (V,) each."""
+    finish_reason: Literal["stop", "length"] | None
+
+
+TOKENS_ONLY = Details()
+
+
+class QueueFullError(Exception):
+    """There are too many waiting requests."""
+
+
+class ExpiredError(Exception):
+    """A request took longer than it may."""
+
+
+Event = PromptScores | Update | Exception
+"""An exception ends a request: InputError (logits that are not finite), ExpiredError, or a failure of the device."""
+
+
+@dataclass(eq=False)
+class Job:
+    """A request in the scheduler."""
+
+    request: Request
+    listener: Callable[[Event], None]
+    details: Details
+    deadline: float
+    """In time.monotonic's seconds."""
+    capacity: int
+    is_cancelled: bool = False
+    state: Any = None
+    """The decoding state of one row with the first n_prefilled tokens of the prompt."""
+    n_prefilled: int = 0
+    n_placed: int = 0
+    """Continuations that have joined the batch."""
+    scores: PromptScores = field(default_factory=lambda: PromptScores([], []))
+
+    @property
+    def prompt(self) -> list[int]:
+        return self.request.rows[0].prompt
+
+
+@dataclass(eq=False)
+class _Slot:
+    """A continuation in the batch."""
+
+    job: Job
+    sample: int
+    row: Row
+    n_shown: int = 0
+
+
+class _Batch:
+    """Requests of similar length: those that wait, and those in the rows of one state."""
+
+    def __init__(self, capacity: int, n_rows: int):
+        self.capacity = capacity
+        self.state: Any = None
+        self.slots: list[_Slot | None] = [None] * n_rows
+        self.waiting: deque[Job] = deque()
+
+    def jobs(self) -> set[Job]:
+        return {*self.waiting, *(slot.job for slot in self.slots if slot)}
+
+    def remove(self, job: Job) -> None:
+        self.slots = [None if slot and slot.job is job else slot for slot in self.slots]
+        if job in self.waiting:
+            self.waiting.remove(job)
+
+
+class Scheduler:
+    """Runs requests of one generator, many at a time, in a thread of its own. Each answer is the one that the request
+    gets alone, whatever runs beside it."""
+
+    def __init__(self, generator: BaseGenerator, *, n_rows: int = 16, queue_limit: int = 256, time_limit: float = 600):
+        """
+        Args:
+            n_rows: continuations of similar length that are decoded together.
+            queue_limit: requests that may wait.
+            time_limit: seconds that a request may take, waiting included.
+        """
+        for name, value in (("n_rows", n_rows), ("queue_limit", queue_limit), ("time_limit", time_limit)):
+            if not value > 0:
+                raise InputError(f"{name} is out of range", expected="more than 0", found=value)
+        self.generator, self.n_rows = generator, n_rows
+        self._queue_limit, self._time_limit = queue_limit, time_limit
+        self._batches: dict[int, _Batch] = {}
+        self._submitted: deque[Job] = deque()
+        self._work = threading.Condition()
+        self._is_closed = False
+        self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def close(self) -> None:
+        """Ends the thread. Unfinished requests get an exception."""
+        with self._work:
+            self._is_closed = True
+            self._work.notify()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    @property
+    def n_running(self) -> int:
+        """Continuations that are being decoded."""
+        return sum(slot is not None for batch in [*self._batches.values()] for slot in batch.slots)
+
+    @property
+    def n_waiting(self) -> int:
+        """Requests that have not joined a batch."""
+        return len(self._submitted) + sum(len(batch.waiting) for batch in [*self._batches.values()])
+
+    def submit(self, request: Request, listener: Callable[[Event], None], details: Details = TOKENS_ONLY) -> Job:
+        """Queues a request, made by `generator.request`.
+
+        Args:
+            listener: called in the scheduler's thread with every event of the request; it must not block.
+
+        Raises:
+            QueueFullError: too many requests wait.
+        """
+        capacity, limit = SMALLEST, self.generator.config.context_length
+        while capacity < len(request.rows[0].prompt) + request.max_new_tokens:
+            capacity *= GROWTH
+        job = Job(request, listener, details, time.monotonic() + self._time_limit, min(capacity, limit))
+        with self._work:
+            if self._is_closed:
+                raise QueueFullError("the server is shutting down")
+            if self.n_waiting >= self._queue_limit:
+                raise QueueFullError(f"{self._queue_limit} requests are waiting")
+            self._submitted.append(job)
+            self._work.notify()
+        return job
+
+    def cancel(self, job: Job) -> None:
+        """The request leaves before the next block. Its listener may still get an event that is under way."""
+        job.is_cancelled = True
+        with self._work:
+            self._work.notify()
+
+    def _run(self) -> None:
+        while not self._is_closed:
+            if not self.step():
+                with self._work:
+                    if not self._submitted and not self._is_closed:
+                        self._work.wait()
+        for job in [*self._submitted, *(job for batch in self._batches.values() for job in batch.jobs())]:
+            job.listener(QueueFullError("the server is shutting down"))
+
+    def step(self) -> bool:
+        """Lets requests join, and decodes one block of every batch. Returns whether there is more to do."""
+        with self._work:
+            while self._submitted:
+                job = self._submitted.popleft()
+                batch = self._batches.setdefault(job.capacity, _Batch(job.capacity, self.n_rows))
+                batch.waiting.append(job)
+        for batch in self._batches.values():
+            self._remove_ended(batch)
+            try:
+                self._admit(batch)
+                self._decode(batch)
+            except Exception as error:
+                logger.exception("a batch failed")
+                for job in batch.jobs():
+                    job.listener(error)
+                self._batches[batch.capacity] = _Batch(batch.capacity, self.n_rows)
+                break
+        busy = {capacity for capacity, batch in self._batches.items() if batch.jobs()}
+        if len(self._batches) > 1:  # one idle batch keeps its memory, for the next request
+            self._batches = {capacity: self._batches[capacity] for capacity in busy or [*self._batches][:1]}
+        return bool(busy)
+
+    def _remove_ended(self, batch: _Batch) -> None:
+        now = time.monotonic()
+        for job in batch.jobs():
+            if job.is_cancelled or now > job.deadline:
+                batch.remove(job)
+                if not job.is_cancelled:
+                    job.listener(ExpiredError(f"the request took longer than {self._time_limit:g} seconds"))
+
+    def _admit(self, batch: _Batch) -> None:
+        """Processes prompts, first come first served, and puts their continuations into free rows."""
+        budget = TOKENS_PER_STEP
+        while batch.waiting and None in batch.slots and budget > 0:
+            job = batch.waiting[0]
+            if job.n_prefilled < len(job.prompt):
+                budget -= self._prefill(job)
+                continue
+            if job.details.prompt and job.n_placed == 0:
+                job.listener(job.scores)
+            samples = range(job.n_placed, job.request.n if job.request.max_new_tokens else 0)
+            free = [i for i, slot in enumerate(batch.slots) if slot is None]
+            for row, sample in zip(free, samples, strict=False):
+                if batch.state is None:
+                    batch.state = self.generator._new_state(self.n_rows, batch.capacity)
+                batch.state = self.generator._put_row(batch.state, row, job.state)
+                batch.slots[row] = _Slot(job, sample, job.request.rows[sample])
+                job.n_placed += 1
+            if job.n_placed == job.request.n or not samples:
+                batch.waiting.popleft().state = None
+
+    def _prefill(self, job: Job) -> int:
+        """Processes the next tokens of a prompt, and returns how many the program has room for."""
+        if job.state is None:
+            job.state = self.generator._new_state(1, job.capacity)
+        widths, start = SCORED_WIDTHS if job.details.prompt else WIDTHS, job.n_prefilled
+        rest = job.prompt[start:]
+        width = min(next((w for w in widths if w >= len(rest)), widths[-1]), job.capacity - start)
+        tokens_BT = np.zeros((1, width), np.int32)
+        n_tokens = min(width, len(rest))
+        tokens_BT[0, :n_tokens] = rest[:n_tokens]
+        valid_B = np.array([n_tokens], np.int32)
+        if job.details.prompt:
+            logits_BTV, job.state = self.generator._prefill_logits(job.state, tokens_BT, valid_B)
+            for logits_V, target in zip(logits_BTV[0], rest[1 : n_tokens + 1], strict=False):
+                job.scores.logprobs.append(float(logits_V[target]) - normalizer(logits_V))
+                job.scores.alternatives.append(most_likely(logits_V, job.details.alternatives or 0))
+        else:
+            job.state = self.generator._prefill(job.state, tokens_BT, valid_B)
+        job.n_prefilled += n_tokens
+        return width
+
+    def _decode(self, batch: _Batch) -> None:
+        """Decodes a block: STREAM_BLOCK tokens, fewer if a row needs fewer, one if the host must see its logits."""
+        active = [(i, slot) for i, slot in enumerate(batch.slots) if slot]
+        if not active:
+            return
+        asking = [i for i, slot in active if slot.job.details != TOKENS_ONLY]
+        missing = min(slot.job.request.max_new_tokens - len(slot.row.tokens) for _, slot in active)
+        count = 1 if asking else min(STREAM_BLOCK, missing)
+        logits = {i: self.generator._next_logits(batch.state, i) for i in asking}
+        noise_BN = np.zeros((self.n_rows, BLOCK), np.float32)
+        seen_BV = np.zeros((self.n_rows, self.generator.config.vocab_size), bool)
+        active_B = np.zeros(self.n_rows, bool)
+        options = [SamplingConfig()] * self.n_rows
+        for i, slot in active:
+            options[i], n_tokens = slot.job.request.sampling, len(slot.row.prompt) + len(slot.row.tokens)
+            noise_BN[i] = uniforms(options[i].seed, slot.row.key, n_tokens, BLOCK)
+            seen_BV[i, slot.row.prompt + slot.row.tokens] = options[i].repetition_penalty != 1
+            active_B[i] = True
+        filters = Filters.of(options, self.generator.config.vocab_size)
+        tokens_BN, logprobs_BN, batch.state = self.generator._decode(
+            batch.state, seen_BV, noise_BN, active_B, count, filters, greedy=False
+        )
+        for i, slot in active:
+            if slot.job in batch.jobs():  # a sample that failed has ended its request
+                self._report(batch, slot, tokens_BN[i].tolist(), logprobs_BN[i].tolist(), logits.get(i))
+
+    def _report(
+        self, batch: _Batch, slot: _Slot, tokens: list[int], logprobs: list[float], logits_V: np.ndarray | None
+    ) -> None:
+        """Adds a block to a continuation, and tells the listener."""
+        job, row, n_before = slot.job, slot.row, len(slot.row.tokens)
+        try:
+            self.generator._extend(row, tokens, logprobs, job.request)
+        except InputError as error:
+            batch.remove(job)
+            job.listener(error)
+            return
+        text = shown(self.generator._text(row.tokens), job.request.stop_strings, ended=row.finish_reason is not None)
+        new = slice(n_before, None)
+        n_new, n_alternatives = len(row.tokens) - n_before, job.details.alternatives
+        update = Update(
+            slot.sample,
+            text[slot.n_shown :],
+            row.tokens[new],
+            row.logprobs[new],
+            [most_likely(logits_V, n_alternatives)] * n_new
+            if logits_V is not None and n_alternatives is not None
+            else [],
+            [logits_V] * n_new if logits_V is not None and job.details.logits else [],
+            row.finish_reason,
+        )
+        slot.n_shown = len(text)
+        if row.finish_reason:
+            batch.slots[batch.slots.index(slot)] = None
+        job.listener(update)
+
+
+def normalizer(logits_V: np.ndarray) -> float:
+    """What is subtracted from a logit to get its natural log-probability."""
+    highest = logits_V.max()
+    return float(highest + np.log(np.exp(logits_V - highest).sum(dtype=np.float64)))
+
+
+def most_likely(logits_V: np.ndarray, n: int) -> Alternatives:
+    """The n most likely tokens with their log-probabilities; of equal ones, the first."""
+    if n == 0:
+        return []
+    n = min(n, len(logits_V))
+    least = np.partition(logits_V, -n)[-n] if n > 1 else logits_V.max()
+    candidates = np.flatnonzero(logits_V >= least)
+    best = candidates[np.argsort(-logits_V[candidates], kind="stable")[:n]]
+    subtracted = normalizer(logits_V)
+    return [(token, float(logits_V[token]) - subtracted) for token in best.tolist()]
