@@ -16,7 +16,7 @@ from minillm_core.serving.break_it import Breaker
 from minillm_core.serving.break_it_routes import break_it_router
 from minillm_core.serving.page import page_router
 
-WORDS = [f" {word}" for word in "we hold these truths to be self-evident,\n\nthat all men are created equal".split(" ")]
+WORDS = [" we", " hold", " these", " truths", " to", " be", " self-evident", ",\n\n", "that", " all", " men", " are"]
 STRANGE = ["<img src=x onerror=alert(1)>", "", "", "é", "   ", "\n", "한"]
 DEFAULTS = {"max_tokens": 40, "temperature": 0.8, "top_k": 0, "top_p": 0.95, "min_p": 0.0}
 

@@ -32,8 +32,8 @@ N_TOKENS = 64
 """Tokens that are compared if no text is given. Enough for all known faults, and little work."""
 MOST_TOKENS = 256
 """A longer text is cut."""
-SAMPLE_TOKENS, SAMPLE_CONTEXT = 24, 32
-"""The sample continues the last tokens of the text."""
+SAMPLE_TOKENS, SAMPLE_CONTEXT = 16, 16
+"""The sample continues the last tokens of the text. The reference computes it without a cache, so it is short."""
 LIKELY = 5
 """How many of the most likely next tokens are shown."""
 NAMES = ("right", "broken")
@@ -205,7 +205,7 @@ def _why(form: Form, side: str) -> str:
             f"computed by the numpy reference in place of {side}, because this fault is in code, and the code of a "
             "running server is not changed"
         )
-    return f"computed by {side} itself: the fault is in its {form.place}"
+    return f"computed by {side} itself, because the fault is in its {form.place}"
 
 
 def _results(report: Report, fault: str) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 /** The tab "Break it": plants a fault on the server, and shows what the doctor finds. */
 
 import { getJson, postJson } from "./api.js";
-import { bar, byId, make, showAlert, titleOf, visible } from "./dom.js";
+import { bar, byId, isSend, make, showAlert, titleOf, visible } from "./dom.js";
 import { clearErrors, showError } from "./fields.js";
 import { heatMap } from "./heat_map.js";
 
@@ -12,25 +12,30 @@ let faults = [];
 let working = false;
 
 /** Asks the server for the faults of the model, and fills the form. */
-export async function setUpBreak() {
+async function loadFaults() {
   showAlert(alertPlace, "");
+  status.textContent = "Opening the checkpoint";
   try {
     const listed = await getJson("/playground/faults");
     faults = listed.faults;
     fill(listed.sides);
+    status.textContent = "Choose a fault.";
   } catch (error) {
-    showAlert(alertPlace, error.message, setUpBreak);
+    status.textContent = "";
+    showAlert(alertPlace, error.message, loadFaults);
   }
 }
 
-export function setUpBreakControls() {
+/** The faults are loaded when the tab is opened for the first time: the server opens the checkpoint for it. */
+export function setUpBreak() {
+  byId("panel-break").addEventListener("opened", loadFaults, { once: true });
   form.addEventListener("submit", (event) => {
     event.preventDefault();
     breakIt();
   });
   byId("fault").addEventListener("change", showForms);
   document.addEventListener("keydown", (event) => {
-    if (byId("panel-break").hidden || event.key !== "Enter" || !event.ctrlKey) return;
+    if (byId("panel-break").hidden || !isSend(event)) return;
     event.preventDefault();
     breakIt();
   });
@@ -96,7 +101,11 @@ function show(result) {
 /** The verdict, and the findings as a list. */
 function diagnosis(result, sides) {
   const card = make("section", "card", {}, make("h2", "", { textContent: "What the doctor says" }));
-  card.append(make("p", `verdict ${result.equal ? "good" : "bad"}`, { textContent: result.verdict }));
+  const [equal, tolerance] = result.verdict.split(/ (?=within)/);
+  const words = [make("strong", "", { textContent: equal }), make("small", "", { textContent: tolerance ?? "" })];
+  card.append(make("p", `verdict ${result.equal ? "good" : "bad"}`, {}, ...words));
+  const named = result.named ? `✓ The doctor names the planted fault: ${result.fault}.` : "✗ The doctor does not name the fault.";
+  card.append(make("p", `named ${result.named ? "good" : "bad"}`, { textContent: named }));
   card.append(make("p", "", { textContent: `Planted in ${sides.broken}: ${result.says}.` }));
   const first = result.first_divergence;
   if (first) {
@@ -110,7 +119,8 @@ function diagnosis(result, sides) {
     findings.append(make("li", "", {}, says, make("p", "hint", { textContent: finding.evidence })));
   }
   card.append(result.findings.length ? findings : make("p", "", { textContent: "No findings." }));
-  card.append(make("p", "hint", { textContent: `The broken model is ${result.why}.` }));
+  const who = `A is the right model in ${sides.right}. B is the broken one, ${result.why}.`;
+  card.append(make("p", "hint", { textContent: who }));
   return card;
 }
 

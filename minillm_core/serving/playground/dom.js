@@ -14,6 +14,9 @@ export function make(tag, className = "", properties = {}, ...children) {
 
 export const byId = (id) => document.getElementById(id);
 
+/** Whether a key sends the form: Ctrl+Enter, or Cmd+Enter on a Mac. */
+export const isSend = (event) => event.key === "Enter" && (event.ctrlKey || event.metaKey);
+
 /** Shows a message as an error, or hides the place if there is none. `retry` adds a button. */
 export function showAlert(place, message, retry = null) {
   place.hidden = !message;

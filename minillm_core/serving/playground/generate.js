@@ -2,7 +2,7 @@
 
 import { postStream } from "./api.js";
 import { Column } from "./column.js";
-import { byId, showAlert } from "./dom.js";
+import { byId, isSend, showAlert } from "./dom.js";
 import { count, Facts } from "./facts.js";
 import { clearErrors, readOptions, setDefaults, showError } from "./fields.js";
 import { TokenDetails } from "./token_details.js";
@@ -33,15 +33,18 @@ export function setUpGenerateControls() {
     event.preventDefault();
     generate();
   });
-  byId("stop").addEventListener("click", stop);
+  byId("stop-button").addEventListener("click", stop);
   byId("tint").addEventListener("change", ({ target }) => byId("columns").classList.toggle("tinted", target.checked));
   document.addEventListener("keydown", (event) => {
     if (byId("panel-generate").hidden) return;
-    if (event.key === "Enter" && event.ctrlKey && !byId("generate").disabled) {
+    if (isSend(event) && !byId("generate").disabled) {
       event.preventDefault();
       generate();
     }
-    if (event.key === "Escape") details.open ? details.hide() : stop();
+    if (event.key === "Escape") {
+      details.hide();
+      stop();
+    }
   });
 }
 
@@ -107,6 +110,6 @@ function say(text) {
 
 function setRunning(request) {
   running = request;
-  byId("stop").setAttribute("aria-disabled", !request);
+  byId("stop-button").setAttribute("aria-disabled", !request);
   form.classList.toggle("running", Boolean(request));
 }

@@ -13,7 +13,7 @@ const STEPS = [
 
 /** The map, its legend, and a line that says in words what the chosen cell is. */
 export function heatMap(result) {
-  const readout = make("p", "readout", { role: "status", textContent: "Choose a cell to read its number." });
+  const readout = make("p", "readout", { textContent: "Choose a cell to read its number." });
   const rows = [];
   const body = make("tbody");
   for (const layer of result.layers) {
@@ -40,11 +40,10 @@ function cellOf(result, layer, { stage, error }, column) {
   const agrees = error !== null && error <= result.bound;
   const step = error === null ? "none" : agrees ? "agrees" : STEPS.findIndex(({ below }) => error < below);
   const size = error === null ? "not finite" : error.toExponential(1);
-  const words = [[layer.name, column].filter(Boolean).join(", "), `error ${size}`];
-  if (agrees) words.push("agrees");
-  if (first) words.push("the first stage that differs");
+  const note = agrees ? ", agrees" : first ? ", the first stage that differs" : "";
+  const words = [[layer.name, column].filter(Boolean).join(", "), `error ${size}${note}`];
   const text = error === null ? "NaN" : error === 0 ? "0" : error.toExponential(0);
-  const cell = make("td", `heat-${step}`, { tabIndex: -1, title: `${words.join(": ").replace(": agrees", ", agrees")} (${stage})` });
+  const cell = make("td", `heat-${step}`, { tabIndex: -1, title: `${words.join(": ")} (${stage})` });
   cell.append(first ? make("span", "first", { textContent: "▸" }) : "", text);
   if (first) cell.classList.add("is-first");
   return cell;

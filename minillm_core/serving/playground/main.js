@@ -1,7 +1,7 @@
 /** Begins: waits for the models, then prepares both tabs. */
 
 import { getJson } from "./api.js";
-import { setUpBreak, setUpBreakControls } from "./break_it.js";
+import { setUpBreak } from "./break_it.js";
 import { byId, showAlert, titleOf } from "./dom.js";
 import { setUpGenerate, setUpGenerateControls } from "./generate.js";
 import { setUpTabs } from "./tabs.js";
@@ -11,7 +11,7 @@ const PAUSE = 1500;
 
 setUpTabs(document.querySelector('[role="tablist"]'));
 setUpGenerateControls();
-setUpBreakControls();
+setUpBreak();
 begin();
 
 async function begin() {
@@ -21,7 +21,6 @@ async function begin() {
     const names = served.models.map(({ framework }) => titleOf(framework)).join(" and ");
     byId("about").textContent = `${served.checkpoint} in ${names}, context of ${served.context_length} tokens`;
     setUpGenerate(served);
-    setUpBreak();
   } catch (error) {
     if (error.status === 503) {
       byId("about").textContent = `${error.message} Trying again.`;

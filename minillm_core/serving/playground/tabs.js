@@ -1,4 +1,4 @@
-/** Tabs: one of them is in the tab order, the arrow keys move between them. */
+/** Tabs: one of them is in the tab order, the arrow keys move between them. A panel gets the event `opened`. */
 
 import { byId } from "./dom.js";
 
@@ -11,6 +11,7 @@ export function setUpTabs(list) {
       tab.tabIndex = tab === chosen ? 0 : -1;
       byId(tab.getAttribute("aria-controls")).hidden = tab !== chosen;
     }
+    byId(chosen.getAttribute("aria-controls")).dispatchEvent(new Event("opened"));
   }
 
   for (const tab of tabs) tab.addEventListener("click", () => select(tab));

@@ -19,10 +19,6 @@ export class TokenDetails {
     document.addEventListener("scroll", () => this.token && this.move(), { passive: true });
   }
 
-  get open() {
-    return !this.place.hidden;
-  }
-
   show(column, index) {
     clearTimeout(this.timer);
     const token = column.at(index);
