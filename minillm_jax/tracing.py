@@ -1,5 +1,6 @@
 """Records what a model computes: every stage, the loss of every token, the gradient of every parameter."""
 
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -18,7 +19,15 @@ from minillm_jax.weights import Params, from_canonical, merge_model, model_struc
 
 
 def trace(config: ModelConfig, weights: Tensors, tokens_BT: np.ndarray, dtype: str) -> Trace:
-    """Runs a model with canonical weights on tokens, forward and backward, as training with that `dtype` does."""
+    """Runs a model with canonical weights on tokens, forward and backward, as training with that `dtype` does.
+
+    float64 enables JAX's 64-bit mode meanwhile, in this thread only: other threads may serve a model in float32.
+    """
+    with jax.enable_x64(True) if dtype == "float64" else nullcontext():
+        return _trace(config, weights, tokens_BT, dtype)
+
+
+def _trace(config: ModelConfig, weights: Tensors, tokens_BT: np.ndarray, dtype: str) -> Trace:
     compute_dtype = resolve_dtype(dtype)
     master_dtype = param_dtype(compute_dtype)
     graphdef, rope = model_structure(config, param_dtype=master_dtype, compute_dtype=compute_dtype)

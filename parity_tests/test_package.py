@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from minillm_core.config import preset_names
+from minillm_core.serving.page import FOLDER
 from minillm_core.version import __version__
 from minillm_jax.compiled import CARDS
 from parity_tests.commands import sampled
@@ -61,7 +62,7 @@ def succeeds(minillm: Path, *arguments: str, cwd: Path) -> subprocess.CompletedP
 
 
 def test_wheel_contents(wheel: Path) -> None:
-    """The wheel has the four packages with their type markers, the presets, the cards, and nothing else."""
+    """The wheel has the four packages with their type markers, the presets, the cards, the page, and nothing else."""
     names = zipfile.ZipFile(wheel).namelist()
     packages = {"minillm_core", "minillm_jax", "minillm_torch", "minillm_cli"}
     (metadata,) = {name.split("/")[0] for name in names} - packages
@@ -71,6 +72,8 @@ def test_wheel_contents(wheel: Path) -> None:
     assert presets == {*preset_names()}
     cards = {Path(name).stem for name in names if name.startswith("minillm_jax/compiled/cards/")}
     assert cards == {*CARDS}
+    page = {name.rpartition("/")[2] for name in names if name.startswith("minillm_core/serving/playground/")}
+    assert page == {file.name for file in FOLDER.iterdir()}
     in_checkout = {str(path.relative_to(ROOT)) for package in packages for path in (ROOT / package).rglob("*.py")}
     assert {name for name in names if name.endswith(".py")} == in_checkout
 

@@ -17,7 +17,7 @@ from minillm_core.doctor.faults import FAULTS
 from minillm_core.doctor.findings import BOUND, Finding, distance, names_of
 from minillm_core.doctor.subjects import Subject
 from minillm_core.doctor.weights import EMBEDDING, HEAD, Variants, explain_head, explain_weights
-from minillm_core.model.reference import Reference
+from minillm_core.model.reference import Reference, token_losses
 from minillm_core.model.stages import Trace, stage_names
 from minillm_core.progress import progress, steps
 
@@ -69,7 +69,7 @@ def check_code(name: str, subject: Subject, trace: Trace, tokens_BT: np.ndarray)
             )
             findings.append(Finding(found[0], name, "code", found[1], evidence))
         wrong = [stage for stage in wrong if stage not in explained]
-    if not (error := _error(trace.losses_BT, _losses(stages["logits"], tokens_BT))) <= BOUND:
+    if not (error := _error(trace.losses_BT, token_losses(stages["logits"], tokens_BT))) <= BOUND:
         evidence = f"the error is {error:.1e}"
         findings.append(Finding("loss", name, "code", "the losses do not follow from the logits", evidence))
     return findings
@@ -114,13 +114,6 @@ def _error(found: np.ndarray, expected: np.ndarray) -> float:
         apart = np.where(np.isnan(found) & np.isnan(expected), 0, np.abs(found - expected)).max()
         largest = np.nanmax(np.abs(expected), initial=0)
         return float(apart / largest if largest else apart)
-
-
-def _losses(logits_BTV: np.ndarray, tokens_BT: np.ndarray) -> np.ndarray:
-    """The loss of every token except the first, in nats (B, T - 1)."""
-    logits_BTV = logits_BTV[:, :-1]
-    chosen_BT = np.take_along_axis(logits_BTV, tokens_BT[:, 1:, None], axis=-1)[..., 0]
-    return np.logaddexp.reduce(logits_BTV, axis=-1) - chosen_BT
 
 
 def _kind(stage: str) -> str:
@@ -205,7 +198,7 @@ def _explain_gradients(a: Subject, b: Subject, ours: Trace, theirs: Trace, token
         value = np.empty(0)
         for _, value in Reference(a.config, weights).stages(tokens_BT):  # noqa: B007 (the last one: the logits)
             work.advance()
-        return float(np.mean(_losses(value, tokens_BT)))
+        return float(np.mean(token_losses(value, tokens_BT)))
 
     with progress("measuring the slope of the loss", 2 * len(stage_names(a.config)), "stage") as work:
         slope = (loss(1) - loss(-1)) / (2 * step)

@@ -105,6 +105,7 @@ def examine(a: Subject, b: Subject, tokens_BT: np.ndarray, dtype: str, *, rows_o
     losses = _judged(_difference("losses", ours.losses_BT, theirs.losses_BT), dtype)
     alike_tied = a.config.tie_embeddings == b.config.tie_embeddings
     grads_a, grads_b = (x.gradients if alike_tied else _tied(x.gradients) for x in (ours, theirs))
+    shared = [name for name in grads_a if name in grads_b]  # a Trace may have no gradients
     common = {name: a.weights[name] for name in param_table(a.config) if name in b.weights}
     compared = (ours.stages, grads_a, common)
     with progress("comparing", sum(x.size for arrays in compared for x in arrays.values()), "value") as work:
@@ -115,7 +116,7 @@ def examine(a: Subject, b: Subject, tokens_BT: np.ndarray, dtype: str, *, rows_o
                 work.advance(ours[name].size)
 
         stages = [_judged(d, dtype) for d in differences(ours.stages, theirs.stages, stage_names(a.config))]
-        gradients = [_judged_gradient(d, dtype) for d in differences(grads_a, grads_b, grads_a)]
+        gradients = [_judged_gradient(d, dtype) for d in differences(grads_a, grads_b, shared)]
         weights = [_judged_weight(d, dtype) for d in differences(common, b.weights, common)]
     mean_kl, top_k = compare_distributions(ours.stages["logits"], theirs.stages["logits"])
     equal = losses.agrees and all(difference.agrees for difference in (*gradients, *weights))

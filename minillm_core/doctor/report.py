@@ -27,14 +27,15 @@ PAGE_BEGINS = "<!doctype html>"
 def json_report(report: Report) -> str:
     """Everything except the sample of logits, as JSON. NaN and infinity become null."""
     data = {key: value for key, value in asdict(report).items() if key != "logits"}
-    return json.dumps(_finite(data), indent=1)
+    return json.dumps(finite(data), indent=1)
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """A value for JSON, with None in place of NaN and infinity."""
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -52,7 +53,7 @@ def text_report(report: Report, *, color: bool) -> str:
         "largest error over largest value:",
         " " * 12 + "".join(c.rjust(10) for c in COLUMNS),
     ]
-    for name, cells in _table(report):
+    for name, cells in table(report):
         lines.append(name.ljust(12) + "".join(map(cell, cells)))
     lines += ["", *_numbers(report), ""]
     if report.first_divergence:
@@ -83,7 +84,7 @@ def verdict(report: Report) -> str:
     return f"{'EQUAL' if report.equal else 'NOT EQUAL'} within the tolerance of {measure}"
 
 
-def _table(report: Report) -> list[tuple[str, list[Difference]]]:
+def table(report: Report) -> list[tuple[str, list[Difference]]]:
     """The rows of the table: one for each layer, and one for each stage outside the layers."""
     rows: dict[str, list[Difference]] = {}
     for stage in report.stages:
@@ -95,17 +96,21 @@ def _table(report: Report) -> list[tuple[str, list[Difference]]]:
 def _numbers(report: Report) -> list[str]:
     """The results that are single numbers."""
     losses, gradients = report.losses, report.gradients
-    n_agree = sum(gradient.agrees for gradient in gradients)
-    worst = max(gradients, key=lambda gradient: gradient.norm)
     lines = [
         f"mean loss: {report.mean_loss[0]:.9g} and {report.mean_loss[1]:.9g} nats; "
         f"largest difference of a token {losses.max_error:.1e}",
         f"mean KL divergence: {report.mean_kl:.1e} nats; top-k agreement: "
         + ", ".join(f"{k}: {share:.2%}" for k, share in report.top_k.items()),
-        f"gradients: {n_agree} of {len(gradients)} agree; "
-        f"difference at most {worst.norm:.1e} of the norm ({worst.name}), "
-        f"cosine at least {min(gradient.cosine for gradient in gradients):.6f}",
+        "gradients: not compared",
     ]
+    if gradients:
+        n_agree = sum(gradient.agrees for gradient in gradients)
+        worst = max(gradients, key=lambda gradient: gradient.norm)
+        lines[-1] = (
+            f"gradients: {n_agree} of {len(gradients)} agree; "
+            f"difference at most {worst.norm:.1e} of the norm ({worst.name}), "
+            f"cosine at least {min(gradient.cosine for gradient in gradients):.6f}"
+        )
     if report.weights:
         worst = max(report.weights, key=lambda weight: weight.norm)
         lines.append(f"weights: {len(report.weights)} differ, by at most {worst.norm:.1e} of the norm ({worst.name})")
@@ -163,7 +168,7 @@ def html_report(report: Report) -> str:
     body.append("<h2>Logits and next tokens</h2>" + _figure(_draw_logits, report))
     head = "".join(f"<th>{column}</th>" for column in ("largest error over largest value", *COLUMNS))
     rows = []
-    for name, cells in _table(report):
+    for name, cells in table(report):
         marked = (f"<td{_shade(c)}{' class=first' if c.name == first else ''}>{c.relative:.1e}</td>" for c in cells)
         rows.append(f"<tr><td>{e(name)}</td>{''.join(marked)}</tr>")
     body.append(f'<h2>Every stage</h2><div class="scroll"><table><tr>{head}</tr>{"".join(rows)}</table></div>')

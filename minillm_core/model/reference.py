@@ -13,7 +13,7 @@ import numpy as np
 
 from minillm_core.config import ModelConfig
 from minillm_core.model.rope import inverse_frequencies
-from minillm_core.model.stages import stage_names
+from minillm_core.model.stages import Trace, stage_names
 
 
 def silu(x: np.ndarray) -> np.ndarray:
@@ -24,6 +24,13 @@ def half_split_rotation(x_BTNH: np.ndarray, cos_T1H: np.ndarray, sin_T1H: np.nda
     """Rotates channel i together with channel i + H/2."""
     first, second = np.split(x_BTNH, 2, axis=-1)
     return np.concatenate([first * cos_T1H - second * sin_T1H, second * cos_T1H + first * sin_T1H], axis=-1)
+
+
+def token_losses(logits_BTV: np.ndarray, tokens_BT: np.ndarray) -> np.ndarray:
+    """The loss of every token except the first, in nats (B, T - 1)."""
+    logits_BTV = logits_BTV[:, :-1]
+    chosen_BT = np.take_along_axis(logits_BTV, tokens_BT[:, 1:, None], axis=-1)[..., 0]
+    return np.logaddexp.reduce(logits_BTV, axis=-1) - chosen_BT
 
 
 @dataclass(frozen=True)
@@ -50,6 +57,11 @@ class Reference:
         for name in stage_names(self.config):
             computed[name] = self.stage(name, computed, tokens_BT)
             yield name, computed[name]
+
+    def trace(self, tokens_BT: np.ndarray) -> Trace:
+        """What the model computes for tokens (B, T), without gradients."""
+        stages = dict(self.stages(tokens_BT))
+        return Trace(stages, token_losses(stages["logits"], tokens_BT), {})
 
     def stage(self, name: str, before: Mapping[str, np.ndarray], tokens_BT: np.ndarray) -> np.ndarray:
         """One stage, float64 (B, T, width of the stage), computed from the previous stages.

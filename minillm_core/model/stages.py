@@ -39,4 +39,4 @@ class Trace:
     losses_BT: np.ndarray
     """The loss of every token except the first, in nats, float64 (B, T - 1)."""
     gradients: Tensors
-    """The gradients of the mean loss, by canonical name."""
+    """The gradients of the mean loss, by canonical name. Empty if they are not computed."""

@@ -1,0 +1,1 @@
+"""Serving a checkpoint: the playground's page, and what it computes."""
