@@ -1,7 +1,7 @@
 """Mini-LLM in JAX: Flax NNX, optax, Orbax. Same files, same names, same numbers as minillm_torch."""
 
 from minillm_jax.attention import describe_attention
-from minillm_jax.checkpoint import FRAMEWORK, load, open_weights, read_payload, write_payload
+from minillm_jax.checkpoint import FRAMEWORK, from_weights, load, open_weights, read_payload, write_payload
 from minillm_jax.cost import count_forward_flops, count_params
 from minillm_jax.device import describe_device
 from minillm_jax.generate import Generator
@@ -33,6 +33,7 @@ __all__ = [
     "describe_attention",
     "describe_device",
     "export_state",
+    "from_weights",
     "import_state",
     "init_cache",
     "init_state",

@@ -1,7 +1,7 @@
 """Mini-LLM in PyTorch. Same files, same names, same numbers as minillm_jax."""
 
 from minillm_torch.attention import describe_attention
-from minillm_torch.checkpoint import FRAMEWORK, load, open_weights, read_payload, write_payload
+from minillm_torch.checkpoint import FRAMEWORK, from_weights, load, open_weights, read_payload, write_payload
 from minillm_torch.cost import count_forward_flops, count_params
 from minillm_torch.device import describe_device
 from minillm_torch.generate import Generator
@@ -33,6 +33,7 @@ __all__ = [
     "describe_attention",
     "describe_device",
     "export_state",
+    "from_weights",
     "import_state",
     "init_cache",
     "init_state",

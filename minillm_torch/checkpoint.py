@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from minillm_core.config import RunConfig
+from minillm_core.config import ModelConfig, RunConfig
 from minillm_core.model.params import check_shapes, count_params, read_weights
 from minillm_core.progress import progress
 from minillm_core.tensors import LazyTensors, Tensors, counted
@@ -81,9 +81,16 @@ def load(path: str | Path, dtype: str = "float32") -> MiniLLM:
     checkpoint = find_checkpoint(path, FRAMEWORK)
     verify_checkpoint(checkpoint)
     config = read_info(checkpoint).config
-    weights = read_weights(config.model, open_weights(checkpoint, config).items())
+    return from_weights(config.model, read_weights(config.model, open_weights(checkpoint, config).items()), dtype)
+
+
+def from_weights(config: ModelConfig, weights: Tensors, dtype: str = "float32") -> MiniLLM:
+    """A model for inference with canonical weights, in the given dtype, on the default device.
+
+    Raises:
+        InputError: listing the missing, unexpected and misshapen tensors (at most 20).
+    """
     compute_dtype = resolve_dtype(dtype)
-    model = build_model(
-        config.model, weights, param_dtype=compute_dtype, compute_dtype=compute_dtype, device=default_device()
-    )
+    device = default_device()
+    model = build_model(config, weights, param_dtype=compute_dtype, compute_dtype=compute_dtype, device=device)
     return model.requires_grad_(False)

@@ -283,7 +283,7 @@ class BaseGenerator(RequestReader, ABC):
         for token, logprob in zip(tokens, logprobs, strict=True):
             _check_finite(logprob, f"new token {len(row.tokens) + 1}")
             if token in request.stop_ids:
-                row.finish_reason = "stop"
+                row.finish_reason, row.end = "stop", (token, logprob)
                 break
             row.tokens.append(token)
             row.logprobs.append(logprob)
@@ -291,7 +291,7 @@ class BaseGenerator(RequestReader, ABC):
             for n_tokens in range(n_before + 1, len(row.tokens) + 1):
                 if _find(self._text(row.tokens[:n_tokens]), request.stop_strings) is not None:
                     row.tokens, row.logprobs = row.tokens[:n_tokens], row.logprobs[:n_tokens]
-                    row.finish_reason = "stop"
+                    row.finish_reason, row.end = "stop", None
                     break
         if row.finish_reason is None and len(row.tokens) == request.max_new_tokens:
             row.finish_reason = "length"

@@ -34,6 +34,8 @@ class Row:
     key: int
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    end: tuple[int, float] | None = None
+    """The token that ended it, if one did, and its log-probability."""
     finish_reason: Literal["stop", "length"] | None = None
 
 

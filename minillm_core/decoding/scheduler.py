@@ -1,7 +1,7 @@
 """Continuous batching: requests join and leave a batch that is always running (Orca, Yu et al., OSDI 2022).
 
 All arrays that a request is computed with have shapes that depend on this request alone: its prompt runs in a batch of
-one row, and it decodes in a batch that always has `n_rows` rows, whose capacity follows from the length of the request.
+one row, and it decodes in a batch of always `max_batch` rows, with a capacity that follows from the request's length.
 So the same programs compute it whatever runs beside it, and its numbers are the same to the last bit.
 
 Shapes: B rows, T prompt tokens, N tokens per block, V vocabulary.
@@ -48,6 +48,11 @@ class Details:
     logits: bool = False
     """All logits that each token was sampled from."""
 
+    @property
+    def of_tokens(self) -> bool:
+        """Whether the host must see the logits of every new token."""
+        return self.alternatives is not None or self.logits
+
 
 @dataclass(frozen=True)
 class PromptScores:
@@ -64,6 +69,7 @@ class Update:
     sample: int
     text: str
     tokens: list[int]
+    """With the token that ends the continuation, if one does; it adds no text."""
     logprobs: list[float]
     alternatives: list[Alternatives]
     """One per token if they were asked for, else empty."""
@@ -142,18 +148,18 @@ class Scheduler:
     """Runs requests of one generator, many at a time, in a thread of its own. Each answer is the one that the request
     gets alone, whatever runs beside it."""
 
-    def __init__(self, generator: BaseGenerator, *, n_rows: int = 16, queue_limit: int = 256, time_limit: float = 600):
+    def __init__(self, generator: BaseGenerator, *, max_batch: int = 16, max_queue: int = 256, time_limit: float = 600):
         """
         Args:
-            n_rows: continuations of similar length that are decoded together.
-            queue_limit: requests that may wait.
+            max_batch: continuations of similar length that are decoded together.
+            max_queue: requests that may wait.
             time_limit: seconds that a request may take, waiting included.
         """
-        for name, value in (("n_rows", n_rows), ("queue_limit", queue_limit), ("time_limit", time_limit)):
+        for name, value in (("max_batch", max_batch), ("max_queue", max_queue), ("time_limit", time_limit)):
             if not value > 0:
                 raise InputError(f"{name} is out of range", expected="more than 0", found=value)
-        self.generator, self.n_rows = generator, n_rows
-        self._queue_limit, self._time_limit = queue_limit, time_limit
+        self.generator, self.max_batch = generator, max_batch
+        self._max_queue, self._time_limit = max_queue, time_limit
         self._batches: dict[int, _Batch] = {}
         self._submitted: deque[Job] = deque()
         self._work = threading.Condition()
@@ -197,8 +203,8 @@ class Scheduler:
         with self._work:
             if self._is_closed:
                 raise QueueFullError("the server is shutting down")
-            if self.n_waiting >= self._queue_limit:
-                raise QueueFullError(f"{self._queue_limit} requests are waiting")
+            if self.n_waiting >= self._max_queue:
+                raise QueueFullError(f"{self._max_queue} requests are waiting")
             self._submitted.append(job)
             self._work.notify()
         return job
@@ -223,7 +229,7 @@ class Scheduler:
         with self._work:
             while self._submitted:
                 job = self._submitted.popleft()
-                batch = self._batches.setdefault(job.capacity, _Batch(job.capacity, self.n_rows))
+                batch = self._batches.setdefault(job.capacity, _Batch(job.capacity, self.max_batch))
                 batch.waiting.append(job)
         for batch in self._batches.values():
             self._remove_ended(batch)
@@ -234,7 +240,7 @@ class Scheduler:
                 logger.exception("a batch failed")
                 for job in batch.jobs():
                     job.listener(error)
-                self._batches[batch.capacity] = _Batch(batch.capacity, self.n_rows)
+                self._batches[batch.capacity] = _Batch(batch.capacity, self.max_batch)
                 break
         busy = {capacity for capacity, batch in self._batches.items() if batch.jobs()}
         if len(self._batches) > 1:  # one idle batch keeps its memory, for the next request
@@ -263,7 +269,7 @@ class Scheduler:
             free = [i for i, slot in enumerate(batch.slots) if slot is None]
             for row, sample in zip(free, samples, strict=False):
                 if batch.state is None:
-                    batch.state = self.generator._new_state(self.n_rows, batch.capacity)
+                    batch.state = self.generator._new_state(self.max_batch, batch.capacity)
                 batch.state = self.generator._put_row(batch.state, row, job.state)
                 batch.slots[row] = _Slot(job, sample, job.request.rows[sample])
                 job.n_placed += 1
@@ -296,14 +302,14 @@ class Scheduler:
         active = [(i, slot) for i, slot in enumerate(batch.slots) if slot]
         if not active:
             return
-        asking = [i for i, slot in active if slot.job.details != TOKENS_ONLY]
+        asking = [i for i, slot in active if slot.job.details.of_tokens]
         missing = min(slot.job.request.max_new_tokens - len(slot.row.tokens) for _, slot in active)
         count = 1 if asking else min(STREAM_BLOCK, missing)
         logits = {i: self.generator._next_logits(batch.state, i) for i in asking}
-        noise_BN = np.zeros((self.n_rows, BLOCK), np.float32)
-        seen_BV = np.zeros((self.n_rows, self.generator.config.vocab_size), bool)
-        active_B = np.zeros(self.n_rows, bool)
-        options = [SamplingConfig()] * self.n_rows
+        noise_BN = np.zeros((self.max_batch, BLOCK), np.float32)
+        seen_BV = np.zeros((self.max_batch, self.generator.config.vocab_size), bool)
+        active_B = np.zeros(self.max_batch, bool)
+        options = [SamplingConfig()] * self.max_batch
         for i, slot in active:
             options[i], n_tokens = slot.job.request.sampling, len(slot.row.prompt) + len(slot.row.tokens)
             noise_BN[i] = uniforms(options[i].seed, slot.row.key, n_tokens, BLOCK)
@@ -329,18 +335,17 @@ class Scheduler:
             job.listener(error)
             return
         text = shown(self.generator._text(row.tokens), job.request.stop_strings, ended=row.finish_reason is not None)
-        new = slice(n_before, None)
-        n_new, n_alternatives = len(row.tokens) - n_before, job.details.alternatives
+        tokens, logprobs = row.tokens[n_before:], row.logprobs[n_before:]
+        if row.end is not None:
+            tokens, logprobs = [*tokens, row.end[0]], [*logprobs, row.end[1]]
+        alternatives, all_logits = list[Alternatives](), list[np.ndarray]()
+        if logits_V is not None:  # of the only token of this block
+            if job.details.alternatives is not None:
+                alternatives.append(most_likely(logits_V, job.details.alternatives))
+            if job.details.logits:
+                all_logits.append(logits_V)
         update = Update(
-            slot.sample,
-            text[slot.n_shown :],
-            row.tokens[new],
-            row.logprobs[new],
-            [most_likely(logits_V, n_alternatives)] * n_new
-            if logits_V is not None and n_alternatives is not None
-            else [],
-            [logits_V] * n_new if logits_V is not None and job.details.logits else [],
-            row.finish_reason,
+            slot.sample, text[slot.n_shown :], tokens, logprobs, alternatives, all_logits, row.finish_reason
         )
         slot.n_shown = len(text)
         if row.finish_reason:

@@ -161,6 +161,10 @@ class Tokenizer:
         """Text of token ids, without control tokens (begin, end, padding) and ids outside the tokenizer."""
         return self._pieces.decode([int(i) for i in ids if i < self.vocab_size])
 
+    def piece(self, id: int) -> str:
+        """The name of a token in the vocabulary, such as `</s>` or `<0x0A>`."""
+        return str(self._pieces.id_to_piece(id)) if 0 <= id < self.vocab_size else f"<unused {id}>"
+
     def decode_after(self, ids: Sequence[int]) -> str:
         """Text of token ids that follow earlier text. A tokenizer that adds a space before every text removes the first
         space when it decodes; here it is kept."""

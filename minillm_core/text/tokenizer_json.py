@@ -109,6 +109,9 @@ class JsonTokenizer(Tokenizer):
     def splits_at_newlines(self) -> bool:
         return False
 
+    def piece(self, id: int) -> str:
+        return self._json.id_to_token(id) or f"<unused {id}>"
+
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids, without special tokens and ids outside the tokenizer."""
         with self._damage():

@@ -1,0 +1,96 @@
+"""Errors in the form of OpenAI's API."""
+
+import json
+from typing import Any
+
+from fastapi import Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from minillm_core.decoding.scheduler import ExpiredError, QueueFullError
+from minillm_core.errors import InputError
+
+
+class ApiError(Exception):
+    """A request that is answered with an error."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: dict[str, str] | None = None,
+    ):
+        """
+        Args:
+            param: the field of the request that is wrong.
+            code: a fixed name of the error, for programs.
+        """
+        super().__init__(message)
+        self.status, self.headers = status, headers
+        kind = "invalid_request_error" if status < 429 else "rate_limit_error" if status == 429 else "server_error"
+        self.content = {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+    def response(self) -> JSONResponse:
+        return AsciiResponse(self.content, status_code=self.status, headers=self.headers)
+
+
+class AsciiResponse(JSONResponse):
+    """JSON with escapes: an error may quote text that is not Unicode."""
+
+    def render(self, content: Any) -> bytes:
+        return json.dumps(content).encode()
+
+
+def api_error(error: Exception, fields: frozenset[str] = frozenset()) -> ApiError:
+    """What a client is told about an error.
+
+    Args:
+        fields: names of the request's fields; an InputError that begins with one of them is about it.
+    """
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, QueueFullError):
+        code, headers = "queue_full", {"Retry-After": "1"}
+        if "shutting down" in str(error):
+            return ApiError(503, str(error), code="shutting_down", headers=headers)
+        return ApiError(429, f"the server is busy: {error}", code=code, headers=headers)
+    if isinstance(error, ExpiredError):
+        return ApiError(504, str(error), code="timeout")
+    if isinstance(error, InputError):
+        first = str(error).partition(" ")[0]
+        if "longer than the context" in str(error):
+            return ApiError(400, str(error), param="prompt", code="context_length_exceeded")
+        if "logits are not finite" in str(error):
+            return ApiError(500, str(error), code="not_finite")
+        return ApiError(400, str(error), param=first if first in fields else None)
+    return ApiError(500, "the server failed; its log says why", code="internal_error")
+
+
+async def on_api_error(request: Request, error: Exception) -> JSONResponse:
+    return api_error(error).response()
+
+
+async def on_invalid(request: Request, error: Exception) -> JSONResponse:
+    """A body that is not JSON, or has a wrong field. All problems are told."""
+    assert isinstance(error, RequestValidationError)
+    problems = error.errors()
+    places = [".".join(str(part) for part in problem["loc"][1:]) for problem in problems]
+    lines = [f"{place or 'body'}: {problem['msg']}" for place, problem in zip(places, problems, strict=True)]
+    known = ["this field is not supported" if p["type"] == "extra_forbidden" else None for p in problems]
+    lines = [f"{place}: {says}" if says else line for place, says, line in zip(places, known, lines, strict=True)]
+    param = next((str(problem["loc"][1]) for problem in problems if len(problem["loc"]) > 1), None)
+    if problems[0]["type"] == "json_invalid":
+        return ApiError(400, f"the body is not JSON: {problems[0]['ctx']['error']}", code="invalid_json").response()
+    return ApiError(400, "\n".join(dict.fromkeys(lines)), param=param).response()
+
+
+async def on_http_error(request: Request, error: Exception) -> JSONResponse:
+    """An unknown path or method, or a body that cannot be read."""
+    assert isinstance(error, HTTPException)
+    message = {404: f"there is no {request.url.path}", 405: f"{request.url.path} does not accept {request.method}"}
+    headers = dict(error.headers) if error.headers else None
+    return ApiError(error.status_code, message.get(error.status_code, str(error.detail)), headers=headers).response()

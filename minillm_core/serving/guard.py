@@ -1,0 +1,88 @@
+"""What is checked before a request reaches an endpoint: its host, its key, its size."""
+
+import base64
+import binascii
+import hmac
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from minillm_core.serving.errors import ApiError
+from minillm_core.serving.metrics import Metrics
+
+MOST_BYTES = 4 << 20
+"""Of the body of a request."""
+OPEN = ("/health",)
+"""Paths that need no key."""
+
+
+class Guard:
+    """An ASGI application around another one.
+
+    Args:
+        api_key: what a client must send, as `Authorization: Bearer KEY` or, from a browser, as the password of HTTP's
+            basic authentication; None: nothing.
+        hosts: names by which the server may be called; None: any. A page of a different site can make its own name
+            point to this machine, but its requests carry that name (DNS rebinding).
+    """
+
+    def __init__(self, app: ASGIApp, *, api_key: str | None, hosts: frozenset[str] | None, metrics: Metrics):
+        self._app, self._key, self._hosts, self._metrics = app, api_key, hosts, metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        n_bytes, status = 0, 0
+
+        async def limited() -> Message:
+            nonlocal n_bytes
+            message = await receive()
+            n_bytes += len(message.get("body", b""))
+            if n_bytes > MOST_BYTES:
+                raise ApiError(413, f"the body has more than {MOST_BYTES:,} bytes", code="too_large")
+            return message
+
+        async def counted(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                route = scope.get("route")
+                path = getattr(route, "path", "unknown")
+                self._metrics.responses.labels(path, str(status)).inc()
+            await send(message)
+
+        try:
+            self._check(scope["path"], Headers(scope=scope))
+            await self._app(scope, limited, counted)
+        except ApiError as error:
+            if status:
+                raise
+            await error.response()(scope, receive, counted)
+
+    def _check(self, path: str, headers: Headers) -> None:
+        host = headers.get("host", "")
+        name = host.rpartition(":")[0] if ":" in host and not host.endswith("]") else host
+        if self._hosts is not None and name.lower() not in self._hosts:
+            expected = " or ".join(sorted(self._hosts))
+            raise ApiError(421, f"this server is called {expected}, not {name!r}", code="wrong_host")
+        if self._key is None or path in OPEN:
+            return
+        if not hmac.compare_digest(
+            _key(headers.get("authorization", "")).encode("utf-8", "replace"), self._key.encode()
+        ):
+            ask = {"WWW-Authenticate": 'Basic realm="minillm: any name, and the API key as the password"'}
+            message = "a valid API key is needed, as `Authorization: Bearer KEY`"
+            raise ApiError(401, message, code="invalid_api_key", headers=ask)
+
+
+def _key(authorization: str) -> str:
+    scheme, _, value = authorization.partition(" ")
+    if scheme.lower() == "bearer":
+        return value.strip()
+    if scheme.lower() == "basic":
+        try:
+            return base64.b64decode(value, validate=True).decode().partition(":")[2]
+        except (binascii.Error, UnicodeDecodeError):
+            return ""
+    return ""
