@@ -97,7 +97,7 @@ class _Choice:
         self.index, self.text = index, ""
         self.finish_reason: str | None = None
         self._model, self._wants_logprobs = model, wants_logprobs
-        self._offset, self._decoder = 0, TextDecoder(model.tokenizer)
+        self._decoder = TextDecoder(model.tokenizer)
         self.logprobs: JSON = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
 
     def add(
@@ -114,8 +114,8 @@ class _Choice:
             self.logprobs["tokens"].append(texts[token])
             self.logprobs["token_logprobs"].append(logprob)
             self.logprobs["top_logprobs"].append(best or None)
-            self.logprobs["text_offset"].append(self._offset)
-            self._offset += len(self._decoder.add(token))
+            self._decoder.add(token)
+            self.logprobs["text_offset"].append(self._decoder.start)
 
     def json(self) -> JSON:
         logprobs = self.logprobs if self._wants_logprobs else None

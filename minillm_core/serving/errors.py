@@ -74,23 +74,44 @@ async def on_api_error(request: Request, error: Exception) -> JSONResponse:
     return api_error(error).response()
 
 
+FORMS = {
+    "prompt": "a text, token ids, or a list of texts or of lists of token ids",
+    "stop": "a text or a list of texts, none of them empty",
+    "content": "a text, or a list of parts of type text",
+}
+"""What fields of several forms can be. (Pydantic would list what is wrong for each of the forms.)"""
+
+
 async def on_invalid(request: Request, error: Exception) -> JSONResponse:
     """A body that is not JSON, or has a wrong field. All problems are told."""
     assert isinstance(error, RequestValidationError)
     problems = error.errors()
-    places = [".".join(str(part) for part in problem["loc"][1:]) for problem in problems]
-    lines = [f"{place or 'body'}: {problem['msg']}" for place, problem in zip(places, problems, strict=True)]
-    known = ["this field is not supported" if p["type"] == "extra_forbidden" else None for p in problems]
-    lines = [f"{place}: {says}" if says else line for place, says, line in zip(places, known, lines, strict=True)]
-    param = next((str(problem["loc"][1]) for problem in problems if len(problem["loc"]) > 1), None)
     if problems[0]["type"] == "json_invalid":
         return ApiError(400, f"the body is not JSON: {problems[0]['ctx']['error']}", code="invalid_json").response()
-    return ApiError(400, "\n".join(dict.fromkeys(lines)), param=param).response()
+    lines = dict.fromkeys(_problem(problem["loc"][1:], problem) for problem in problems)
+    param = next((str(problem["loc"][1]) for problem in problems if len(problem["loc"]) > 1), None)
+    return ApiError(400, "\n".join(lines), param=param).response()
+
+
+def _problem(place: tuple[int | str, ...], problem: Any) -> str:
+    if not place:
+        return "the body is not a JSON object, sent with `Content-Type: application/json`"
+    for i, part in enumerate(place):
+        if part in FORMS:
+            return f"{'.'.join(map(str, place[: i + 1]))}: expected {FORMS[str(part)]}"
+    says = problem["msg"]
+    if problem["type"] == "extra_forbidden":
+        says = "this field is not supported"
+    elif problem["type"] in ("literal_error", "none_required"):
+        says = f"only {problem.get('ctx', {}).get('expected', 'null')} is supported; leave this field out"
+    return f"{'.'.join(map(str, place))}: {says}"
 
 
 async def on_http_error(request: Request, error: Exception) -> JSONResponse:
     """An unknown path or method, or a body that cannot be read."""
     assert isinstance(error, HTTPException)
+    if error.status_code == 400:
+        return ApiError(400, "the body cannot be read as JSON in UTF-8", code="invalid_json").response()
     message = {404: f"there is no {request.url.path}", 405: f"{request.url.path} does not accept {request.method}"}
     headers = dict(error.headers) if error.headers else None
     return ApiError(error.status_code, message.get(error.status_code, str(error.detail)), headers=headers).response()

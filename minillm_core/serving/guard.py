@@ -33,22 +33,22 @@ class Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        n_bytes, status = 0, 0
+        n_bytes, status, is_too_large = 0, 0, False
 
         async def limited() -> Message:
-            nonlocal n_bytes
+            nonlocal n_bytes, is_too_large
             message = await receive()
             n_bytes += len(message.get("body", b""))
-            if n_bytes > MOST_BYTES:
-                raise ApiError(413, f"the body has more than {MOST_BYTES:,} bytes", code="too_large")
-            return message
+            is_too_large = is_too_large or n_bytes > MOST_BYTES
+            return {"type": "http.disconnect"} if is_too_large else message
 
         async def counted(message: Message) -> None:
             nonlocal status
+            if is_too_large and not status:
+                return  # the application's answer to a body that broke off
             if message["type"] == "http.response.start":
                 status = message["status"]
-                route = scope.get("route")
-                path = getattr(route, "path", "unknown")
+                path = getattr(scope.get("route"), "path", "unknown")
                 self._metrics.responses.labels(path, str(status)).inc()
             await send(message)
 
@@ -56,9 +56,13 @@ class Guard:
             self._check(scope["path"], Headers(scope=scope))
             await self._app(scope, limited, counted)
         except ApiError as error:
-            if status:
-                raise
             await error.response()(scope, receive, counted)
+        if is_too_large and not status:
+            is_too_large = False
+            message = f"the body has more than {MOST_BYTES:,} bytes"
+            await ApiError(413, message, code="too_large", headers={"Connection": "close"}).response()(
+                scope, receive, counted
+            )
 
     def _check(self, path: str, headers: Headers) -> None:
         host = headers.get("host", "")

@@ -29,12 +29,23 @@ class TextDecoder:
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
         self._incomplete: list[int] = []
+        self._n_chars = 0
+        self.start = 0
+        """Where the text of the last token begins, in characters."""
 
     def add(self, token: int) -> str:
         """The text that this token completes; empty in the middle of a character."""
+        before = ""
+        if self._incomplete and "\ufffd" not in self._tokenizer.decode_after([token]):
+            before = self._take()  # bytes that are no character
+        self.start = self._n_chars
         self._incomplete.append(token)
+        if self._tokenizer.decode_after(self._incomplete).endswith("\ufffd") and len(self._incomplete) < 4:
+            return before  # a character has at most four bytes
+        return before + self._take()
+
+    def _take(self) -> str:
         text = self._tokenizer.decode_after(self._incomplete)
-        if text.endswith("\ufffd") and len(self._incomplete) < 4:  # a character has at most four bytes
-            return ""
         self._incomplete = []
+        self._n_chars += len(text)
         return text
