@@ -239,8 +239,8 @@ def _texts(
     predicted: dict[str, np.ndarray],
     references: dict[str, Reference],
 ) -> dict[str, Any]:
-    """The text, the most likely next tokens by both models, and how each goes on: None without a tokenizer, and no sample
-    of a large model."""
+    """The text, the most likely next tokens by both models, and how each goes on. None: no tokenizer, or no sample of a
+    large model."""
     ids = [int(i) for i in tokens_BT[0]]
     if tokenizer is None:
         return {"n_tokens": len(ids), "text": None, "next": None, "sample": None}
