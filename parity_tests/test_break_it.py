@@ -92,6 +92,13 @@ def test_text_of_the_user(breaker: Breaker) -> None:
     assert breaker.break_it("activation", "jax", "a " * 1000)["n_tokens"] == break_it.MOST_TOKENS
 
 
+def test_large_models_do_not_go_on(breaker: Breaker, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(break_it, "LARGEST_SAMPLED", 1000)
+    result = breaker.break_it("swapped", "jax")
+    assert result["sample"] is None
+    assert result["next"]["broken"]
+
+
 def test_without_a_tokenizer() -> None:
     breaker = breaker_of(CONFIG, None)
     result = breaker.break_it("swapped", "jax")

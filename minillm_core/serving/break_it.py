@@ -19,7 +19,7 @@ from minillm_core.doctor.faults import FAULTS
 from minillm_core.doctor.report import COLUMNS, finite, table, text_report, verdict
 from minillm_core.doctor.subjects import Subject, open_subject
 from minillm_core.errors import InputError
-from minillm_core.model.params import param_table
+from minillm_core.model.params import count_params, param_table
 from minillm_core.model.reference import Reference
 from minillm_core.model.stages import Trace
 from minillm_core.model.tolerance import TOLERANCES
@@ -34,6 +34,8 @@ MOST_TOKENS = 256
 """A longer text is cut."""
 SAMPLE_TOKENS, SAMPLE_CONTEXT = 16, 16
 """The sample continues the last tokens of the text. The reference computes it without a cache, so it is short."""
+LARGEST_SAMPLED = 10_000_000
+"""Parameters of the largest model that continues the text: in the reference, each token of a larger one takes long."""
 LIKELY = 5
 """How many of the most likely next tokens are shown."""
 NAMES = ("right", "broken")
@@ -237,12 +239,14 @@ def _texts(
     predicted: dict[str, np.ndarray],
     references: dict[str, Reference],
 ) -> dict[str, Any]:
-    """The text, the most likely next tokens by both models, and how each goes on (None without a tokenizer)."""
+    """The text, the most likely next tokens by both models, and how each goes on. None: no tokenizer, or no sample of a
+    large model."""
     ids = [int(i) for i in tokens_BT[0]]
     if tokenizer is None:
         return {"n_tokens": len(ids), "text": None, "next": None, "sample": None}
     likely = {name: _likely(tokenizer, logits_V) for name, logits_V in predicted.items()}
-    samples = {name: _continue(tokenizer, model, ids) for name, model in references.items()}
+    small = all(count_params(model.config) <= LARGEST_SAMPLED for model in references.values())
+    samples = {name: _continue(tokenizer, model, ids) for name, model in references.items()} if small else None
     return {"n_tokens": len(ids), "text": tokenizer.decode(ids), "next": likely, "sample": samples}
 
 

@@ -3,7 +3,7 @@
 import { make, titleOf, visible } from "./dom.js";
 import { setUpRoving } from "./roving.js";
 
-const DOUBTS = [0.1, 0.7, 1.6, 3];
+const DOUBTS = [0.7, 1.6, 3, 5];
 /** In nats: a token that is this unlikely gets the next colour. */
 
 export class Column {
