@@ -73,7 +73,12 @@ def serve(
         models = Models(ids, dtype, Limits(max_batch, max_queue, time_limit))
         app = create_app(models, checkpoint, api_key=key, hosts=names)
         config = uvicorn.Config(
-            app, log_level="warning", access_log=False, timeout_graceful_shutdown=5, server_header=False
+            app,
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=5,
+            timeout_keep_alive=75,  # longer than clients keep connections: httpx's clients keep them for 5 seconds
         )
         server = uvicorn.Server(config)
         models.on_failure = lambda: setattr(server, "should_exit", True)
@@ -120,10 +125,12 @@ def _listen(host: str, port: int) -> socket.socket:
         raise InputError("--port is out of range", expected="0 to 65535", found=port)
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        listener = socket.socket(family, socket.SOCK_STREAM)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-        listener.listen(1024)
+        with contextlib.ExitStack() as undo:
+            listener = undo.enter_context(socket.socket(family, socket.SOCK_STREAM))
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+            listener.listen(1024)
+            undo.pop_all()
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             hint = f"stop the program that uses it, or choose a different one: --port {port + 1}"

@@ -217,14 +217,19 @@ def test_an_api_key(run: Path) -> None:
         assert httpx.get(url, auth=("anyone", "secret")).status_code == 200
 
 
-def test_starting_and_stopping(run: Path, server: Server, tmp_path: Path) -> None:
+def test_starting_and_stopping(
+    run: Path, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A port that is in use, an open address without a key, a model that cannot be loaded: exit status 2. SIGINT ends
     the server; a client that waits gets an answer."""
     port = server.url.rpartition(":")[2]
     fails(f"port {port} is in use.*--port", "serve", str(run), "--backend", "torch", "--port", port, cwd=tmp_path)
     fails("other machines.*MINILLM_API_KEY", "serve", str(run), "--host", "0.0.0.0", "--backend", "torch", cwd=tmp_path)
     fails("--port is out of range", "serve", str(run), "--port", "70000", "--backend", "torch", cwd=tmp_path)
-    fails("cannot listen", "serve", str(run), "--host", "127.9.9.999", "--backend", "torch", cwd=tmp_path)
+    monkeypatch.setenv("MINILLM_API_KEY", "secret")
+    fails("cannot listen", "serve", str(run), "--host", "192.0.2.1", "--backend", "torch", cwd=tmp_path)
+    fails("cannot listen", "serve", str(run), "--host", "no such host", "--backend", "torch", cwd=tmp_path)
+    monkeypatch.delenv("MINILLM_API_KEY")
     fails("only torch checkpoints", "serve", str(run), cwd=tmp_path)
     command = [sys.executable, str(ROOT / "scripts" / "serve.py"), str(run), "--backend", "torch", "--port", "0"]
     done = subprocess.run(
