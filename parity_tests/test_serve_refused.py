@@ -159,6 +159,7 @@ def test_a_full_queue(server: Server) -> None:
         assert answer.headers["Retry-After"] == "1"
     assert len(busy) + sum(answer.status_code == 200 for answer in answers) == 24
     assert server.post(prompt=[5], max_tokens=2).status_code == 200
+    assert "Traceback" not in server.log.read_text(encoding="utf-8")
 
 
 def test_dead_clients(server: Server) -> None:
@@ -217,9 +218,7 @@ def test_an_api_key(run: Path) -> None:
         assert httpx.get(url, auth=("anyone", "secret")).status_code == 200
 
 
-def test_starting_and_stopping(
-    run: Path, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_starting_and_stopping(run: Path, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A port that is in use, an open address without a key, a model that cannot be loaded: exit status 2. SIGINT ends
     the server; a client that waits gets an answer."""
     port = server.url.rpartition(":")[2]

@@ -9,6 +9,8 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
+from minillm_core.decoding.scheduler import ExpiredError, QueueFullError
+from minillm_core.errors import InputError
 from minillm_core.serving.break_it import Breaker
 from minillm_core.serving.break_it_routes import break_it_router
 from minillm_core.serving.errors import ApiError, on_api_error, on_http_error, on_invalid
@@ -38,10 +40,10 @@ def create_app(
 
     app = FastAPI(title="Mini-LLM", version=__version__, lifespan=life, docs_url=None, redoc_url=None)
     app.add_middleware(Guard, api_key=api_key, hosts=hosts, metrics=models.metrics)
-    app.add_exception_handler(ApiError, on_api_error)
+    for kind in (ApiError, InputError, QueueFullError, ExpiredError, Exception):  # those not named would be logged
+        app.add_exception_handler(kind, on_api_error)
     app.add_exception_handler(RequestValidationError, on_invalid)
     app.add_exception_handler(HTTPException, on_http_error)
-    app.add_exception_handler(Exception, on_api_error)
     for router in (openai_router(models), playground_router(models, checkpoint), break_it_router(Breaker(checkpoint))):
         app.include_router(router)
     app.include_router(page_router())
