@@ -1,4 +1,4 @@
-"""lm-evaluation-harness scores a published folder as this project does. (Each of its two runs takes about 15 seconds.)
+"""lm-evaluation-harness scores a published folder and a server as this project does. (Each run takes about 15 seconds.)
 
 The harness cuts a document into windows of `max_length` tokens with one token of context: BOS for the first window, the
 token before it for the others. Only its last window also sees the tokens before, up to `max_length`.
@@ -23,6 +23,7 @@ from minillm_core.interop.imports import import_checkpoint
 from minillm_core.text.tokenizer import Tokenizer
 from parity_tests.commands import environment, succeeds_here
 from parity_tests.conftest import BACKENDS, TINY, random_weights
+from parity_tests.server import serving
 
 pytestmark = pytest.mark.extended
 
@@ -76,11 +77,17 @@ class Home:
             n_scored.append(end - at)
         return self.nats(rows, n_scored)
 
-    def harness(self, model_args: str, *tasks: str) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
-        """The results of the command `lm_eval`, offline, and its samples: by task."""
-        out = self.folder / "results" / "-".join(tasks)
-        command = [str(Path(sys.executable).with_name("lm_eval")), "--model", "hf", "--device", "cpu"]
-        command += ["--model_args", f"pretrained={self.folder / 'out'},dtype=float32{model_args}"]
+    def harness(
+        self, model_args: str, *tasks: str, url: str = ""
+    ) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
+        """The results of the command `lm_eval`, offline, and its samples: by task. `url`: that of a server's API, which
+        then runs the model instead of transformers."""
+        out = self.folder / "results" / ("-".join(tasks) + ("-served" if url else ""))
+        model, args = "hf", f"pretrained={self.folder / 'out'},dtype=float32"
+        if url:
+            model, args = "local-completions", f"model=run,base_url={url},tokenizer={self.folder / 'out'}"
+        command = [str(Path(sys.executable).with_name("lm_eval")), "--model", model, "--device", "cpu"]
+        command += ["--model_args", args + model_args, *(["--batch_size", "2"] if url else [])]
         command += ["--include_path", str(self.folder / "tasks"), "--tasks", ",".join(tasks)]
         command += ["--output_path", str(out), "--log_samples"]
         offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(self.folder / "home"), "TOKENIZERS_PARALLELISM": "false"}
@@ -121,10 +128,9 @@ def home(tmp_path_factory: pytest.TempPathFactory, corpus: Path, tokenizer: Toke
     return found
 
 
-def test_bits_per_byte(home: Home) -> None:
+def check_bits_per_byte(home: Home, results: dict[str, Any], samples: dict[str, list[dict[str, Any]]]) -> None:
     """The harness's bits per byte are those of `evaluate` without the end-of-document token, which only `evaluate`
     counts. For documents of any length they are those of the same windows, scored here."""
-    results, samples = home.harness(f",add_bos_token=False,max_length={SEQ_LEN}", "held_out", "documents")
     options = ("--backend", "torch", "--data-dir", "data", "--seq-len", str(SEQ_LEN))
     printed = succeeds_here("evaluate", "run", *options, cwd=home.folder).stdout
     evaluated = {line.split()[0]: float(line.split()[1]) for line in printed.splitlines()}
@@ -143,6 +149,21 @@ def test_bits_per_byte(home: Home) -> None:
     assert results["documents"]["byte_perplexity,none"] == pytest.approx(math.exp(total), rel=1e-5)
 
 
+def test_bits_per_byte(home: Home) -> None:
+    check_bits_per_byte(home, *home.harness(f",add_bos_token=False,max_length={SEQ_LEN}", "held_out", "documents"))
+
+
+def test_through_the_server(home: Home) -> None:
+    """The same numbers through the server's API. It gets token ids; `max_length` there counts one token of context and
+    one that the harness generates."""
+    with serving(home.folder / "run", "--backend", "torch", "--max-batch", "4") as server:
+        args = f",num_concurrent=3,add_bos_token=False,max_length={SEQ_LEN + 2}"
+        url = f"{server.url}/v1/completions"
+        results, samples = home.harness(args, "held_out", "documents", "questions", url=url)
+    check_bits_per_byte(home, results, samples)
+    check_questions(home, results, samples, bos=False)
+
+
 def test_the_comparison_is_sensitive(home: Home) -> None:
     """A different window, no BOS or a second one would change the score far more than the test above allows."""
     right = home.rolling(home.held_out, SEQ_LEN)
@@ -156,11 +177,16 @@ def test_the_comparison_is_sensitive(home: Home) -> None:
 
 def test_multiple_choice(home: Home) -> None:
     """The folder without further settings: a context begins with BOS, and the choices have the scores of `score`."""
-    results, samples = home.harness("", "questions")
+    check_questions(home, *home.harness("", "questions"), bos=True)
+
+
+def check_questions(
+    home: Home, results: dict[str, Any], samples: dict[str, list[dict[str, Any]]], *, bos: bool
+) -> None:
     best = []
     for sample, question in zip(samples["questions"], QUESTIONS, strict=True):
-        context = home.tokenizer.encode(question["query"], bos=True)
-        rows = [home.tokenizer.encode(f"{question['query']} {c}", bos=True) for c in question["choices"]]
+        context = home.tokenizer.encode(question["query"], bos=bos)
+        rows = [home.tokenizer.encode(f"{question['query']} {c}", bos=bos) for c in question["choices"]]
         expected = [-home.nats([row], [len(row) - len(context)]) for row in rows]
         found = [float(response[0][0]) for response in sample["resps"]]
         assert found == pytest.approx(expected, rel=1e-6)
