@@ -12,13 +12,13 @@ import numpy as np
 import sentencepiece
 
 from minillm_core.errors import InputError
+from minillm_core.text.chat_template import read_chat_template
 from minillm_core.text.tokenizer import (
     CHAT_TEMPLATE,
     GENERATION_CONFIG,
     TOKENIZER_CONFIG,
     ModelProto,
     Tokenizer,
-    read_tokenizer_config,
 )
 from minillm_core.text.tokenizer_json import SPACE, JsonTokenizer, bos_template
 
@@ -130,24 +130,9 @@ def tokenizer_fields(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
         logger.warning(
             f"llama.cpp will also end a text at {', '.join(more)}: it treats every token of such a name as an end"
         )
-    if (template := _chat_template(tokenizer.path.parent)) is not None:
+    if (template := read_chat_template(tokenizer.path.parent)) is not None:
         fields["tokenizer.chat_template"] = template
     return fields
-
-
-def _chat_template(folder: Path) -> str | None:
-    """The chat template of a tokenizer: its own file, or the only or default one in tokenizer_config.json."""
-    file = folder / CHAT_TEMPLATE
-    try:
-        if file.is_file():
-            return file.read_text(encoding="utf-8")
-        found = read_tokenizer_config(folder).get("chat_template")
-        if isinstance(found, list):
-            found = {item["name"]: item["template"] for item in found}.get("default")
-    except (UnicodeDecodeError, AttributeError, KeyError, TypeError) as error:
-        hint = f"get {CHAT_TEMPLATE} or {TOKENIZER_CONFIG} again"
-        raise InputError("damaged chat template", found=repr(error)[:200], where=folder, hint=hint) from error
-    return found if isinstance(found, str) else None
 
 
 def _of_sentencepiece(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:

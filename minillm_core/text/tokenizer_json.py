@@ -85,6 +85,11 @@ class JsonTokenizer(Tokenizer):
         vocabulary: dict[str, int] = self._json.get_vocab()
         return vocabulary
 
+    def data(self) -> dict[str, Any]:
+        """The content of tokenizer.json, without truncation and padding."""
+        data: dict[str, Any] = json.loads(self._json.to_str())
+        return data
+
     def _named(self, token: Any) -> int | None:
         content = token.get("content") if isinstance(token, dict) else token
         return self._json.token_to_id(content) if isinstance(content, str) else None
