@@ -1,7 +1,8 @@
 """Continues a prompt, or every prompt of a file, from any checkpoint of either framework."""
 
 import shlex
-from typing import Annotated, Literal
+from functools import partial
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -10,6 +11,7 @@ from minillm_cli.console import parse, print_stream
 from minillm_core.decoding.prompts import continue_file
 from minillm_core.errors import InputError
 from minillm_core.files import hash_file, output_file, user_path
+from minillm_core.text.chat_template import ChatTemplate
 from minillm_core.text.tokenizer_json import load_tokenizer
 from minillm_core.training.checkpoints import find_checkpoint
 
@@ -37,6 +39,8 @@ def generate(
     stop_ids: tuple[int, ...] = (),
     truncate: bool = False,
     logprobs: bool = False,
+    chat: bool = False,
+    system: str = "",
     dtype: Literal["float32", "bfloat16", "float64"] = "float32",
     compile: bool = False,
 ) -> None:
@@ -65,6 +69,9 @@ def generate(
         stop_ids: token ids that end a continuation.
         truncate: drop the beginning of a prompt that does not fit, instead of refusing it.
         logprobs: add every token and its log-probability to the output file.
+        chat: send each prompt as a user's message in the chat format of the model, and print only the reply. An object
+            of a .jsonl file may have "messages" (objects with "role" and "content") instead of a "prompt".
+        system: the system message before these messages.
         dtype: dtype of the parameters and the computation.
         compile: compile torch's decoding step with torch.compile (takes minutes at first, then decodes faster).
     """
@@ -76,6 +83,10 @@ def generate(
     answers = None if output is None else output_file(output)
     if prompts is None and (n != 1 or logprobs):
         raise InputError("--n and --logprobs need a file to write to", hint="give --prompts FILE --output FILE.jsonl")
+    if system and not chat:
+        raise InputError("--system is for the chat format", hint="add --chat")
+    if chat and truncate:
+        raise InputError("--truncate would cut the beginning of the chat format", hint="omit --truncate")
     if compile and backend == "jax":
         raise InputError("--compile is for torch; JAX always compiles", hint="omit --compile, or add --backend torch")
     if " " in path and not user_path(path).exists():
@@ -96,10 +107,15 @@ def generate(
         "stop": (*stop, *stop_ids),
         "truncate": truncate,
     }
+    template = ChatTemplate.of(generator.tokenizer) if chat else None
+    encode = partial(template.prompt, system=system) if template else None
+    if template is not None:
+        options["stop"] = (*stop, *sorted(template.stop_ids.union(stop_ids)))
     if prompts is None or answers is None:
-        print_stream(prompt, generator.stream(prompt, **options))
+        print_stream("" if encode else prompt, generator.stream(encode(prompt) if encode else prompt, **options))
     else:
         hashes = hash_file(checkpoint / "manifest.json")  # it holds the hashes of all files of the checkpoint
-        setup = {"checkpoint": str(checkpoint), "hashes": hashes, "backend": backend, "dtype": dtype}
+        setup: dict[str, Any] = {"checkpoint": str(checkpoint), "hashes": hashes, "backend": backend, "dtype": dtype}
         options |= {"n": n, "logprobs": logprobs}
-        continue_file(generator, user_path(prompts), answers, batch_size, setup, options)
+        setup |= {"chat": chat, "system": system} if chat else {}
+        continue_file(generator, user_path(prompts), answers, batch_size, setup, options, encode)

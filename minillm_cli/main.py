@@ -14,6 +14,7 @@ COMMANDS = {
     "prepare": ("prepare", "encode text for training: the corpus of a configuration, or any files"),
     "inspect-data": ("inspect_data", "show what is in a folder of prepared data"),
     "generate": ("generate", "continue a prompt, or every prompt of a file"),
+    "chat": ("chat", "talk with a model in the terminal, in its own chat format"),
     "evaluate": ("evaluate", "print loss, perplexity and bits per byte on a prepared split"),
     "convert": ("convert", "convert a checkpoint: JAX, PyTorch, Hugging Face, GGUF"),
     "publish": ("publish", "evaluate a checkpoint, write a Hugging Face repository, upload it"),

@@ -19,11 +19,11 @@ from minillm_core.interop.gguf import open_gguf, write_gguf
 from minillm_core.interop.gguf_tokenizer import (
     NO_TOKENIZER,
     PRE_TOKENIZERS,
-    _chat_template,
     overlap,
     tokenizer_fields,
 )
 from minillm_core.interop.imports import import_checkpoint
+from minillm_core.text.chat_template import read_chat_template
 from minillm_core.text.tokenizer import Tokenizer
 from minillm_core.text.tokenizer_json import load_tokenizer, sentencepiece_to_json
 from parity_tests.conftest import BACKENDS, TINY, random_weights
@@ -261,7 +261,7 @@ def test_end_tokens_and_chat_template_round_trip(in_settings: bool, tmp_path: Pa
     for damaged in ("[]", '{"chat_template": [7]}', "{"):
         (tmp_path / "tokenizer_config.json").write_text(damaged)
         with pytest.raises(InputError, match=r"damaged (chat template|file)"):
-            _chat_template(tmp_path)
+            read_chat_template(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
     if in_settings:
         settings["chat_template"] = [{"name": "tools", "template": "no"}, {"name": "default", "template": template}]

@@ -124,6 +124,21 @@ class ChatTemplate:
         text, mark = self._safe_text(check_messages(messages), add_generation_prompt)
         return [i for i, _ in self._tokens(text, mark)]
 
+    def prompt(self, asked: str | Sequence[Message], system: str = "") -> list[int]:
+        """The token ids that the assistant replies to.
+
+        Args:
+            asked: a user's message, or a whole conversation.
+            system: a system message for conversations without one; empty: none.
+
+        Raises:
+            InputError: as `render`.
+        """
+        messages = check_messages([{"role": "user", "content": asked}] if isinstance(asked, str) else asked)
+        if system and messages[0]["role"] != "system":
+            messages.insert(0, {"role": "system", "content": system})
+        return self.encode(messages, add_generation_prompt=True)
+
     def encode_training(self, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
         """The token ids of a conversation, and for each whether the assistant writes it: its replies, each with the
         token that ends it. A reply begins where the generation prompt ends.
