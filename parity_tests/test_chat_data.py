@@ -201,31 +201,43 @@ def test_only_replies_count(document_mask: bool, chat: Chat, conversations: list
         assert sorted(counted_targets(epoch)) == sorted(wanted)
         assert counted_targets(epoch) != wanted
 
-    # each conversation in a row is whole: from its first token to the last that counts
-    starts = {tuple(id for id, _ in chat.expected(found)[: seq_len // 2]): found for found in conversations}
-    n_whole = 0
-    for batch in rows[:n_rows]:
-        tokens = [*batch.tokens_BT[0].tolist(), int(batch.targets_BT[0, -1])]
-        weights = [0.0, *batch.weights_BT[0].tolist()]
-        at = 0
-        while at < seq_len and any(weights[at:]):
-            conversation = next(
-                (found for start, found in starts.items() if tokens[at:][: len(start)] == [*start]), None
-            )
-            if conversation is None:
-                assert at == 0, "only a row of a long conversation may begin in its middle"
-                break
-            found = chat.expected(conversation)
-            n_whole += len(found) <= seq_len
-            assert weights[at : at + len(found)] == [float(is_counted) for _, is_counted in found][: len(weights) - at]
-            if document_mask:
-                assert batch.segments_BT is not None
-                assert batch.positions_BT is not None
-                own = slice(at, min(at + len(found), seq_len))
-                assert len({*batch.segments_BT[0, own].tolist()}) == 1
-                assert batch.positions_BT[0, own].tolist() == list(range(own.stop - own.start))
-            at += len(found)
-    assert n_whole > 40
+    # the rows have whole conversations, as many as fit
+    wanted_rows = rows_by_hand([chat.expected(found) for found in split_of(conversations)["train"]], seq_len)
+    found_rows = [*data.eval_batches("train", 1, seq_len)]
+    assert len(found_rows) == len(wanted_rows) == n_rows
+    for batch, row in zip(found_rows, wanted_rows, strict=True):
+        n = len(row) - 1
+        assert [*batch.tokens_BT[0, :n].tolist(), batch.targets_BT[0, n - 1]] == [token.id for token in row]
+        assert batch.weights_BT[0].tolist() == [float(token.counts) for token in row[1:]] + [0.0] * (seq_len - n)
+        assert (batch.segments_BT is not None) == (batch.positions_BT is not None) == document_mask
+        if batch.segments_BT is not None and batch.positions_BT is not None:
+            firsts = np.array([i for i in range(n) if i == 0 or row[i].conversation != row[i - 1].conversation])
+            segments = np.searchsorted(firsts, np.arange(n), side="right") - 1
+            assert batch.segments_BT[0, :n].tolist() == segments.tolist()
+            assert batch.positions_BT[0, :n].tolist() == (np.arange(n) - firsts[segments]).tolist()
+
+
+@dataclass(frozen=True)
+class InRow:
+    """A token of a row, the number of its conversation, and whether it counts."""
+
+    id: int
+    conversation: int
+    counts: bool
+
+
+def rows_by_hand(conversations: Sequence[list[tuple[int, bool]]], seq_len: int) -> list[list[InRow]]:
+    rows, row = list[list[InRow]](), list[InRow]()
+    for number, conversation in enumerate(conversations):
+        tokens = [InRow(id, number, counts) for id, counts in conversation]
+        if len(row) + len(tokens) > seq_len + 1:
+            rows.append(row)
+            row = []
+        row = row + tokens
+        while len(row) > seq_len + 1:
+            rows.append(row[: seq_len + 1])
+            row = row[seq_len:]
+    return [row for row in [*rows, row] if any(token.counts for token in row[1:])]
 
 
 @settings(deadline=None)
