@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from minillm_core.errors import InputError
-from minillm_core.text.control_tokens import Token, control_tokens
+from minillm_core.text.control_tokens import Token, control_tokens, matching
 from minillm_core.text.template_process import render_template
 from minillm_core.text.tokenizer import (
     CHAT_TEMPLATE,
@@ -82,10 +82,8 @@ class ChatTemplate:
         self.tokenizer, self.template = tokenizer, template
         self._folder = tokenizer.path.parent
         self._control = control_tokens(tokenizer, template)
-        self._pattern = self._control.pattern()
-        self._starts = frozenset(t[:n] for t in self._control.ids for n in range(1, len(t)))
-        self._ends = frozenset(t[n:] for t in self._control.ids for n in range(1, len(t)))
-        self._longest = max(map(len, self._control.ids), default=0)
+        self._pattern = matching(self._control.ids)
+        self._structure = matching(self._control.ids.keys() - THOUGHTS)
         self._names = _named_tokens(tokenizer)
 
     @classmethod
@@ -172,7 +170,7 @@ class ChatTemplate:
         except InputError:
             return "", frozenset()
         head, _, tail = text.partition(mark)
-        end = self._pattern.search(tail)
+        end = self._structure.search(tail)
         ids = frozenset([self._control.ids[end[0]]] if end else [])
         head = head.removesuffix(reply)
         return head.removeprefix(before) if head.startswith(before) else "", ids
@@ -184,18 +182,17 @@ class ChatTemplate:
 
     def _safe_text(self, messages: Sequence[Message], add_generation_prompt: bool) -> tuple[str, str]:
         """The rendered text, and the character that breaks up control tokens in it. Every control token that is left
-        was written by the template."""
+        was written by the template.
+
+        A template may join the text of a message with its own, or leave out what stands in the middle of it. If this
+        makes a control token, it is seen in a second rendering, with the character between all others, which is then
+        the result.
+        """
         (mark,) = self._unused(messages, 1)
-        broken = [self._broken(message, mark) for message in messages]
-        text = self._render(broken, add_generation_prompt)
-        if any(self._may_join(part) for message in broken for part in message.values()):
-            # a part of a control token at an end of a message: does what is next to it complete the token?
-            apart = [
-                {name: part if name == "role" else _enclosed(part, mark) for name, part in m.items()} for m in broken
-            ]
-            separate = self._render(apart, add_generation_prompt)
-            if self._pattern.findall(separate) != self._pattern.findall(text):
-                text = separate
+        text = self._render([self._broken(message, mark) for message in messages], add_generation_prompt)
+        apart = self._render([_apart(message, mark) for message in messages], add_generation_prompt)
+        if self._structure.findall(apart) != self._structure.findall(text):
+            text = apart
         return text, mark
 
     def _broken(self, message: Message, mark: str) -> dict[str, str]:
@@ -211,11 +208,6 @@ class ChatTemplate:
                 before, text = text, self._pattern.sub(broken, text)
             result[name] = text
         return result
-
-    def _may_join(self, content: str) -> bool:
-        core = content.strip()
-        lengths = range(1, min(self._longest, len(core) + 1))
-        return any(core[-n:] in self._starts or core[:n] in self._ends for n in lengths)
 
     def _tokens(self, text: str, mark: str) -> list[Token]:
         """Each part of a text on its own: a broken control token is encoded as text, and what stands between them with
@@ -249,15 +241,18 @@ class ChatTemplate:
             hint = "train on text that is already in the model's format"
             raise InputError("the chat template does not show where a reply ends", where=self._folder, hint=hint)
         gap, _ = self._probe
-        replies = []
+        replies, at = [], 0
         for found in re.finditer("|".join(contents) or "(?!)", text):
             end = len(text[: found.start()].translate(clean))
             start = end - _n_common(plain[:end], contents[found[0]])
+            for token in self._structure.finditer(text, at, found.start()):  # the template's; a reply begins after it
+                start = max(start, len(text[: token.end()].translate(clean)))
             start -= len(gap) if plain[:start].endswith(gap) else 0
-            following = self._pattern.search(text, found.end())
+            following = self._structure.search(text, found.end())
             if following and self._control.ids[following[0]] in self.stop_ids:
                 end = len(text[: following.end()].translate(clean))
             replies.append((start, end))
+            at = found.end()
         return replies
 
     def _unused(self, messages: Sequence[Message], n: int) -> list[str]:
@@ -289,13 +284,9 @@ def check_messages(messages: Any) -> list[Message]:
     return list(messages)
 
 
-def _enclosed(content: str, mark: str) -> str:
-    """The content with a mark before and after it; the white space that many templates strip stays outside."""
-    core = content.strip()
-    if not core:
-        return content
-    before, _, after = content.partition(core)
-    return before + mark + core + mark + after
+def _apart(message: Message, mark: str) -> dict[str, str]:
+    """A message with a mark around each character of its text."""
+    return {name: text if name == "role" else mark.join(["", *text, ""]) for name, text in message.items()}
 
 
 def _n_common(text: str, content: str) -> int:

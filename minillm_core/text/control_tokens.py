@@ -6,6 +6,7 @@ A tokenizer's own `encode` never finds them in a text. A chat template writes th
 import json
 import re
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +28,6 @@ class ControlTokens(ABC):
     ids: dict[str, int]
     """Control token, as text -> its id."""
 
-    def pattern(self) -> re.Pattern[str]:
-        """Matches any control token; the longest first."""
-        longest_first = sorted(self.ids, key=lambda text: (-len(text), text))
-        return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
-
     @abstractmethod
     def encode(self, text: str, *, follows: bool) -> list[Token]:
         """The tokens of a text; a control token in it becomes that token.
@@ -43,6 +39,11 @@ class ControlTokens(ABC):
     @abstractmethod
     def encode_as_text(self, text: str) -> list[Token]:
         """The tokens of a text that follows other text. They are never control tokens."""
+
+
+def matching(texts: Iterable[str]) -> re.Pattern[str]:
+    """Matches any of the texts; the longest first."""
+    return re.compile("|".join(map(re.escape, sorted(texts, key=lambda text: (-len(text), text)))) or "(?!)")
 
 
 def control_tokens(tokenizer: Tokenizer, template: str) -> ControlTokens:
@@ -105,7 +106,7 @@ class _PieceControlTokens(ControlTokens):
             if piece.type in (CONTROL, UNKNOWN) or (piece.type == USER_DEFINED and _in_template(piece.piece, template)):
                 self.ids[piece.piece] = i
                 piece.type = piece.type if piece.type == UNKNOWN else CONTROL
-        self._pattern = self.pattern()
+        self._pattern = matching(self.ids)
         self._first = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
         proto.normalizer_spec.add_dummy_prefix = False
         self._inner = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
