@@ -29,6 +29,7 @@ from minillm_core.data.sources import Source
 from minillm_core.errors import InputError
 from minillm_core.files import flush
 from minillm_core.text.chat_template import ChatTemplate
+from minillm_core.text.template_process import TemplateEndedError
 from minillm_core.text.tokenizer_json import load_tokenizer
 
 BEGINS, ENDS, BAD = 1, 2, 4
@@ -169,6 +170,8 @@ class Encoder:
         try:
             if not problem:
                 ids, is_reply = self._template.encode_training(messages_of(chunk.data))
+        except TemplateEndedError:
+            raise  # it may be the load of the machine, and must not change the data
         except InputError as error:  # for example, a template that wants another order of the roles
             problem = " ".join(str(error).split())
         marks = np.array(is_reply, np.uint8) * COUNTED
