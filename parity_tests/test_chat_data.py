@@ -31,7 +31,8 @@ from minillm_core.data.prepared import SPLITS, PreparedData
 from minillm_core.data.run_data import open_or_prepare, prepare_data
 from minillm_core.data.token_files import TokenFile, TokenFiles
 from minillm_core.errors import InputError
-from minillm_core.text.chat_template import ROLE_TOKENS
+from minillm_core.text.chat_template import ROLE_TOKENS, ChatTemplate
+from minillm_core.text.template_process import TemplateEndedError
 from minillm_core.text.tokenizer import TOKENIZER_MODEL, Tokenizer
 from minillm_core.text.tokenizer_json import load_tokenizer
 from minillm_core.text.train_tokenizer import train_tokenizer
@@ -386,6 +387,30 @@ def test_bad_conversations(name: str, chats: dict[str, Chat], tmp_path: Path) ->
     assert index["train"]["n_documents"] + index["val"]["n_documents"] == 6
     expected = [token for found in [GOOD] * 5 for token in chat.expected(found)]
     assert PreparedData(tmp_path / "out", None).tokens["train"][:].tolist() == [id for id, _ in expected]
+
+
+def test_a_slow_template_changes_no_data(
+    chats: dict[str, Chat], conversations: list[Conversation], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No conversation is left out because the machine was busy: the command stops, and continues when it is given
+    again."""
+    path = write_lines(tmp_path / "in.jsonl", conversations)
+    slow = chat_plan([path], chats["minillm"], skip_bad=True)
+    prepare.prepare(slow, tmp_path / "whole")
+    encode_training, calls = ChatTemplate.encode_training, []
+
+    def encode(template: ChatTemplate, messages: Any) -> Any:
+        calls.append(messages)
+        if len(calls) == 50:
+            raise TemplateEndedError("the chat template took too long")
+        return encode_training(template, messages)
+
+    monkeypatch.setattr(ChatTemplate, "encode_training", encode)
+    with pytest.raises(InputError, match="took too long"):
+        prepare.prepare(slow, tmp_path / "out")
+    prepare.prepare(slow, tmp_path / "out")
+    assert len(calls) > 50
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
 
 
 def test_what_is_not_chat_data(

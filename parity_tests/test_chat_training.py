@@ -245,7 +245,7 @@ def test_commands(corpus: Path, conversations: list[Conversation], tmp_path: Pat
     question = split_of(conversations, every=10)["val"][0]
     start = "".join(f"<{m['role']}>{m['content']}" for m in question[: 1 + (question[0]["role"] == "system")])
     assert done.stdout.startswith(f"{start}<assistant>"), "the sample answers a held-out question"
-    assert "chat tuned --backend torch" in done.stderr
+    assert "chat.py tuned --backend torch" in done.stderr
     found = succeeds_here("evaluate", "tuned", "--backend", "torch", cwd=tmp_path).stdout
     assert f"nats per token, over {data.n_targets('val')} tokens of the assistant's replies" in found
     assert "bits_per_byte" not in found
