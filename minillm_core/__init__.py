@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from minillm_core.data.batches import Batch
     from minillm_core.data.prepared import PreparedData
     from minillm_core.data.run_data import prepare_data
+    from minillm_core.decoding.conversation import Conversation
     from minillm_core.decoding.generation import Completion
     from minillm_core.decoding.sampling import SamplingConfig
     from minillm_core.doctor.compare import compare
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from minillm_core.interop.conversion import Conversion, convert
     from minillm_core.interop.publish import Publication, publish
     from minillm_core.model.stages import Trace
+    from minillm_core.text.chat_template import ChatTemplate
     from minillm_core.text.tokenizer import Tokenizer
     from minillm_core.text.tokenizer_json import load_tokenizer
     from minillm_core.training.backend import Backend, load_backend
@@ -41,7 +43,9 @@ if TYPE_CHECKING:
 __all__ = [
     "Backend",
     "Batch",
+    "ChatTemplate",
     "Completion",
+    "Conversation",
     "Conversion",
     "DataConfig",
     "Engine",
@@ -75,7 +79,9 @@ __all__ = [
 _MODULES = {
     "Backend": "training.backend",
     "Batch": "data.batches",
+    "ChatTemplate": "text.chat_template",
     "Completion": "decoding.generation",
+    "Conversation": "decoding.conversation",
     "Conversion": "interop.conversion",
     "DataConfig": "config",
     "Engine": "doctor.subjects",

@@ -9,23 +9,25 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from parity_tests.conftest import ROOT
 
 
-def script(name: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+def script(name: str, *arguments: str, cwd: Path, stdin: str = "") -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(ROOT / "scripts" / f"{name}.py"), *arguments]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=environment(), timeout=300, check=False)
+    how: dict[str, Any] = {"capture_output": True, "text": True, "env": environment(), "timeout": 300, "check": False}
+    return subprocess.run(command, cwd=cwd, input=stdin, **how)
 
 
 def environment() -> dict[str, str]:
     return os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "200"}
 
 
-def succeeds(name: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    done = script(name, *arguments, cwd=cwd)
+def succeeds(name: str, *arguments: str, cwd: Path, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    done = script(name, *arguments, cwd=cwd, stdin=stdin)
     assert done.returncode == 0, done.stderr
     return done
 

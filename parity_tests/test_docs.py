@@ -139,6 +139,9 @@ def check_result(script: str, arguments: list[str], home: Path, done: Done) -> N
             check_convert(arguments[0], home / out.strip())
         case "parity":
             assert "\nEQUAL within" in out
+        case "chat":
+            assert out.endswith("\n")
+            assert len(out) > 1
         case "generate":
             check_generate(home, options, done)
         case "evaluate":
@@ -175,7 +178,11 @@ def test_commands(command: str, home: Path, corpus: Path) -> None:
     arguments = tiny(script, arguments, corpus)
     if script == "benchmark_data" and not (home / "my.model").exists():  # in a tier of its own
         succeeds("train_tokenizer", str(corpus), "--out", "my.model", "--vocab-size", "1000", cwd=home)
-    done = succeeds(script, *arguments, cwd=home)
+    stdin = ""
+    if script == "chat":  # the imported model has no chat format of its own
+        stdin, (path,) = "Hello\n/exit\n", (home / arguments[0]).glob("*/checkpoints/*")
+        (path / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    done = succeeds(script, *arguments, cwd=home, stdin=stdin)
     check_result(script, arguments, home, done)
 
 
