@@ -1,6 +1,10 @@
 """Runs on conversations: the loss is that of the assistant's tokens, and the same in both frameworks."""
 
+import re
+import shlex
 import shutil
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -56,6 +60,7 @@ from parity_tests.test_chat_data import (
     split_of,
     write_lines,
 )
+from parity_tests.test_docs import PAGES, tiny
 from parity_tests.test_prepare import plan_for
 
 __all__ = ["chats", "conversations"]  # fixtures
@@ -258,3 +263,18 @@ def test_commands(corpus: Path, conversations: list[Conversation], tmp_path: Pat
     options[options.index("tuned")] = "tuned-p"
     message = r"no chat template.*expected.*<user>"
     assert "Traceback" not in fails(message, "train_torch", *options, cwd=tmp_path)
+
+
+def test_the_example_of_the_documentation(corpus: Path, tmp_path: Path) -> None:
+    """The Python and the commands of docs/training.md, at a tiny size."""
+    section = PAGES["training.md"].split("## Tune a model for chats")[1].split("\n## ")[0]
+    (code,), (block,) = (re.findall(rf"```{kind}\n(.*?)```", section, re.DOTALL) for kind in ("python", "bash"))
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+    for line in block.splitlines():
+        _, path, *arguments = shlex.split(line.replace("4096", str(TINY.vocab_size)))
+        done = succeeds(Path(path).stem, *tiny(Path(path).stem, arguments, corpus), cwd=tmp_path)
+        if "--chat" in arguments:
+            assert done.stdout.strip()
+    data = PreparedData(tmp_path / "data" / "chat", TINY.vocab_size)
+    n_lines = len((tmp_path / "chat.jsonl").read_text().splitlines())
+    assert data.index["train"]["n_documents"] + data.index["val"]["n_documents"] == n_lines
