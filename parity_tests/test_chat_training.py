@@ -28,6 +28,7 @@ from minillm_core.data.run_data import open_data
 from minillm_core.decoding.scoring import score_split
 from minillm_core.errors import InputError
 from minillm_core.interop.evaluation import evaluate_checkpoint
+from minillm_core.interop.initial import with_initial_checkpoint
 from minillm_core.training.checkpoints import TrainingState, find_checkpoint
 from minillm_core.training.train import train
 from minillm_jax.loss import mean_loss as jax_mean_loss
@@ -61,6 +62,7 @@ from parity_tests.test_chat_data import (
     write_lines,
 )
 from parity_tests.test_docs import PAGES, tiny
+from parity_tests.test_hf import save_llama
 from parity_tests.test_prepare import plan_for
 
 __all__ = ["chats", "conversations"]  # fixtures
@@ -218,6 +220,23 @@ def test_changed_conversations_are_refused(
     changed = replace(run, data=replace(run.data, dir=str(tmp_path / "new")))
     with pytest.raises(InputError, match="the run uses a different training text"):
         train(changed, BACKENDS["torch"])
+
+
+def test_an_imported_chat_model_is_tuned(corpus: Path, conversations: list[Conversation], tmp_path: Path) -> None:
+    """In its own format, from its own weights, with the same curve in both frameworks."""
+    chat = chat_of("chatml", corpus, tmp_path / "hf")
+    save_llama(TINY, tmp_path / "hf", torch.float32)
+    path = write_lines(tmp_path / "chat.jsonl", conversations)
+    data_config = DataConfig(str(path), str(tmp_path / "data"), holdout_every=5, document_mask=True)
+    settings = {"steps": 6, "eval_every": 6, "seq_len": SEQ_LEN, "compute_dtype": "float64"}
+    run = text_run(data_config, tmp_path / "run", init_from=str(tmp_path / "hf"), **settings)
+    for backend in BACKENDS.values():
+        checkpoint = train(with_initial_checkpoint(run, backend), backend)
+        assert (checkpoint / "tokenizer_config.json").is_file()
+    ours, theirs = (losses_of(tmp_path / "run", framework) for framework in BACKENDS)
+    assert np.abs(ours / theirs - 1).max() <= TIERS["float64"].run_loss
+    expected = [id for found in split_of(conversations)["train"] for id, _ in chat.expected(found)]
+    assert PreparedData(tmp_path / "data", None).tokens["train"][:].tolist() == expected
 
 
 def test_commands(corpus: Path, conversations: list[Conversation], tmp_path: Path) -> None:
