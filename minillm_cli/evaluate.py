@@ -22,7 +22,7 @@ def evaluate(
     seq_len: int | None = None,
     dtype: Literal["float32", "bfloat16", "float64"] = "float32",
 ) -> None:
-    """Evaluates a checkpoint on every token of a split.
+    """Evaluates a checkpoint on every token of a split (of conversations: of the assistant's replies).
 
     Args:
         path: a run, a run's framework folder, or one checkpoint.
@@ -35,7 +35,8 @@ def evaluate(
     framework = load_backend(backend)
     checkpoint = find_checkpoint(path, backend)
     found = evaluate_checkpoint(checkpoint, framework, split=split, data_dir=data_dir, seq_len=seq_len, dtype=dtype)
-    print(f"loss {found.loss.mean:.6f} nats per token")
+    replies = f", over {found.n_targets} tokens of the assistant's replies" if found.is_chat else ""
+    print(f"loss {found.loss.mean:.6f} nats per token{replies}")
     print(f"perplexity {found.perplexity:.4f}")
     if found.bits_per_byte is not None:
         print(f"bits_per_byte {found.bits_per_byte:.6f}")

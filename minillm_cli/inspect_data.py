@@ -43,7 +43,12 @@ def inspect_folder(
 def text_of(report: DataReport) -> str:
     lines = [str(report.folder)]
     for name, split in report.splits.items():
-        lines += ["", f"{name}: {split.n_tokens:,} tokens of {split.n_bytes or 0:,} bytes", *_lengths(split)]
+        lines += [
+            "",
+            f"{name}: {split.n_tokens:,} tokens of {split.n_bytes or 0:,} bytes",
+            *_lengths(split),
+            *_counted(split),
+        ]
         if not split.n_tokens:
             continue
         sources = sorted(split.tokens_of_source.items(), key=lambda item: -item[1])
@@ -63,3 +68,10 @@ def _lengths(split: SplitReport) -> list[str]:
         return []
     quantiles = ", ".join(f"{np.quantile(split.lengths, q):,.0f}" for q in (0, 0.1, 0.5, 0.9, 1))
     return [f"  {len(split.lengths):,} documents; tokens of a document (least, 10 %, 50 %, 90 %, most): {quantiles}"]
+
+
+def _counted(split: SplitReport) -> list[str]:
+    if split.n_counted is None:
+        return []
+    share = split.n_counted / split.n_tokens
+    return [f"  {split.n_counted:,} tokens ({share:.1%}) are replies of the assistant: only they count in the loss"]

@@ -16,6 +16,7 @@ import itertools
 import re
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -24,7 +25,7 @@ import tyro
 from minillm_cli.console import parse, parse_run_config
 from minillm_core.config import RunConfig, preset_names
 from minillm_core.data.assemble import Holdout
-from minillm_core.data.documents import Format
+from minillm_core.data.documents import CHAT, PLAIN, Format
 from minillm_core.data.hub import HUB
 from minillm_core.data.inputs import find_sources
 from minillm_core.data.merge import merge as join
@@ -71,7 +72,8 @@ def prepare_inputs(
     tokenizer: str | None = None,
     vocab_size: int | None = None,
     workers: int | None = None,
-    text_field: str = "text",
+    chat: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
+    text_field: str | None = None,
     subset: str | None = None,
     split: str | None = None,
     separator: str | None = None,
@@ -89,7 +91,9 @@ def prepare_inputs(
         tokenizer: a tokenizer.model or tokenizer.json, or a folder with one, such as a checkpoint.
         vocab_size: vocabulary of the model that will be trained, if it has more rows than the tokenizer has pieces.
         workers: processes that encode; by default, one for every CPU.
-        text_field: field of a .jsonl line, or column of a table, with the text.
+        chat: the documents are conversations: only the assistant's replies count when a model is trained on them.
+        text_field: field of a .jsonl line, or column of a table, with the text; by default `text` or, with --chat,
+            `messages`.
         subset: subset of a dataset of the Hugging Face Hub.
         split: split of a dataset of the Hugging Face Hub; `train` by default.
         separator: what stands between two documents of a text file, such as `\\f`; without it, a file is one document.
@@ -115,7 +119,7 @@ def prepare_inputs(
                 sources=tuple(find_sources(inputs, subset=subset, split=split)),
                 tokenizer=Path(collected),
                 vocab_size=size,
-                how=Format(text_field, _unescaped(separator or "")),
+                how=_format(text_field, separator, chat=chat),
                 holdout=_holdout(holdout),
                 drop_duplicates=drop_duplicates,
                 skip_bad=skip_bad,
@@ -133,7 +137,16 @@ def prepare_inputs(
 
 def print_sizes(*folders: PreparedData) -> None:
     for data, split in itertools.product(folders, SPLITS):
-        print(f"{data.dir}, {split}: {len(data.tokens[split])} tokens of {data.splits[split].n_bytes} bytes")
+        counted = f", {data.n_targets(split)} count" if data.is_chat else ""
+        print(f"{data.dir}, {split}: {len(data.tokens[split])} tokens of {data.splits[split].n_bytes} bytes{counted}")
+
+
+def _format(text_field: str | None, separator: str | None, *, chat: bool) -> Format:
+    if not chat:
+        return Format(text_field or PLAIN.text_field, _unescaped(separator or ""))
+    if separator is not None:
+        raise InputError("--separator is for files of text, --chat for conversations", hint="leave out one of them")
+    return replace(CHAT, text_field=text_field or CHAT.text_field)
 
 
 def _unescaped(text: str) -> bytes:

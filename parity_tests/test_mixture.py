@@ -93,7 +93,7 @@ def test_rows_are_those_of_the_folders(folders: Path) -> None:
         assert isinstance(data, Mixture)
         own, _ = data.rows_of(np.arange(step * 8, step * 8 + 8), 8, 7)
         for row, part in zip(tokens, own.tolist(), strict=True):
-            assert np.array_equal(row, parts[part].train_rows(np.array([counts[part]]), 8, 32, 7)[0])
+            assert np.array_equal(row, parts[part].train_rows(np.array([counts[part]]), 8, 32, 7).tokens[0])
             counts[part] += 1
         assert np.array_equal(data.batch(step, 8, 32, 7, slice(2, 5)).tokens_BT, batch.tokens_BT[2:5])
         if step >= 3:
@@ -186,7 +186,7 @@ def test_both_frameworks_have_the_same_curve(folders: Path, tmp_path: Path) -> N
 
 def test_a_folder_alone_with_a_mask(folders: Path) -> None:
     data = open_data(DataConfig("unused", str(folders / "a"), document_mask=True), TINY.vocab_size)
-    assert data.end_id == EOS_ID
+    assert data.document_mask
     assert data.batch(0, 2, 48, 0).segments_BT is not None
 
 

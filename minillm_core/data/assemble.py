@@ -5,11 +5,12 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
 from minillm_core.data.encode import BAD, BEGINS, ENDS, read_block
+from minillm_core.data.marks import COUNTED, marks_path
 from minillm_core.data.prepared import SPLITS
 from minillm_core.progress import steps
 
@@ -160,33 +161,54 @@ def _drop_duplicates(blocks: Sequence[Path], parts: Sequence[np.ndarray]) -> Non
                 seen.add(digest)
 
 
+class _File:
+    """A file that is hashed while it is written."""
+
+    def __init__(self, path: Path):
+        self._file, self._digest = path.open("wb"), hashlib.sha256()
+
+    def write(self, array: np.ndarray) -> None:
+        data = np.ascontiguousarray(array).view(np.uint8).data
+        self._file.write(data)
+        self._digest.update(data)
+
+    def close(self) -> str:
+        """Returns the SHA-256 of the file."""
+        self._file.close()
+        return self._digest.hexdigest()
+
+
 class _Writer:
     """Writes the shards of a split, and its index of documents."""
 
-    def __init__(self, folder: Path, split: str):
-        self._folder, self._split = folder, split
-        self._file: BinaryIO | None = None
-        self._digest = hashlib.sha256()
+    def __init__(self, folder: Path, split: str, has_marks: bool):
+        self._folder, self._split, self._has_marks = folder, split, has_marks
+        self._files: dict[str, _File] = {}
+        """The files of the shard that is being written, by the names of their hashes."""
         self._documents = (folder / f"{split}.documents").open("wb")
         self._documents_digest = hashlib.sha256()
         self.shards: list[dict[str, Any]] = []
-        self.n_tokens = self.n_bytes = self.n_documents = 0
+        self.n_tokens = self.n_counted = self.n_bytes = self.n_documents = 0
 
-    def write(self, tokens: np.ndarray) -> None:
-        while len(tokens):
+    def write(self, tokens: np.ndarray, marks: np.ndarray | None) -> None:
+        start = 0
+        while start < len(tokens):
             room = SHARD_TOKENS - self.n_tokens % SHARD_TOKENS
             if room == SHARD_TOKENS:
                 self._end_shard()
                 name = f"{self._split}-{len(self.shards):05}.bin"
-                self._file = (self._folder / name).open("wb")
+                self._files["sha256"] = _File(self._folder / name)
+                if self._has_marks:
+                    self._files["marks_sha256"] = _File(marks_path(self._folder / name))
                 self.shards.append({"name": name, "n_tokens": 0})
-            part, tokens = tokens[:room], tokens[room:]
-            data = np.ascontiguousarray(part).view(np.uint8).data
-            assert self._file is not None
-            self._file.write(data)
-            self._digest.update(data)
+            part = tokens[start : start + room]
+            self._files["sha256"].write(part)
+            if marks is not None:
+                self._files["marks_sha256"].write(marks[start : start + room])
+                self.n_counted += int(((marks[start : start + room] & COUNTED) > 0).sum())
             self.shards[-1]["n_tokens"] += len(part)
             self.n_tokens += len(part)
+            start += len(part)
 
     def end_documents(self, stops: np.ndarray, n_bytes: np.ndarray, sources: np.ndarray) -> None:
         """
@@ -205,14 +227,14 @@ class _Writer:
         self._documents.close()
 
     def _end_shard(self) -> None:
-        if self._file is not None:
-            self._file.close()
-            self.shards[-1]["sha256"] = self._digest.hexdigest()
-            self._file, self._digest = None, hashlib.sha256()
+        for name, file in self._files.items():
+            self.shards[-1][name] = file.close()
+        self._files = {}
 
     def described(self) -> dict[str, Any]:
         return {
             "n_tokens": self.n_tokens,
+            **({"n_counted": self.n_counted} if self._has_marks else {}),
             "n_bytes": self.n_bytes,
             "n_documents": self.n_documents,
             "documents_sha256": self._documents_digest.hexdigest(),
@@ -220,17 +242,20 @@ class _Writer:
         }
 
 
-def write_shards(blocks: Sequence[Path], splits: np.ndarray, folder: Path) -> dict[str, dict[str, Any]]:
+def write_shards(
+    blocks: Sequence[Path], splits: np.ndarray, folder: Path, *, has_marks: bool
+) -> dict[str, dict[str, Any]]:
     """Writes the shards and the index of documents of both splits.
 
     Args:
         splits: what `assign` returns.
+        has_marks: the documents are conversations.
 
     Returns:
         for each split its sizes and shards.
     """
     with contextlib.ExitStack() as stack:
-        writers = [_Writer(folder, split) for split in SPLITS]
+        writers = [_Writer(folder, split, has_marks) for split in SPLITS]
         for writer in writers:
             stack.callback(writer.close)
         n_begun, open_bytes = 0, 0
@@ -249,7 +274,8 @@ def write_shards(blocks: Sequence[Path], splits: np.ndarray, folder: Path) -> di
                     continue
                 writer = writers[own[first]]
                 start, written = int(stops[first] - rows["n_tokens"][first]), writer.n_tokens
-                writer.write(block.tokens[start : int(stops[last - 1])])
+                stop = int(stops[last - 1])
+                writer.write(block.tokens[start:stop], None if block.marks is None else block.marks[start:stop])
                 at = first + np.flatnonzero(rows["flags"][first:last] & ENDS)
                 before = int(bytes_before[first] - rows["n_bytes"][first])
                 sizes = np.diff(bytes_before[at], prepend=before - (open_bytes if first == 0 else 0))

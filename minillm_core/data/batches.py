@@ -11,6 +11,18 @@ from minillm_core.tensors import Array
 
 
 @dataclass(frozen=True, eq=False)
+class Rows:
+    """Rows of T + 1 tokens, before they are divided into inputs and targets: all (B, T + 1)."""
+
+    tokens: np.ndarray
+    """int32."""
+    counts: np.ndarray
+    """Whether a token counts as a target, bool."""
+    begins: np.ndarray | None
+    """Whether a token is the first of its document, bool. None: documents in a row are not told apart."""
+
+
+@dataclass(frozen=True, eq=False)
 class Batch:
     """Rows of tokens, the token that each must predict, and how much each prediction counts: all (B, T).
 
@@ -43,14 +55,24 @@ class Batch:
         Documents do not see each other, positions start again in each, and the first token of a document is not
         predicted from the one before it. A document that continues from before the row begins with position 0.
         """
-        tokens_BT = rows[:, :-1]
-        is_end_BT = tokens_BT == end_id
-        segments_BT = np.cumsum(is_end_BT, axis=1, dtype=np.int32) - is_end_BT
+        return cls.of_documents(rows, begin_after(rows, end_id))
+
+    @classmethod
+    def of_documents(cls, rows: np.ndarray, begins: np.ndarray) -> "Batch":
+        """`packed`, for documents that begin where `begins` (B, T + 1) is true."""
+        tokens_BT, begins_BT = rows[:, :-1], begins[:, :-1].copy()
+        begins_BT[:, 0] = False
+        segments_BT = np.cumsum(begins_BT, axis=1, dtype=np.int32)
         at_T = np.arange(tokens_BT.shape[1], dtype=np.int32)
-        starts_BT = np.zeros_like(tokens_BT)
-        starts_BT[:, 1:] = np.where(is_end_BT[:, :-1], at_T[1:], 0)
-        positions_BT = at_T - np.maximum.accumulate(starts_BT, axis=1)
-        return cls(tokens_BT, rows[:, 1:], (~is_end_BT).astype(np.float32), positions_BT, segments_BT)
+        positions_BT = at_T - np.maximum.accumulate(np.where(begins_BT, at_T, 0), axis=1)
+        return cls(tokens_BT, rows[:, 1:], (~begins[:, 1:]).astype(np.float32), positions_BT, segments_BT)
+
+    @classmethod
+    def from_prepared(cls, rows: Rows) -> "Batch":
+        """From rows of prepared data: only the tokens that count have a weight and, if the documents of a row are told
+        apart, they do not see each other."""
+        batch = cls.from_rows(rows.tokens) if rows.begins is None else cls.of_documents(rows.tokens, rows.begins)
+        return dataclasses.replace(batch, weights_BT=np.where(rows.counts[:, 1:], batch.weights_BT, np.float32(0)))
 
     @classmethod
     def from_tokens(cls, tokens_BT: np.ndarray) -> "Batch":
@@ -92,3 +114,10 @@ class Batch:
             found = f"from {weights_BT.min(initial=np.inf)} to {weights_BT.max(initial=-np.inf)}, sum {total}"
             expected = "finite numbers of 0 or more, not all 0 (in float32)"
             raise InputError("weights_BT is out of range", expected=expected, found=found)
+
+
+def begin_after(rows: np.ndarray, end_id: int) -> np.ndarray:
+    """Where documents begin in rows of tokens: after each `end_id`."""
+    begins = np.zeros(rows.shape, bool)
+    begins[:, 1:] = rows[:, :-1] == end_id
+    return begins

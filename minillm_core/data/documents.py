@@ -8,9 +8,10 @@ import io
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from minillm_core.data.chunks import CHUNK_BYTES, LONGEST_TEXT, Chunk, Chunker, DocumentChunks, bad, framed, of_text
+from minillm_core.data.conversations import of_messages
 from minillm_core.data.sources import Source
 from minillm_core.data.tables import is_table, texts_of
 
@@ -25,10 +26,14 @@ class Format:
     """The field of a line of JSON, or the column of a table, with the text."""
     separator: bytes = b""
     """What stands between two documents of a text file; empty: a file is one document."""
+    chat: bool = False
+    """Every document is a conversation: the field or column holds its messages, not a text."""
 
 
 PLAIN = Format()
 """Texts of a file each, or in the field `text`."""
+CHAT = Format("messages", chat=True)
+"""Conversations in the field `messages`."""
 
 
 @dataclass(frozen=True)
@@ -55,14 +60,14 @@ def read_piece(piece: Piece, sources: Sequence[Source], how: Format) -> Iterator
     elif not source.n_bytes:
         yield bad(piece.source, 0, EMPTY)
     elif piece.lines is not None:
-        yield from _of_lines(piece.source, io.BytesIO(piece.lines), piece.start, how.text_field)
+        yield from _of_lines(piece.source, io.BytesIO(piece.lines), piece.start, how)
     elif is_table(source):
-        for row, text in texts_of(source, how.text_field, piece.start, piece.stop):
-            yield from of_text(piece.source, row, text)
+        for row, value in texts_of(source, how.text_field, piece.start, piece.stop):
+            yield from _of_value(piece.source, row, value, how)
     elif source.format == "jsonl":
         with source.path.open("rb") as file:
             start = _line_start(file, piece.start, piece.stop)
-            yield from _of_lines(piece.source, file, start, how.text_field, piece.stop)
+            yield from _of_lines(piece.source, file, start, how, piece.stop)
     elif how.separator and source.split is None:
         with source.path.open("rb") as file:
             yield from between_separators(piece.source, file, how.separator, piece.start, piece.stop)
@@ -131,7 +136,7 @@ def _line_start(file: BinaryIO, start: int, stop: int) -> int:
     return file.tell()
 
 
-def _of_lines(source: int, file: BinaryIO, offset: int, field: str, stop: int | None = None) -> Iterator[Chunk]:
+def _of_lines(source: int, file: BinaryIO, offset: int, how: Format, stop: int | None = None) -> Iterator[Chunk]:
     """The documents of the lines that begin before `stop`. Lines without anything are left out."""
     while (stop is None or offset < stop) and (line := file.readline(LONGEST_TEXT + 1)):
         size = len(line)
@@ -141,18 +146,28 @@ def _of_lines(source: int, file: BinaryIO, offset: int, field: str, stop: int | 
             size += len(part)
             yield bad(source, offset, f"the line has more than {LONGEST_TEXT:,} bytes")
         elif line.strip():
-            yield from _of_json(source, offset, line, field)
+            yield from _of_json(source, offset, line, how)
         offset += size
 
 
-def _of_json(source: int, offset: int, line: bytes, field: str) -> Iterator[Chunk]:
+def _of_json(source: int, offset: int, line: bytes, how: Format) -> Iterator[Chunk]:
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
         yield bad(source, offset, f"not JSON: {str(error)[:100]}")
         return
-    if not isinstance(row, dict) or field not in row:
+    if how.chat and isinstance(row, list):
+        row = {how.text_field: row}  # the messages alone
+    if not isinstance(row, dict) or how.text_field not in row:
         keys = ", ".join(row)[:100] if isinstance(row, dict) else type(row).__name__
-        yield bad(source, offset, f"no field `{field}`, but {keys or 'nothing'}")
+        yield bad(source, offset, f"no field `{how.text_field}`, but {keys or 'nothing'}")
         return
-    yield from of_text(source, offset, row[field])
+    yield from _of_value(source, offset, row[how.text_field], how)
+
+
+def _of_value(source: int, offset: int, value: Any, how: Format) -> Iterator[Chunk]:
+    """The document of a line of JSON, or of a row of a table."""
+    if how.chat:
+        yield of_messages(source, offset, value)
+    else:
+        yield from of_text(source, offset, value)

@@ -22,10 +22,14 @@ from typing import Any
 import numpy as np
 
 from minillm_core.data.chunks import CHUNK_BYTES, Chunk, bad
+from minillm_core.data.conversations import messages_of
 from minillm_core.data.documents import Format, Piece, read_piece
+from minillm_core.data.marks import COUNTED, FIRST
 from minillm_core.data.sources import Source
 from minillm_core.errors import InputError
 from minillm_core.files import flush
+from minillm_core.text.chat_template import ChatTemplate
+from minillm_core.text.template_process import TemplateEndedError
 from minillm_core.text.tokenizer_json import load_tokenizer
 
 BEGINS, ENDS, BAD = 1, 2, 4
@@ -72,6 +76,19 @@ class Block:
     """Source, offset, and problem of each document that cannot be used."""
     n_before: int = 0
     """In the last block of a task: how many blocks are before it."""
+    marks: np.ndarray | None = None
+    """Of conversations: the mark of each token."""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """The tokens of a chunk."""
+
+    ids: np.ndarray
+    problem: str = ""
+    """Why its document cannot be used."""
+    marks: np.ndarray | None = None
+    """Of a conversation: the mark of each token."""
 
 
 class Encoder:
@@ -85,6 +102,7 @@ class Encoder:
         self.work, self._n_threads = work, n_threads
         self.tokenizer = load_tokenizer(work.tokenizer, work.vocab_size)
         self._before = self.tokenizer.encode("", bos=True)
+        self._template = ChatTemplate.of(self.tokenizer) if work.how.chat else None
 
     def encode(self, pieces: Sequence[Piece]) -> Iterator[Block]:
         """At least one block.
@@ -92,26 +110,28 @@ class Encoder:
         Raises:
             InputError: a source changed since the preparation began, or cannot be read.
         """
-        tokens, rows, n_bytes = [np.empty(0, self.work.dtype)], list[Any](), 0
+        found, rows, n_bytes = list[Encoded](), list[Any](), 0
         problems: list[tuple[int, int, str]] = []
         for chunks in _groups(chain.from_iterable(self._read(piece) for piece in pieces)):
             if n_bytes >= BLOCK_TEXT:
-                yield Block(np.concatenate(tokens), np.array(rows, ROW), tuple(problems))
-                tokens, rows, n_bytes, problems = tokens[:1], [], 0, []
-            texts = []
-            for chunk in chunks:
+                yield self._block(found, rows, problems)
+                found, rows, n_bytes, problems = [], [], 0, []
+            encoded = self._encode_texts(chunks) if self._template is None else map(self._encode_conversation, chunks)
+            for chunk, own in zip(chunks, encoded, strict=True):
                 n_bytes += len(chunk.data) + CHUNK_COST
-                text, problem = _text_of(chunk)
-                texts.append(text)
-                if problem:
-                    problems.append((chunk.source, chunk.offset, problem))
-                flags = BEGINS * chunk.begins + ENDS * chunk.ends + BAD * bool(problem)
+                if own.problem:
+                    problems.append((chunk.source, chunk.offset, own.problem))
+                flags = BEGINS * chunk.begins + ENDS * chunk.ends + BAD * bool(own.problem)
                 digest = hashlib.blake2b(chunk.data, digest_size=16).digest()
-                rows.append((np.frombuffer(digest, "<u8"), 0, len(chunk.data), chunk.source, flags))
-            for i, ids in enumerate(self._encode(chunks, texts), len(rows) - len(chunks)):
-                rows[i] = (rows[i][0], len(ids), *rows[i][2:])
-                tokens.append(ids)
-        yield Block(np.concatenate(tokens), np.array(rows, ROW), tuple(problems))
+                rows.append((np.frombuffer(digest, "<u8"), len(own.ids), len(chunk.data), chunk.source, flags))
+                found.append(own)
+        yield self._block(found, rows, problems)
+
+    def _block(self, found: Sequence[Encoded], rows: list[Any], problems: list[tuple[int, int, str]]) -> Block:
+        tokens = np.concatenate([np.empty(0, self.work.dtype), *(own.ids for own in found)])
+        marks = [np.empty(0, np.uint8), *(own.marks for own in found if own.marks is not None)]
+        all_marks = None if self._template is None else np.concatenate(marks)
+        return Block(tokens, np.array(rows, ROW), tuple(problems), marks=all_marks)
 
     def _read(self, piece: Piece) -> Iterator[Chunk]:
         source = self.work.sources[piece.source]
@@ -123,8 +143,9 @@ class Encoder:
             hint = "give the command again when nothing writes to the file"
             raise InputError("a source changed while it was read", where=source.path, hint=hint)
 
-    def _encode(self, chunks: Sequence[Chunk], texts: Sequence[str]) -> Iterator[np.ndarray]:
-        """The ids of each chunk, with the tokens before and after a document."""
+    def _encode_texts(self, chunks: Sequence[Chunk]) -> Iterator[Encoded]:
+        """Each chunk, with the tokens before and after a document."""
+        texts, problems = zip(*map(_text_of, chunks), strict=True)
         if self.tokenizer.splits_at_newlines:
             parts = [LINES.findall(text) for text in texts]
             found = iter(self.tokenizer.encode_many([line for lines in parts for line in lines], self._n_threads))
@@ -138,9 +159,26 @@ class Encoder:
                 encoded[i] = ids
             for i in sorted({*range(len(texts))} - {*whole}):
                 encoded[i] = self.tokenizer.encode_after("\n", texts[i])
-        for chunk, ids in zip(chunks, encoded, strict=True):
+        for chunk, problem, ids in zip(chunks, problems, encoded, strict=True):
             before, after = self._before * chunk.begins, [self.tokenizer.eos_id] * chunk.ends
-            yield np.array([*before, *ids, *after], self.work.dtype)
+            yield Encoded(np.array([*before, *ids, *after], self.work.dtype), problem)
+
+    def _encode_conversation(self, chunk: Chunk) -> Encoded:
+        """The tokens that the template gives, and no others."""
+        assert self._template is not None
+        ids, is_reply, problem = list[int](), list[bool](), chunk.problem
+        try:
+            if not problem:
+                ids, is_reply = self._template.encode_training(messages_of(chunk.data))
+        except TemplateEndedError:
+            raise  # it may be the load of the machine, and must not change the data
+        except InputError as error:  # for example, a template that wants another order of the roles
+            problem = " ".join(str(error).split())
+        marks = np.array(is_reply, np.uint8) * COUNTED
+        marks[:1] = FIRST
+        if not problem and not (marks & COUNTED).any():
+            problem = "no reply of the assistant"
+        return Encoded(np.array(ids, self.work.dtype), problem, marks)
 
 
 def _groups(chunks: Iterator[Chunk]) -> Iterator[list[Chunk]]:
@@ -202,7 +240,8 @@ def _path_before(path: Path, number: int) -> Path:
 def _write_block(path: Path, block: Block) -> None:
     content = io.BytesIO()
     problems = np.frombuffer(json.dumps(block.problems).encode(), np.uint8)
-    np.savez(content, tokens=block.tokens, rows=block.rows, problems=problems, n_before=block.n_before)
+    marks: dict[str, Any] = {} if block.marks is None else {"marks": block.marks}
+    np.savez(content, tokens=block.tokens, rows=block.rows, problems=problems, n_before=block.n_before, **marks)
     # With the number of the process: a worker whose parent was killed may still write the same block.
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     partial.write_bytes(content.getbuffer())
@@ -213,7 +252,7 @@ def _write_block(path: Path, block: Block) -> None:
 def read_block(path: Path, *, tokens: bool = True) -> Block:
     """
     Args:
-        tokens: whether to read the tokens too.
+        tokens: whether to read the tokens and their marks too.
 
     Raises:
         InputError: the file is damaged.
@@ -222,7 +261,8 @@ def read_block(path: Path, *, tokens: bool = True) -> Block:
         with np.load(path) as content:
             problems = tuple(map(tuple, json.loads(content["problems"].tobytes())))
             found = content["tokens"] if tokens else np.empty(0)
-            return Block(found, content["rows"], problems, int(content["n_before"]))
+            marks = content["marks"] if tokens and "marks" in content else None
+            return Block(found, content["rows"], problems, int(content["n_before"]), marks)
     except (ValueError, OSError, KeyError, EOFError, zipfile.BadZipFile) as error:
         hint = "remove this file, and give the command again"
         raise InputError("damaged part of a preparation", found=error, where=path, hint=hint) from error

@@ -13,7 +13,7 @@ import numpy as np
 from minillm_core.data.assemble import BAD_DOCUMENT, DUPLICATE, TRAIN, VAL, assign, write_shards
 from minillm_core.data.chunks import CHUNK_BYTES
 from minillm_core.data.encode import read_block
-from minillm_core.data.plan import FORMAT_VERSION, Plan, dtype_of
+from minillm_core.data.plan import CHAT_FORMAT_VERSION, FORMAT_VERSION, Plan, dtype_of
 from minillm_core.data.prepared import INDEX
 from minillm_core.data.sources import Source
 from minillm_core.data.tables import is_table
@@ -39,9 +39,11 @@ def assemble_data(plan: Plan, blocks: Sequence[Path], bad_sources: list[dict[str
             f"no document is left to {'hold out' if counts[TRAIN] else 'train on'}",
             found=f"{len(splits)} document(s): {counts[TRAIN]} to train on, {counts[VAL]} held out, "
             f"{counts[BAD_DOCUMENT]} unusable, {counts[DUPLICATE]} duplicates",
-            hint="use more text, a different --holdout, or --separator if a file holds several documents",
+            hint="use more text, a different --holdout, or --separator if a file holds several documents"
+            if plan.holdout.every is None
+            else "use more text, or lower data.holdout_every",
         )
-    described = write_shards(blocks, splits, folder)
+    described = write_shards(blocks, splits, folder, has_marks=plan.how.chat)
     problems = {(s, at): what for path in blocks for s, at, what in read_block(path, tokens=False).problems}
     listed = sorted(problems.items())[:LISTED]
     places = {
@@ -50,7 +52,7 @@ def assemble_data(plan: Plan, blocks: Sequence[Path], bad_sources: list[dict[str
     }
     n_bad = int(counts[BAD_DOCUMENT])
     index = {
-        "format_version": FORMAT_VERSION,
+        "format_version": CHAT_FORMAT_VERSION if plan.how.chat else FORMAT_VERSION,
         "vocab_size": plan.vocab_size,
         "dtype": dtype_of(plan),
         "tokenizer_sha256": hash_tokenizer(folder),
@@ -77,11 +79,11 @@ def assemble_data(plan: Plan, blocks: Sequence[Path], bad_sources: list[dict[str
         logger.warning(f"left out {n_bad} document(s) that cannot be used{more}; {INDEX} lists them")
 
 
-def unusable(plan: Plan, source: int, offset: int, problem: str) -> InputError:
+def unusable(source: Source, offset: int, problem: str) -> InputError:
     return InputError(
         "a document cannot be used",
         found=problem,
-        where=places_of(plan.sources[source], [offset])[offset],
+        where=places_of(source, [offset])[offset],
         hint="correct the file, or leave such documents out with --skip-bad",
     )
 

@@ -2,18 +2,22 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 
 from minillm_core.data.assemble import DOCUMENT
+from minillm_core.data.marks import COUNTED
 from minillm_core.data.prepared import SPLITS, PreparedData
 from minillm_core.errors import InputError
 from minillm_core.files import hash_files
-from minillm_core.text.tokenizer import hash_tokenizer
+from minillm_core.text.tokenizer import Tokenizer, hash_tokenizer
 
 SAMPLE_TOKENS = 80
-"""Tokens of a sample."""
+"""Tokens of a sample of text."""
+CHAT_SAMPLE_TOKENS = 400
+"""Tokens of a sample of a conversation, which shows its replies."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +28,10 @@ class SplitReport:
     """Tokens of each document, with those that begin and end it; empty for data of version 0.1."""
     tokens_of_source: dict[str, int]
     samples: tuple[str, ...]
-    """The beginnings of documents that are spread evenly over the split."""
+    """The beginnings of documents that are spread evenly over the split. Of conversations, what counts is between ⟦
+    and ⟧."""
+    n_counted: int | None
+    """Tokens of conversations that count in the loss; None: the documents are text, and all count."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +58,7 @@ def inspect_data(folder: str | Path, n_samples: int = 3) -> DataReport:
     data = PreparedData(folder, None)
     hashes: dict[Path, str] = {}
     for name, split in data.splits.items():
-        hashes |= {file.path: digest for file, digest in zip(split.files, split.hashes, strict=True)}
+        hashes |= split.hashed()
         if (digest := data.index[name].get("documents_sha256")) is not None:
             hashes[data.dir / f"{name}.documents"] = digest
     present = [path for path in hashes if path.is_file()]
@@ -75,13 +82,32 @@ def _inspect_split(data: PreparedData, split: str, n_samples: int, damaged: Sequ
     tokenizer, samples = data.tokenizer, []
     for start in map(int, chosen):
         stop = int(stops[np.searchsorted(stops, start, side="right")]) if len(stops) else data.n_tokens(split)
-        samples.append(tokenizer.decode(data.tokens[split][start : min(stop, start + SAMPLE_TOKENS)].tolist()))
+        samples.append(_sample(data, split, start, stop, tokenizer))
     own: dict[str, int] = {}
     for name, count in zip(names, counts.tolist(), strict=False):
         own[name] = own.get(name, 0) + int(count)  # a file that was cut into two sources
     return SplitReport(
-        data.n_tokens(split), data.splits[split].n_bytes, stops - starts[: len(stops)], own, tuple(samples)
+        data.n_tokens(split),
+        data.splits[split].n_bytes,
+        stops - starts[: len(stops)],
+        own,
+        tuple(samples),
+        data.n_targets(split) if data.is_chat else None,
     )
+
+
+def _sample(data: PreparedData, split: str, start: int, stop: int, tokenizer: Tokenizer) -> str:
+    """The beginning of the document start:stop."""
+    if not data.is_chat:
+        return tokenizer.decode(data.tokens[split][start : min(stop, start + SAMPLE_TOKENS)].tolist())
+    stop = min(stop, start + CHAT_SAMPLE_TOKENS)
+    ids, is_counted = data.tokens[split][start:stop], (data.marks[split][start:stop] & COUNTED) > 0
+    edges = [0, *(np.flatnonzero(np.diff(is_counted)) + 1).tolist(), len(ids)]
+    text = ""
+    for first, last in pairwise(edges):
+        part = tokenizer.decode_after(ids[first:last].tolist())
+        text += f"⟦{part}⟧" if is_counted[first] else part
+    return text
 
 
 def plot_lengths(report: DataReport, picture: Path) -> None:

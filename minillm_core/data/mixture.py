@@ -11,7 +11,7 @@ from itertools import chain, pairwise
 
 import numpy as np
 
-from minillm_core.data.batches import Batch
+from minillm_core.data.batches import Batch, Rows
 from minillm_core.data.order import permute
 from minillm_core.data.prepared import SPLITS, PreparedData
 from minillm_core.data.training_data import TrainingData
@@ -65,7 +65,8 @@ class Mixture(TrainingData):
             hint = "prepare them with the same tokenizer"
             listed = ", ".join(f"{name}: {digest[:8]}" for name, digest in found.items())
             raise InputError("the parts of the mixture have different tokenizers", found=listed, hint=hint)
-        self.vocab_size, self.end_id = next((data.vocab_size, data.end_id) for data in parts.values())
+        self.vocab_size, self.document_mask = next((data.vocab_size, data.document_mask) for data in parts.values())
+        self.is_chat = any(data.is_chat for data in parts.values())
 
     def hashes(self) -> dict[str, str]:
         first = next(iter(self.parts.values())).hashes()
@@ -86,14 +87,21 @@ class Mixture(TrainingData):
     def tokens_per_byte(self, split: str) -> float | None:
         sizes = [data.splits[split].n_bytes for data in self.parts.values()]
         n_bytes = sum(size for size in sizes if size is not None)
-        return None if None in sizes else sum(data.n_targets(split) for data in self.parts.values()) / n_bytes
+        is_known = not self.is_chat and None not in sizes
+        return sum(data.n_targets(split) for data in self.parts.values()) / n_bytes if is_known else None
 
-    def train_rows(self, numbers: np.ndarray, batch_size: int, seq_len: int, seed: int) -> np.ndarray:
+    def train_rows(self, numbers: np.ndarray, batch_size: int, seq_len: int, seed: int) -> Rows:
         """The rows of a folder are those that it would give alone, in their order."""
         part, index = self.rows_of(numbers, batch_size, seed)
-        found = np.empty((len(part), seq_len + 1), np.int32)
+        shape = len(part), seq_len + 1
+        begins = np.empty(shape, bool) if self.document_mask else None
+        found = Rows(np.empty(shape, np.int32), np.empty(shape, bool), begins)
         for number, data in enumerate(self.parts.values()):
-            found[part == number] = data.train_rows(index[part == number], batch_size, seq_len, seed)
+            here = part == number
+            own = data.train_rows(index[here], batch_size, seq_len, seed)
+            found.tokens[here], found.counts[here] = own.tokens, own.counts
+            if begins is not None:
+                begins[here] = own.begins
         return found
 
     def rows_of(self, rows: np.ndarray, batch_size: int, seed: int) -> tuple[np.ndarray, np.ndarray]:

@@ -20,7 +20,8 @@ from minillm_core.progress import steps
 from minillm_core.text.tokenizer import hash_tokenizer
 from minillm_core.version import __version__
 
-FORMAT_VERSION = 2
+FORMAT_VERSION, CHAT_FORMAT_VERSION = 2, 3
+"""Of documents, and of conversations: a version that does not know their marks must not train on all their tokens."""
 TASK_BYTES = (4 << 20, 16 << 20)
 """Bounds for the text of one task. Larger inputs have larger tasks, so that there are not too many."""
 GROUPED = 10_000
@@ -59,6 +60,7 @@ def settings_of(plan: Plan) -> dict[str, Any]:
         "vocab_size": plan.vocab_size,
         "text_field": plan.how.text_field,
         "separator": plan.how.separator.decode("utf-8", "surrogateescape"),
+        "chat": plan.how.chat,
         "holdout": dataclasses.asdict(plan.holdout),
         "drop_duplicates": plan.drop_duplicates,
         "skip_bad": plan.skip_bad,
@@ -73,7 +75,7 @@ def plan_of(settings: dict[str, Any], folder: Path) -> Plan:
         tuple(Source(Path(path), *source[:6]) for path, source in sources),
         folder / "tokenizer",
         settings["vocab_size"],
-        Format(settings["text_field"], settings["separator"].encode("utf-8", "surrogateescape")),
+        Format(settings["text_field"], settings["separator"].encode("utf-8", "surrogateescape"), settings["chat"]),
         Holdout(**settings["holdout"]),
         settings["drop_duplicates"],
         settings["skip_bad"],

@@ -32,7 +32,8 @@ from minillm_core.files import (
     replace_file,
 )
 from minillm_core.progress import progress
-from minillm_core.text.tokenizer import copy_tokenizer
+from minillm_core.text.chat_template import ChatTemplate
+from minillm_core.text.tokenizer import Tokenizer, copy_tokenizer
 from minillm_core.text.tokenizer_json import load_tokenizer
 
 PLAN, PART = "plan.json", "part.json"
@@ -105,6 +106,8 @@ def _begin(plan: Plan, partial: Path, restart: bool) -> Path:
         expected = f"an end-of-document token, and at most {plan.vocab_size} tokens"
         found = f"{tokenizer.vocab_size} tokens, end of document {tokenizer.eos_id}"
         raise InputError("the tokenizer cannot be used", expected=expected, found=found, where=tokenizer.path)
+    if plan.how.chat:
+        _check_chat(plan, tokenizer)
     places = {"paths": [str(s.path) for s in plan.sources], "times": [s.stamp() for s in plan.sources]}
     settings = json.loads(json.dumps(settings_of(plan) | {"part": plan.part} | places))
     path = partial / PLAN
@@ -133,6 +136,18 @@ def _begin(plan: Plan, partial: Path, restart: bool) -> Path:
         flush(copied)
     replace_file(path, json.dumps(settings | {"blocks": folder.name}))
     return folder
+
+
+def _check_chat(plan: Plan, tokenizer: Tokenizer) -> None:
+    """
+    Raises:
+        InputError: a source cannot have conversations, or the tokenizer has no template for them.
+    """
+    for source in plan.sources:
+        if source.format == "text":
+            expected = "lines of JSON (.jsonl), or a table (.parquet, .arrow)"
+            raise InputError("a file of text has no conversations", expected=expected, where=source.path)
+    ChatTemplate.of(tokenizer)
 
 
 def _encode(plan: Plan, folder: Path, n_workers: int) -> tuple[list[Path], list[dict[str, Any]]]:
@@ -166,5 +181,6 @@ def _encode(plan: Plan, folder: Path, n_workers: int) -> tuple[list[Path], list[
     blocks = [block for path in sorted(tasked) if path.exists() for block in blocks_of(path)]
     problems = [problem for path in blocks for problem in read_block(path, tokens=False).problems]
     if problems and not plan.skip_bad:
-        raise unusable(plan, *min(problems))
+        source, offset, problem = min(problems)
+        raise unusable(plan.sources[source], offset, problem)
     return blocks, bad_sources

@@ -3,15 +3,17 @@
 import hashlib
 import json
 import logging
+import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from minillm_core.data.batches import Batch
+from minillm_core.data.batches import Batch, Rows, begin_after
 from minillm_core.data.foreign_tokens import foreign_index
+from minillm_core.data.marks import COUNTED, FIRST, PackedRows, marks_path, pack_rows
 from minillm_core.data.order import permute
 from minillm_core.data.token_files import TokenFile, TokenFiles
 from minillm_core.data.training_data import TrainingData
@@ -25,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 SPLITS = ("train", "val")
 INDEX, OLD_INDEX = "index.json", "meta.json"
+MARK_VALUES = 1 << 8
+"""A mark is one byte."""
 SCANNED = 1 << 24
 """Tokens that are read at a time when documents are counted."""
 VERIFIED_BYTES = 4 << 30
@@ -45,12 +49,26 @@ class Split:
     """SHA-256 of each file."""
     n_bytes: int | None
     """Bytes of the text; None if they are not known (token files of other projects)."""
+    marks_hashes: tuple[str, ...] = ()
+    """Of conversations: SHA-256 of the marks of each file."""
 
     @property
     def hash(self) -> str:
-        """Identifies the tokens. For one file, it is that of the file."""
-        joined = "".join(self.hashes).encode()
-        return self.hashes[0] if len(self.hashes) == 1 else hashlib.sha256(joined).hexdigest()
+        """Identifies the tokens, and which of them count. For one file without marks, it is that of the file."""
+        hashes = (*self.hashes, *self.marks_hashes)
+        return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
+
+    @property
+    def marks_files(self) -> tuple[TokenFile, ...]:
+        """Of conversations: the file with the marks of each file."""
+        files = self.files if self.marks_hashes else ()
+        return tuple(TokenFile(marks_path(file.path), file.n_tokens) for file in files)
+
+    def hashed(self, shards: slice = slice(None)) -> dict[Path, str]:
+        """Every file of some shards, and its SHA-256."""
+        files, marks = self.files[shards], self.marks_files[shards]
+        paths = [file.path for file in (*files, *marks)]
+        return dict(zip(paths, (*self.hashes[shards], *self.marks_hashes[shards]), strict=True))
 
 
 def _end_id(tokenizer: Tokenizer) -> int:
@@ -95,8 +113,9 @@ class PreparedData(TrainingData):
         try:
             self.index: dict[str, Any] = foreign or json.loads(path.read_text(encoding="utf-8"))
             version, found = self.index["format_version"], self.index["vocab_size"]
-            if version != (0 if foreign else 2 if path.name == INDEX else 1):
+            if version not in ((0,) if foreign else (2, 3) if path.name == INDEX else (1,)):
                 raise ValueError(f"format version {version}")
+            self.is_chat: bool = version == 3
             self.splits = {split: self._described(split) for split in SPLITS}
             dtype = str(np.dtype(self.index["dtype"]))
             self.hashes()
@@ -108,16 +127,23 @@ class PreparedData(TrainingData):
             raise InputError(problem, expected=vocab_size, found=found, where=self.dir, hint=hint)
         self.vocab_size: int = found
         self.tokens = {split: TokenFiles(self.splits[split].files, dtype, redo) for split in SPLITS}
-        self.end_id = _end_id(self.tokenizer) if document_mask else None
+        self.marks = {split: TokenFiles(self.splits[split].marks_files, "|u1", redo) for split in SPLITS}
+        self.document_mask = document_mask
+        self._end_id = _end_id(self.tokenizer) if document_mask and not self.is_chat else None
         self._n_documents: dict[str, int] = {}
+        self._packed: dict[tuple[str, int], PackedRows] = {}
+        self._packing = threading.Lock()
 
     def _described(self, split: str) -> Split:
         described = self.index[split]
         shards = described.get("shards") or [{**described, "name": f"{split}.bin"}]  # format 1 has one file
         if described["n_bytes"] is not None and described["n_bytes"] < 1:
             raise ValueError("n_bytes is not positive")
+        if self.is_chat and int(described["n_counted"]) < 1:
+            raise ValueError("n_counted is not positive")
         files = tuple(TokenFile(self.dir / shard["name"], int(shard["n_tokens"])) for shard in shards)
-        return Split(files, tuple(shard["sha256"] for shard in shards), described["n_bytes"])
+        marks_hashes = tuple(shard["marks_sha256"] for shard in shards) if self.is_chat else ()
+        return Split(files, tuple(shard["sha256"] for shard in shards), described["n_bytes"], marks_hashes)
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -133,14 +159,15 @@ class PreparedData(TrainingData):
         Raises:
             InputError: a file was changed after it was prepared.
         """
-        pairs = [pair for split in self.splits.values() for pair in zip(split.files, split.hashes, strict=True)]
-        if sum(file.path.stat().st_size for file, _ in pairs) > VERIFIED_BYTES:
-            ends = [(split.files[i], split.hashes[i]) for split in self.splits.values() for i in (0, -1)]
-            logger.info(f"checking {len(ends)} of {len(pairs)} data files; `minillm inspect-data` checks all of them")
-            pairs = ends
-        pairs = [] if self.index["format_version"] == 0 else pairs  # the token files of other projects have no hashes
-        found = hash_files([file.path for file, _ in pairs], "checking the data")
-        changed = [file.path for (file, digest), own in zip(pairs, found, strict=True) if own != digest]
+        hashes = {path: digest for split in self.splits.values() for path, digest in split.hashed().items()}
+        if sum(path.stat().st_size for path in hashes) > VERIFIED_BYTES:
+            ends = [split.hashed(slice(i, i + 1 or None)) for split in self.splits.values() for i in (0, -1)]
+            n_all, hashes = len(hashes), {path: digest for part in ends for path, digest in part.items()}
+            logger.info(f"checking {len(hashes)} of {n_all} data files; `minillm inspect-data` checks all of them")
+        if self.index["format_version"] == 0:
+            hashes = {}  # the token files of other projects have none
+        found = hash_files([*hashes], "checking the data")
+        changed = [path for (path, digest), own in zip(hashes.items(), found, strict=True) if own != digest]
         if hash_tokenizer(self.dir) != self.index["tokenizer_sha256"]:
             names = [name for name in (TOKENIZER_MODEL, TOKENIZER_JSON) if (self.dir / name).is_file()]
             changed.append(self.dir / (names or [TOKENIZER_MODEL])[0])
@@ -152,8 +179,11 @@ class PreparedData(TrainingData):
         return len(self.tokens[split])
 
     def n_targets(self, split: str) -> int:
-        """Tokens that are predicted: all but the first; with a document mask, all but the first of each document."""
-        if self.end_id is None:
+        """Tokens that are predicted: all but the first; with a document mask, all but the first of each document. Of
+        conversations, only those that count."""
+        if self.is_chat:
+            return int(self.index[split]["n_counted"])
+        if self._end_id is None:
             return self.n_tokens(split) - 1
         if split not in self._n_documents:
             n_documents, tokens = self.index[split].get("n_documents"), self.tokens[split]
@@ -162,7 +192,7 @@ class PreparedData(TrainingData):
                 with progress("counting documents", len(tokens), "token") as work:
                     for at in range(0, len(tokens), SCANNED):
                         part = tokens[at : at + SCANNED]
-                        n_documents += int((part == self.end_id).sum())
+                        n_documents += int((part == self._end_id).sum())
                         work.advance(len(part))
             self._n_documents[split] = int(n_documents)
         return self.n_tokens(split) - self._n_documents[split]
@@ -172,36 +202,39 @@ class PreparedData(TrainingData):
 
     def tokens_per_byte(self, split: str) -> float | None:
         n_bytes = self.splits[split].n_bytes
-        return None if n_bytes is None else self.n_targets(split) / n_bytes
+        return None if n_bytes is None or self.is_chat else self.n_targets(split) / n_bytes
 
-    def train_rows(self, numbers: np.ndarray, batch_size: int, seq_len: int, seed: int) -> np.ndarray:
+    def train_rows(self, numbers: np.ndarray, batch_size: int, seq_len: int, seed: int) -> Rows:
         """The split is cut into windows of seq_len tokens; each epoch visits every window once, in an order drawn from
-        (seed, epoch). Memory does not grow with the size of the data."""
-        n_windows = self._count_windows("train", seq_len)
-        epoch, index = numbers // n_windows, numbers % n_windows
+        (seed, epoch). Memory does not grow with the size of the data.
+
+        Conversations are not cut, but packed into rows, which are visited in the same way. Memory grows by 16 bytes for
+        each row.
+        """
+        n_rows = self._count_rows("train", seq_len)
+        epoch, index = numbers // n_rows, numbers % n_rows
         for e in np.unique(epoch):
-            index[epoch == e] = permute(index[epoch == e], n_windows, (seed, int(e)))
-        return self._read("train", index * seq_len, seq_len)
+            index[epoch == e] = permute(index[epoch == e], n_rows, (seed, int(e)))
+        return self._read("train", index, seq_len)
 
     def eval_batches(self, split: str, batch_size: int, seq_len: int, n_batches: int | None = None) -> Iterator[Batch]:
-        """The split in order, every token except the first predicted once; or `n_batches` spread evenly over it.
+        """The split in order, every token that counts predicted once (of text, every token except the first); or
+        `n_batches` spread evenly over it.
 
         Each window starts without context. The last batch is padded; the padding has weight 0.
         """
-        n_targets = len(self.tokens[split]) - 1
-        starts = np.arange(0, n_targets, seq_len)
-        if n_batches is not None and n_batches * batch_size < len(starts):
-            starts = starts[np.linspace(0, len(starts) - 1, n_batches * batch_size).astype(int)]
-        for first in range(0, len(starts), batch_size):
-            rows = starts[first : first + batch_size]
-            rows = np.concatenate([rows, np.full(batch_size - len(rows), n_targets)])
-            is_target_BT = rows[:, None] + np.arange(seq_len) < n_targets
-            batch = self.as_batch(self._read(split, rows, seq_len))
-            yield replace(batch, weights_BT=np.where(is_target_BT, batch.weights_BT, np.float32(0)))
+        n_rows = self._n_eval_rows(split, seq_len)
+        numbers = np.arange(n_rows)
+        if n_batches is not None and n_batches * batch_size < n_rows:
+            numbers = np.linspace(0, n_rows - 1, n_batches * batch_size).astype(int)
+        for first in range(0, len(numbers), batch_size):
+            own = numbers[first : first + batch_size]
+            rows = self._read(split, np.concatenate([own, np.full(batch_size - len(own), n_rows - 1)]), seq_len)
+            rows.counts[len(own) :] = False
+            yield Batch.from_prepared(rows)
 
     def n_eval_batches(self, split: str, batch_size: int, seq_len: int, n_batches: int | None = None) -> int:
-        n_windows = -(-(len(self.tokens[split]) - 1) // seq_len)
-        n_all = -(-n_windows // batch_size)
+        n_all = -(-self._n_eval_rows(split, seq_len) // batch_size)
         return n_all if n_batches is None else min(n_batches, n_all)
 
     def eval_parts(
@@ -209,7 +242,18 @@ class PreparedData(TrainingData):
     ) -> dict[str, Iterator[Batch]]:
         return {"": self.eval_batches(split, batch_size, seq_len, n_batches)}
 
-    def _count_windows(self, split: str, seq_len: int) -> int:
+    def _n_eval_rows(self, split: str, seq_len: int) -> int:
+        """The rows of an evaluation: the last window may be shorter than the others."""
+        return len(self._rows(split, seq_len).starts) if self.is_chat else -(-(len(self.tokens[split]) - 1) // seq_len)
+
+    def _count_rows(self, split: str, seq_len: int) -> int:
+        """The rows of an epoch.
+
+        Raises:
+            InputError: there is none.
+        """
+        if self.is_chat:
+            return len(self._rows(split, seq_len).starts)
         n_windows = (len(self.tokens[split]) - 1) // seq_len
         if n_windows < 1:
             found = f"{len(self.tokens[split])} tokens"
@@ -221,6 +265,25 @@ class PreparedData(TrainingData):
             )
         return n_windows
 
-    def _read(self, split: str, starts: np.ndarray, seq_len: int) -> np.ndarray:
-        """Windows of seq_len + 1 tokens, int32, from each start."""
-        return self.tokens[split].windows(starts, seq_len + 1, self.vocab_size)
+    def _rows(self, split: str, seq_len: int) -> PackedRows:
+        """The rows of conversations; computed once for each length."""
+        with self._packing:
+            if (split, seq_len) not in self._packed:
+                self._packed[split, seq_len] = pack_rows(self.marks[split], seq_len)
+            return self._packed[split, seq_len]
+
+    def _read(self, split: str, numbers: np.ndarray, seq_len: int) -> Rows:
+        """Rows of a split by their numbers."""
+        starts, stop = numbers * seq_len, np.array(len(self.tokens[split]))
+        if self.is_chat:
+            packed = self._rows(split, seq_len)
+            starts, stop = packed.starts[numbers], packed.stops[numbers][:, None]
+        tokens = self.tokens[split].windows(starts, seq_len + 1, self.vocab_size)
+        counts, begins = starts[:, None] + np.arange(seq_len + 1) < stop, None
+        if self.is_chat:
+            marks = self.marks[split].windows(starts, seq_len + 1, MARK_VALUES)
+            counts &= (marks & COUNTED) > 0
+            begins = (marks & FIRST) > 0
+        elif self._end_id is not None:
+            begins = begin_after(tokens, self._end_id)
+        return Rows(tokens, counts, begins if self.document_mask else None)

@@ -4,20 +4,28 @@ import contextlib
 import json
 import logging
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from minillm_core.config import DataConfig
 from minillm_core.data.assemble import Holdout
-from minillm_core.data.corpus import digest_of_places, digest_of_text, list_documents
+from minillm_core.data.chunks import CHUNK_BYTES
+from minillm_core.data.conversations import messages_of
+from minillm_core.data.corpus import digest_of_places, digest_of_text, is_chat, list_documents
+from minillm_core.data.documents import CHAT, PLAIN, read_piece
+from minillm_core.data.finish import unusable
 from minillm_core.data.mixture import PERIOD, Mixture, Phase, shares_of
-from minillm_core.data.pieces import read_texts
+from minillm_core.data.pieces import pieces_of, read_texts
 from minillm_core.data.plan import Plan
 from minillm_core.data.prepare import carry_out
 from minillm_core.data.prepared import INDEX, OLD_INDEX, SPLITS, PreparedData, redo_hint
+from minillm_core.data.sources import Source
 from minillm_core.data.workers import n_cpus
 from minillm_core.errors import InputError
 from minillm_core.files import beside, lock, make_folder, replace_file
+from minillm_core.progress import progress
+from minillm_core.text.chat_template import ROLE_TOKENS
 from minillm_core.text.tokenizer import TOKENIZER_MODEL, hash_tokenizer
 from minillm_core.text.train_tokenizer import train_tokenizer
 
@@ -78,7 +86,8 @@ def prepare_data(config: DataConfig, vocab_size: int, *, tokenizer: Path | None 
     Args:
         tokenizer: a folder with the tokenizer to use; None: one is trained on the training text.
 
-    Every document becomes BOS, its tokens, EOS. The folder appears only when it is complete.
+    Every document becomes BOS, its tokens, EOS; a conversation becomes what the chat template gives. The folder appears
+    only when it is complete.
 
     Returns:
         True if the data was prepared now, False if it existed.
@@ -89,7 +98,7 @@ def prepare_data(config: DataConfig, vocab_size: int, *, tokenizer: Path | None 
     target = Path(config.dir)
     if _is_prepared(target, config, vocab_size):
         return False
-    sources = tuple(list_documents(config))
+    sources, chat = tuple(list_documents(config)), is_chat(config)
     make_folder(beside(target, "partial").parent)
     with lock(beside(target, "lock"), wait=True), tempfile.TemporaryDirectory() as trained:
         if _is_prepared(target, config, vocab_size):
@@ -97,7 +106,9 @@ def prepare_data(config: DataConfig, vocab_size: int, *, tokenizer: Path | None 
         places = digest_of_places(sources)
         if tokenizer is None:
             texts = read_texts([source for source in sources if source.split == "train"])
-            train_tokenizer(texts, vocab_size, Path(trained) / TOKENIZER_MODEL)
+            if chat:
+                texts = _training_messages(sources[0], config.holdout_every)
+            train_tokenizer(texts, vocab_size, Path(trained) / TOKENIZER_MODEL, symbols=ROLE_TOKENS if chat else ())
         about = {
             "corpus": config.corpus,
             "corpus_places": places,
@@ -107,10 +118,35 @@ def prepare_data(config: DataConfig, vocab_size: int, *, tokenizer: Path | None 
         if digest_of_places(sources) != places:
             hint = "give the command again when nothing writes to the corpus"
             raise InputError("the corpus changed while it was read", where=config.corpus, hint=hint)
-        plan = Plan(sources, tokenizer or Path(trained), vocab_size, holdout=Holdout(), about=tuple(about.items()))
+        plan = Plan(
+            sources,
+            tokenizer or Path(trained),
+            vocab_size,
+            how=CHAT if chat else PLAIN,
+            holdout=Holdout(every=config.holdout_every) if chat else Holdout(),
+            about=tuple(about.items()),
+        )
         n_workers = max(1, min(n_cpus(), sum(source.n_bytes for source in sources) // WORKER_BYTES))
         carry_out(plan, target, restart=True, n_workers=n_workers)
     return True
+
+
+def _training_messages(source: Source, holdout_every: int) -> Iterator[str]:
+    """The messages of a file of conversations that are not held out.
+
+    Raises:
+        InputError: a conversation cannot be used.
+    """
+    n_before = 0
+    with progress("reading the conversations", source.n_bytes, "B") as work:
+        for piece in pieces_of(0, source, CHAT, CHUNK_BYTES):
+            for chunk in read_piece(piece, [source], CHAT):
+                if chunk.problem:
+                    raise unusable(source, chunk.offset, chunk.problem)
+                n_before += 1
+                if n_before % holdout_every:
+                    yield from (f"{message['content']}\n" for message in messages_of(chunk.data))
+            work.advance(piece.n_bytes)
 
 
 def _is_prepared(target: Path, config: DataConfig, vocab_size: int) -> bool:

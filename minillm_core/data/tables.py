@@ -122,13 +122,19 @@ def _parquet_groups(source: Source, column: str) -> Iterator[_Group]:
         _check_column(source, column, file.schema_arrow.names)
         for number in range(file.metadata.num_row_groups):
             stored = file.metadata.row_group(number)
-            own = [stored.column(i) for i in range(stored.num_columns) if stored.column(i).path_in_schema == column]
+            columns = map(stored.column, range(stored.num_columns))
+            own = [part for part in columns if _is_of(part.path_in_schema, column)]
 
             def read(n_rows: int, number: int = number) -> Iterator[Any]:
                 for batch in file.iter_batches(n_rows, row_groups=[number], columns=[column]):
                     yield batch.column(0)
 
             yield _Group(stored.num_rows, sum(part.total_uncompressed_size for part in own), read)
+
+
+def _is_of(path: str, column: str) -> bool:
+    """Whether a stored column is a column of the table, or a part of it: that of `messages` is stored in several."""
+    return path == column or path.startswith(f"{column}.")
 
 
 def _arrow_groups(source: Source, column: str) -> Iterator[_Group]:

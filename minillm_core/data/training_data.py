@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from minillm_core.data.batches import Batch
+from minillm_core.data.batches import Batch, Rows
 
 ALL_ROWS = slice(None)
 
@@ -20,8 +20,10 @@ class TrainingData(ABC):
     dir: Path
     """The folder of the tokenizer."""
     vocab_size: int
-    end_id: int | None
-    """The token that ends a document, if the documents in a row do not see each other."""
+    document_mask: bool
+    """The documents in a row do not see each other."""
+    is_chat: bool
+    """Only the tokens of the assistant's replies count (in a mixture: of those folders that have conversations)."""
 
     @abstractmethod
     def hashes(self) -> dict[str, str]:
@@ -40,16 +42,18 @@ class TrainingData(ABC):
 
     @abstractmethod
     def targets_of_parts(self, split: str) -> dict[str, int]:
-        """The number of predicted tokens in each folder of a mixture, by its name; one folder has an empty name."""
+        """The number of predicted tokens that count in each folder of a mixture, by its name; one folder has an empty
+        name."""
 
     @abstractmethod
     def tokens_per_byte(self, split: str) -> float | None:
         """Predicted tokens per byte of the split's text: the factor from nats per token to nats per byte. None if the
-        size of the text is not known."""
+        size of the text is not known, or if only a part of it counts."""
 
     @abstractmethod
     def eval_batches(self, split: str, batch_size: int, seq_len: int, n_batches: int | None = None) -> Iterator[Batch]:
-        """Every token of a split except the first predicted once; or about `n_batches` spread evenly over it."""
+        """Every token of a split that counts predicted once (of text, every token except the first); or about
+        `n_batches` spread evenly over the split."""
 
     @abstractmethod
     def n_eval_batches(self, split: str, batch_size: int, seq_len: int, n_batches: int | None = None) -> int:
@@ -62,8 +66,8 @@ class TrainingData(ABC):
         """The batches of `eval_batches` of each folder of a mixture, by its name; one folder has an empty name."""
 
     @abstractmethod
-    def train_rows(self, numbers: np.ndarray, batch_size: int, seq_len: int, seed: int) -> np.ndarray:
-        """Rows of seq_len + 1 tokens, int32, by their numbers, which count the rows of all batches."""
+    def train_rows(self, numbers: np.ndarray, batch_size: int, seq_len: int, seed: int) -> Rows:
+        """Rows of seq_len + 1 tokens by their numbers, which count the rows of all batches."""
 
     def batch(self, step: int, batch_size: int, seq_len: int, seed: int, rows: slice = ALL_ROWS) -> Batch:
         """The training batch of one step, (batch_size, seq_len).
@@ -72,8 +76,4 @@ class TrainingData(ABC):
             rows: the rows of the batch to return, for example those of one of several processes.
         """
         numbers = np.arange(step * batch_size, (step + 1) * batch_size)[rows]
-        return self.as_batch(self.train_rows(numbers, batch_size, seq_len, seed))
-
-    def as_batch(self, rows: np.ndarray) -> Batch:
-        """Rows of T + 1 tokens as a batch: all weights 1, or with a mask between documents."""
-        return Batch.from_rows(rows) if self.end_id is None else Batch.packed(rows, self.end_id)
+        return Batch.from_prepared(self.train_rows(numbers, batch_size, seq_len, seed))

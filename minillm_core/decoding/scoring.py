@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from itertools import pairwise
 
 import numpy as np
 
@@ -15,7 +16,7 @@ from minillm_core.text.tokenizer import hash_tokenizer
 
 
 def score_split(generator: BaseGenerator, data: TrainingData, split: str, seq_len: int) -> SplitLoss:
-    """The loss over every token of a split except the first.
+    """The loss over every token of a split that counts: of text, all but the first.
 
     Args:
         split: `train` or `val`.
@@ -44,13 +45,23 @@ def _sums(generator: BaseGenerator, batches: Iterator[Batch], work: Work) -> tup
     """The loss of all targets with a weight, and their number."""
     sums, n_scored = [], 0
     for batch in batches:
-        rows = []
-        for tokens, targets, weights in zip(batch.tokens_BT, batch.targets_BT, batch.weights_BT, strict=True):
-            # Runs of targets that count: a row without its padding or, with a document mask, each of its documents.
-            edges = np.flatnonzero(np.diff(weights > 0, prepend=False, append=False))
-            rows += [[*tokens[a:b], targets[b - 1]] for a, b in edges.reshape(-1, 2).tolist()]
-        scores = np.concatenate(generator.score(rows))
+        texts, counts = [], []
+        for b in range(len(batch.tokens_BT)):
+            for part in _documents(batch, b):
+                is_counted = batch.weights_BT[b, part] > 0
+                if is_counted.any():
+                    n = int(np.flatnonzero(is_counted)[-1]) + 1  # what follows the last of them is not needed
+                    texts.append([*batch.tokens_BT[b, part][:n], batch.targets_BT[b, part][n - 1]])
+                    counts.append(is_counted[:n])
+        scores = np.concatenate(generator.score(texts))[np.concatenate(counts)]
         sums.append(float(scores.sum(dtype=np.float64)))
         n_scored += len(scores)
         work.advance(len(scores))
     return -math.fsum(sums), n_scored
+
+
+def _documents(batch: Batch, row: int) -> list[slice]:
+    """The parts of a row that see each other: the whole row or, with a document mask, each of its documents."""
+    T = batch.tokens_BT.shape[1]
+    edges = [] if batch.segments_BT is None else (np.flatnonzero(np.diff(batch.segments_BT[row])) + 1).tolist()
+    return [slice(a, b) for a, b in pairwise([0, *edges, T])]

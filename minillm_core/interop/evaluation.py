@@ -20,8 +20,8 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The loss of a checkpoint over every token of a split, and how it was computed. Nothing precedes the first token
-    (of each folder of a mixture; with a document mask, of each document), so it is not predicted."""
+    """The loss of a checkpoint over every token of a split that counts, and how it was computed. Nothing precedes the
+    first token (of each folder of a mixture; with a document mask, of each document), so it is not predicted."""
 
     data: str
     """Name of the text: its corpus, or its folder if it was not prepared from a corpus."""
@@ -32,11 +32,13 @@ class Evaluation:
     n_targets: int
     """Tokens that were predicted."""
     tokens_per_byte: float | None
-    """Predicted tokens per byte of the text; None if its size is not known."""
+    """Predicted tokens per byte of the text; None if its size is not known, or if only a part of it counts."""
     seq_len: int
     """Tokens per window; each window starts without context."""
     document_mask: bool
     """Documents in a window do not see each other."""
+    is_chat: bool
+    """Only the tokens of the assistant's replies were counted (in a mixture: of the folders with conversations)."""
     dtype: str
     """Of the parameters and the computation."""
 
@@ -46,7 +48,7 @@ class Evaluation:
 
     @property
     def bits_per_byte(self) -> float | None:
-        """None if the size of the text is not known."""
+        """None if the size of the text is not known, or if only a part of it counts."""
         return None if self.tokens_per_byte is None else metrics.bits_per_byte(self.loss.mean, self.tokens_per_byte)
 
 
@@ -59,7 +61,7 @@ def evaluate_checkpoint(
     seq_len: int | None = None,
     dtype: str = "float32",
 ) -> Evaluation:
-    """Evaluates a checkpoint on every token of a split.
+    """Evaluates a checkpoint on every token of a split that counts.
 
     Args:
         split: `train` or `val`.
@@ -89,7 +91,8 @@ def evaluate_checkpoint(
         n_targets=sum(data.targets_of_parts(split).values()),
         tokens_per_byte=data.tokens_per_byte(split),
         seq_len=length,
-        document_mask=data.end_id is not None,
+        document_mask=data.document_mask,
+        is_chat=data.is_chat,
         dtype=dtype,
     )
 

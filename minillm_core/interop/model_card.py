@@ -125,6 +125,7 @@ def _model_index(name: str, evaluation: Evaluation) -> list[dict[str, Any]]:
             "seq_len": evaluation.seq_len,
             "n_tokens": evaluation.n_targets,
             "document_mask": evaluation.document_mask,
+            **({"counted": "replies of the assistant"} if evaluation.is_chat else {}),
         },
     }
     measures = [{"type": key, "name": name, "value": value} for key, name, value in _measures(evaluation)]
@@ -135,11 +136,12 @@ def _model_index(name: str, evaluation: Evaluation) -> list[dict[str, Any]]:
 def _evaluation_table(evaluation: Evaluation, dtype: str) -> list[str]:
     rounded = "" if dtype in ("float32", "float64") else f" It used the weights before they were rounded to {dtype}."
     first = "of each document" if evaluation.document_mask else "of each folder" if evaluation.loss.parts else "one"
+    chat = " Of conversations, only the tokens of the assistant's replies count." if evaluation.is_chat else ""
     return [
         "## Evaluation",
         "",
         f"Every token of `{evaluation.data}`, split `{evaluation.split}`, except the first {first} is predicted once, "
-        f"in windows that start without context. The computation is in {evaluation.dtype}.{rounded}",
+        f"in windows that start without context.{chat} The computation is in {evaluation.dtype}.{rounded}",
         "",
         "| measure | value |",
         "|---|---|",

@@ -11,7 +11,7 @@ from typing import Any
 
 from minillm_core.errors import InputError
 from minillm_core.text.control_tokens import Token, control_tokens, matching
-from minillm_core.text.template_process import render_template
+from minillm_core.text.template_process import TemplateEndedError, render_template
 from minillm_core.text.tokenizer import (
     CHAT_TEMPLATE,
     SPECIAL_TOKENS_MAP,
@@ -167,6 +167,8 @@ class ChatTemplate:
         try:
             before = self._render([question], add_generation_prompt=True)
             text = self._render([question, {"role": "assistant", "content": reply + mark}], add_generation_prompt=False)
+        except TemplateEndedError:
+            raise  # nothing is known about the template
         except InputError:
             return "", frozenset()
         head, _, tail = text.partition(mark)

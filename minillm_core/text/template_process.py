@@ -14,6 +14,10 @@ from minillm_core.text import template_worker
 from minillm_core.text.template_worker import TIME_LIMIT
 
 
+class TemplateEndedError(InputError):
+    """The process that renders templates ended, or was too slow. Nothing is known about the messages."""
+
+
 class TemplateProcess:
     """One process, for any number of threads. If it had to be killed, the next call starts a new one."""
 
@@ -79,7 +83,7 @@ class TemplateProcess:
             problem = f"the chat template took too long (more than {TIME_LIMIT} s)"
             if not late.is_set():
                 problem = "the process that renders the chat template ended"
-            raise InputError(problem, where=where, hint="correct the template, or get it again")
+            raise TemplateEndedError(problem, where=where, hint="correct the template, or get it again")
         return line
 
 

@@ -239,7 +239,8 @@ class _Loop:
         with self.speed.paused():
             n_batches = c.final_eval_batches if step == c.steps else c.eval_batches
             if n_batches is None:
-                logger.info(f"evaluating on the whole held-out text, {self.data.n_tokens('val'):,} tokens")
+                counted = f"; {sum(self.data.targets_of_parts('val').values()):,} count" if self.data.is_chat else ""
+                logger.info(f"evaluating on the whole held-out text, {self.data.n_tokens('val'):,} tokens{counted}")
             model = self.backend.model_of(self.config, self.state)
             eval_step = self.backend.make_eval_step(model, deterministic=c.deterministic)
             found = evaluate(eval_step, self.data, "val", c, n_batches, self.stop.check)
