@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from minillm_core.decoding import scheduler as scheduling
-from minillm_core.decoding.generation import STREAM_BLOCK, BaseGenerator
+from minillm_core.decoding.generation import BLOCK, BaseGenerator
 from minillm_core.decoding.scheduler import (
     Details,
     Event,
@@ -190,7 +190,7 @@ def test_a_request_that_leaves_frees_its_row(framework: str, tokenizer: Tokenize
     scheduler.cancel(first)
     run(scheduler)
     assert left.n_events == 1
-    assert len(answer.all("tokens")) <= STREAM_BLOCK
+    assert len(answer.all("tokens")) <= BLOCK
     assert answer.updates[0][-1].finish_reason is not None
 
 

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from minillm_core.decoding.generation import BLOCK, STREAM_BLOCK, BaseGenerator, shown
+from minillm_core.decoding.generation import BLOCK, BaseGenerator, shown
 from minillm_core.decoding.requests import Request, Row
 from minillm_core.decoding.sampling import Filters, SamplingConfig, uniforms
 from minillm_core.errors import InputError
@@ -28,6 +28,9 @@ WIDTHS = (32, 128, 512)
 """Prompt tokens per call: the smallest of these that holds the rest of the prompt, or the largest."""
 SCORED_WIDTHS = (32, 128)
 """The same for a prompt whose logits are all kept on the host."""
+BLOCK_SECONDS = 0.1
+"""About how long a block of tokens takes. Longer blocks cost less per token, but requests join and leave between them,
+and a stream advances by whole blocks."""
 TOKENS_PER_STEP = 512
 """Prompt tokens that join the batch between two blocks: more would delay the requests that are being decoded."""
 SMALLEST, GROWTH = 256, 4
@@ -134,6 +137,8 @@ class _Batch:
         self.state: Any = None
         self.slots: list[_Slot | None] = [None] * n_rows
         self.waiting: deque[Job] = deque()
+        self.token_seconds = BLOCK_SECONDS
+        """How long the last block took per token."""
 
     def jobs(self) -> set[Job]:
         return {*self.waiting, *(slot.job for slot in self.slots if slot)}
@@ -298,13 +303,13 @@ class Scheduler:
         return width
 
     def _decode(self, batch: _Batch) -> None:
-        """Decodes a block: STREAM_BLOCK tokens, fewer if a row needs fewer, one if the host must see its logits."""
+        """Decodes a block: BLOCK_SECONDS long, shorter if a row needs fewer tokens, one token if the host sees its logits."""
         active = [(i, slot) for i, slot in enumerate(batch.slots) if slot]
         if not active:
             return
         asking = [i for i, slot in active if slot.job.details.of_tokens]
         missing = min(slot.job.request.max_new_tokens - len(slot.row.tokens) for _, slot in active)
-        count = 1 if asking else min(STREAM_BLOCK, missing)
+        count = 1 if asking else max(1, min(BLOCK, missing, round(BLOCK_SECONDS / batch.token_seconds)))
         logits = {i: self.generator._next_logits(batch.state, i) for i in asking}
         noise_BN = np.zeros((self.max_batch, BLOCK), np.float32)
         seen_BV = np.zeros((self.max_batch, self.generator.config.vocab_size), bool)
@@ -316,9 +321,11 @@ class Scheduler:
             seen_BV[i, slot.row.prompt + slot.row.tokens] = options[i].repetition_penalty != 1
             active_B[i] = True
         filters = Filters.of(options, self.generator.config.vocab_size)
+        started = time.monotonic()
         tokens_BN, logprobs_BN, batch.state = self.generator._decode(
             batch.state, seen_BV, noise_BN, active_B, count, filters, greedy=False
         )
+        batch.token_seconds = max((time.monotonic() - started) / count, 1e-6)
         for i, slot in active:
             if slot.job in batch.jobs():  # a sample that failed has ended its request
                 self._report(batch, slot, tokens_BN[i].tolist(), logprobs_BN[i].tolist(), logits.get(i))
