@@ -25,10 +25,16 @@ from parity_tests.test_chat_template import byte_level
 CONFIG = replace(TINY, vocab_size=608, context_length=320)
 
 
-def make_run(folder: Path, corpus: Path) -> Path:
-    """A run with a checkpoint of PyTorch; `folder / "hf"` is the same model for transformers."""
+def make_run(folder: Path, corpus: Path, template: str | None = None) -> Path:
+    """A run with a checkpoint of PyTorch; `folder / "hf"` is the same model for transformers.
+
+    Args:
+        template: the chat template; None for SmolLM2's.
+    """
     texts = [path.read_text(encoding="utf-8")[:4000] for path in sorted(corpus.glob("*.txt"))[:5]]
     byte_level(folder / "hf", "chatml", texts)
+    if template is not None:
+        (folder / "hf" / "chat_template.jinja").write_text(template)
     (folder / "hf" / "config.json").write_text(json.dumps(to_hf_config(CONFIG, "float32")))
     write_hf_weights(folder / "hf", CONFIG, random_weights(CONFIG), "float32")
     import_checkpoint("hf", folder / "hf", folder / "tiny", BACKENDS["torch"])

@@ -204,6 +204,21 @@ def test_schemathesis(path: str, mode: GenerationMode, server: Server) -> None:
     assert statuses <= {200, 400, 404, 405, 413, 421, 429}
 
 
+def test_hostile_templates(tmp_path: Path, corpus: Path) -> None:
+    """A template that loops or reads files fails alone, and the server goes on answering meanwhile."""
+    hello, template = [{"role": "user", "content": "Hi"}], "{% for i in range(99999) %}{% for j in range(99999) %}"
+    template = "{% if messages[0].content == 'read' %}{{ cycler.__init__.__globals__ }}{% else %}" + template
+    template += "{% endfor %}{% endfor %}{% endif %}"
+    with serving(make_run(tmp_path, corpus, template), "--backend", "torch") as server, ThreadPoolExecutor(1) as pool:
+        path = "/v1/chat/completions"
+        looping = pool.submit(server.post, path, model="tiny", messages=hello)
+        assert server.post(model="tiny", prompt=[5], max_tokens=2).status_code == 200
+        assert not looping.done()
+        refused(looping.result(), 400, "the chat template took too long")
+        reading = server.post(path, model="tiny", messages=[{"role": "user", "content": "read"}])
+        refused(reading, 400, "template")
+
+
 def test_an_api_key(run: Path) -> None:
     """Any address that other machines can reach needs a key; without it, everything but /health is refused."""
     with serving(run, "--backend", "torch", "--host", "0.0.0.0", MINILLM_API_KEY="secret") as server:

@@ -303,7 +303,7 @@ class Scheduler:
         return width
 
     def _decode(self, batch: _Batch) -> None:
-        """Decodes a block: BLOCK_SECONDS long, shorter if a row needs less, one token if the host must see its logits."""
+        """Decodes a block: BLOCK_SECONDS long, shorter if a row needs less, one token if the host must see logits."""
         active = [(i, slot) for i, slot in enumerate(batch.slots) if slot]
         if not active:
             return
