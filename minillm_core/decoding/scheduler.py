@@ -303,13 +303,15 @@ class Scheduler:
         return width
 
     def _decode(self, batch: _Batch) -> None:
-        """Decodes a block: BLOCK_SECONDS long, shorter if a row needs less, one token if the host must see logits."""
+        """Decodes a block: BLOCK_SECONDS long, or shorter if a row needs less. A block has one token if it is the first
+        of a continuation, or if the host must see the logits."""
         active = [(i, slot) for i, slot in enumerate(batch.slots) if slot]
         if not active:
             return
         asking = [i for i, slot in active if slot.job.details.of_tokens]
         missing = min(slot.job.request.max_new_tokens - len(slot.row.tokens) for _, slot in active)
-        count = 1 if asking else max(1, min(BLOCK, missing, round(BLOCK_SECONDS / batch.token_seconds)))
+        is_first = any(not slot.row.tokens for _, slot in active)  # others often come at the same time
+        count = 1 if asking or is_first else max(1, min(BLOCK, missing, round(BLOCK_SECONDS / batch.token_seconds)))
         logits = {i: self.generator._next_logits(batch.state, i) for i in asking}
         noise_BN = np.zeros((self.max_batch, BLOCK), np.float32)
         seen_BV = np.zeros((self.max_batch, self.generator.config.vocab_size), bool)
