@@ -136,6 +136,27 @@ def test_bodies(body: bytes, status: int, word: str, in_parts: bool, server: Ser
     refused(answer, status, word, param="model" if status == 404 else None)
 
 
+MANY: list[dict[str, Any]] = [
+    {"prompt": ["a", *[1] * 800_000]},
+    {"prompt": [[None, 5]] * 300_000},
+    {"messages": [1] * 1_000_000},
+    {"messages": [{"role": "user", "content": [1] * 1_000_000}]},
+    {"prompt": "a", "logit_bias": {str(i): "a" for i in range(200_000)}},
+    {"prompt": "a", **{f"a{i}": 1 for i in range(200_000)}},
+]
+
+
+@pytest.mark.parametrize("fields", MANY, ids=[str(fields)[:30] for fields in MANY])
+def test_a_body_with_a_million_errors(fields: dict[str, Any], server: Server) -> None:
+    """It is read up to the first ones: all of them would take a minute, in which nobody is answered, and 3 GB."""
+    path = "/v1/chat/completions" if "messages" in fields else "/v1/completions"
+    started = time.monotonic()
+    answer = server.post(path, **fields)
+    assert answer.status_code == 400
+    assert len(answer.content) < 4000
+    assert time.monotonic() - started < 10
+
+
 def test_paths_methods_and_hosts(server: Server) -> None:
     refused(server.client.get("/v1/nothing"), 404, "no /v1/nothing")
     refused(server.client.get("/v1/completions"), 405, "does not accept GET")
