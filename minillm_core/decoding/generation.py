@@ -318,8 +318,16 @@ def shown(text: str, stop: Sequence[str], ended: bool) -> str:
     """The part of a text that can be shown: no stop string and, before the end, no suffix that may become one."""
     if (end := _find(text, stop)) is not None:
         return text[:end]
-    held = max((n for s in stop for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
-    return text if ended else text[: len(text) - held]
+    return text if ended else text[: min((_possible_start(text, s) for s in stop), default=len(text))]
+
+
+def _possible_start(text: str, stop: str) -> int:
+    """Where the first suffix of the text begins that a stop string begins with. A stop string can be long, so this
+    compares only where its first character is."""
+    at = text.find(stop[0], max(0, len(text) - len(stop) + 1))
+    while at >= 0 and not stop.startswith(text[at:]):
+        at = text.find(stop[0], at + 1)
+    return at if at >= 0 else len(text)
 
 
 def _find(text: str, stop: Sequence[str]) -> int | None:
