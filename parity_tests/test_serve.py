@@ -182,6 +182,22 @@ def test_chat(model: str, client: openai.OpenAI, generator: BaseGenerator, run: 
     assert default.choices[0].finish_reason in ("stop", "length")
 
 
+def test_a_reply_is_part_of_the_next_request(client: openai.OpenAI) -> None:
+    """As the client's own object, and as all fields of it."""
+    messages: list[Any] = [{"role": "user", "content": "What is a law?"}]
+    options: dict[str, Any] = {"model": "tiny-torch", "max_tokens": 5, "seed": 1}
+    reply = client.chat.completions.create(messages=messages, **options).choices[0].message
+    plain = {"role": "assistant", "content": reply.content}
+    answers = [
+        client.chat.completions.create(messages=[*messages, said, *messages], **options)
+        for said in (plain, reply, reply.model_dump())
+    ]
+    assert (
+        len({(answer.choices[0].message.content, answer.usage and answer.usage.prompt_tokens) for answer in answers})
+        == 1
+    )
+
+
 def test_missing_options_are_those_of_openai(client: openai.OpenAI, generator: BaseGenerator) -> None:
     """16 tokens at temperature 1 without filters; without a seed, a different answer every time."""
     answers = [client.completions.create(model="tiny-torch", prompt=PROMPT).choices[0].text for _ in range(4)]

@@ -82,6 +82,12 @@ class ChatMessage(_Body):
     role: str
     content: str | Many[TextPart]
     name: None = None
+    refusal: None = None
+    """This and what follows: a reply of OpenAI's client, as the next request's history, has them."""
+    annotations: Annotated[list[Any], Field(max_length=0)] | None = None
+    audio: None = None
+    function_call: None = None
+    tool_calls: Annotated[list[Any], Field(max_length=0)] | None = None
 
 
 class ResponseFormat(_Body):
