@@ -169,6 +169,31 @@ def test_paths_methods_and_hosts(server: Server) -> None:
     refused(answer, 400, "temperature is out of range", param="temperature")
 
 
+def test_pages_of_different_sites(server: Server) -> None:
+    """A page of a different site, or of a different port of this machine, cannot make the server work; a link to the
+    server's page works, and so do programs."""
+    own = server.url
+    refusals: list[tuple[str, dict[str, str]]] = [
+        ("POST", {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "no-cors", "Origin": "https://evil.example"}),
+        ("POST", {"Sec-Fetch-Site": "same-site", "Sec-Fetch-Mode": "cors", "Origin": "http://127.0.0.1:3000"}),
+        ("POST", {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate"}),
+        ("GET", {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "no-cors"}),
+        ("POST", {"Origin": "http://127.0.0.1:3000"}),
+        ("POST", {"Origin": "null"}),
+    ]
+    for method, headers in refusals:
+        path = "/v1/completions" if method == "POST" else "/playground/faults"
+        error = refused(server.client.request(method, path, headers=headers), 403, "different site")
+        assert error["code"] == "cross_site"
+    for headers in (
+        {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate"},
+        {"Sec-Fetch-Site": "same-origin", "Sec-Fetch-Mode": "cors", "Origin": own},
+        {"Sec-Fetch-Site": "none", "Sec-Fetch-Mode": "navigate"},
+        {"Origin": own},
+    ):
+        assert server.client.get("/", headers=headers).status_code == 200, headers
+
+
 def test_a_full_queue(server: Server) -> None:
     """More requests than may wait: some are told to come back, all others are answered."""
     with ThreadPoolExecutor(24) as pool:
