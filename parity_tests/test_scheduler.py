@@ -254,6 +254,29 @@ def test_a_failure_ends_the_requests_that_it_concerns(tokenizer: Tokenizer, monk
 
 
 @pytest.mark.extended
+def test_scores_that_are_not_finite_are_an_error(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prompt may be scored without a new token, whose log-probability is checked. NaN is not JSON."""
+    generator = generators(TINY, TIERS["float32"], tokenizer)["torch"]
+    request = {"prompt": [1, 5, 9], "max_new_tokens": 0, "least_new_tokens": 0}
+    scheduler, details = Scheduler(generator, max_batch=1), Details(prompt=True)
+    prefill = type(generator)._prefill_logits
+
+    def failing(self: Any, state: Any, tokens_BT: np.ndarray, valid_B: np.ndarray) -> Any:
+        logits_BTV, state = prefill(self, state, tokens_BT, valid_B)
+        return np.where(tokens_BT[:, :, None] == 9, np.nan, logits_BTV), state
+
+    monkeypatch.setattr(type(generator), "_prefill_logits", failing)
+    _, good = submit(scheduler, request, details)
+    _, bad = submit(scheduler, request | {"prompt": [1, 9, 5]}, details)
+    _, after = submit(scheduler, request, details)
+    run(scheduler)
+    assert isinstance(bad.error, InputError)
+    assert bad.n_events == 1
+    assert good.scores
+    assert after.scores == good.scores
+
+
+@pytest.mark.extended
 def test_the_thread(tokenizer: Tokenizer) -> None:
     """Started before and after requests arrive; closing tells those that are not finished."""
     generator = generators(TINY, TIERS["float32"], tokenizer)["torch"]

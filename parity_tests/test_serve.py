@@ -5,6 +5,7 @@ import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from minillm_core.decoding.generation import BaseGenerator
+from minillm_core.decoding.scheduler import Update
+from minillm_core.serving.playground_routes import _Difference, _Side
 from minillm_core.text.tokenizer_json import load_tokenizer
 from parity_tests.conftest import BACKENDS
 from parity_tests.server import CONFIG, Server, make_run, serving
@@ -182,6 +185,22 @@ def test_chat(model: str, client: openai.OpenAI, generator: BaseGenerator, run: 
     assert default.choices[0].finish_reason in ("stop", "length")
 
 
+def test_a_reply_is_part_of_the_next_request(client: openai.OpenAI) -> None:
+    """As the client's own object, and as all fields of it."""
+    messages: list[Any] = [{"role": "user", "content": "What is a law?"}]
+    options: dict[str, Any] = {"model": "tiny-torch", "max_tokens": 5, "seed": 1}
+    reply = client.chat.completions.create(messages=messages, **options).choices[0].message
+    plain = {"role": "assistant", "content": reply.content}
+    answers = [
+        client.chat.completions.create(messages=[*messages, said, *messages], **options)
+        for said in (plain, reply, reply.model_dump())
+    ]
+    assert (
+        len({(answer.choices[0].message.content, answer.usage and answer.usage.prompt_tokens) for answer in answers})
+        == 1
+    )
+
+
 def test_missing_options_are_those_of_openai(client: openai.OpenAI, generator: BaseGenerator) -> None:
     """16 tokens at temperature 1 without filters; without a seed, a different answer every time."""
     answers = [client.completions.create(model="tiny-torch", prompt=PROMPT).choices[0].text for _ in range(4)]
@@ -253,3 +272,24 @@ def test_playground(server: Server, generator: BaseGenerator) -> None:
     assert differences[-1]["tokens"] >= len(tokens)
     assert 0 < differences[-1]["logits"] <= 5e-5
     assert [d["logits"] for d in differences] == sorted(d["logits"] for d in differences)
+
+
+@pytest.mark.parametrize("ends", [False, True])
+def test_the_playground_keeps_no_logits_after_a_difference(ends: bool, generator: BaseGenerator) -> None:
+    """One side takes a different token, or ends: nothing is compared from there on, however long the other one is."""
+    model: Any = SimpleNamespace(id="tiny", tokenizer=generator.tokenizer, texts={5: "a", 6: "b"})
+    answers: Any = None
+    sides = [_Side(model, answers) for _ in range(2)]
+    difference, found = _Difference(sides), []
+    logits_V = np.zeros(CONFIG.vocab_size, np.float32)
+    for i in range(20):
+        for n, side in enumerate(sides):
+            if side.is_finished:
+                continue
+            token, reason = 6 if n and i == 9 else 5, "length" if ends and n and i == 9 else None
+            update: Any = Update(0, "", [token], [-1.0], [[]], [logits_V + n], reason)  # type: ignore[arg-type]
+            side.events(update)
+            found += difference.events()
+    assert [event["tokens"] for event in found] == [*range(1, 11)]
+    assert found[-1]["logits"] == 1
+    assert [len(side.logits) for side in sides] == [0, 0]

@@ -101,7 +101,8 @@ CHATS: list[tuple[dict[str, Any], str, str | None]] = [
     ({"messages": [{"role": "user"}]}, "expected a text", "messages"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "expected a text", "messages"),
     ({"messages": [{"role": "<|im_end|>", "content": "a"}]}, "not a role", None),
-    ({"messages": [{"role": "user", "content": "a", "tool_calls": []}]}, "not supported", "messages"),
+    ({"messages": [{"role": "user", "content": "a", "tool_calls": [{}]}]}, "at most 0 items", "messages"),
+    ({"messages": [{"role": "user", "content": "a", "weight": 1}]}, "not supported", "messages"),
     ({"tools": [{"type": "function"}]}, "tools", "tools"),
     ({"response_format": {"type": "json_object"}}, "only 'text' is supported", "response_format"),
     ({"max_tokens": 5, "max_completion_tokens": 5}, "not both", "max_tokens"),
@@ -136,6 +137,27 @@ def test_bodies(body: bytes, status: int, word: str, in_parts: bool, server: Ser
     refused(answer, status, word, param="model" if status == 404 else None)
 
 
+MANY: list[dict[str, Any]] = [
+    {"prompt": ["a", *[1] * 800_000]},
+    {"prompt": [[None, 5]] * 300_000},
+    {"messages": [1] * 1_000_000},
+    {"messages": [{"role": "user", "content": [1] * 1_000_000}]},
+    {"prompt": "a", "logit_bias": {str(i): "a" for i in range(200_000)}},
+    {"prompt": "a", **{f"a{i}": 1 for i in range(200_000)}},
+]
+
+
+@pytest.mark.parametrize("fields", MANY, ids=[str(fields)[:30] for fields in MANY])
+def test_a_body_with_a_million_errors(fields: dict[str, Any], server: Server) -> None:
+    """It is read up to the first ones: all of them would take a minute, in which nobody is answered, and 3 GB."""
+    path = "/v1/chat/completions" if "messages" in fields else "/v1/completions"
+    started = time.monotonic()
+    answer = server.post(path, **fields)
+    assert answer.status_code == 400
+    assert len(answer.content) < 4000
+    assert time.monotonic() - started < 10
+
+
 def test_paths_methods_and_hosts(server: Server) -> None:
     refused(server.client.get("/v1/nothing"), 404, "no /v1/nothing")
     refused(server.client.get("/v1/completions"), 405, "does not accept GET")
@@ -145,6 +167,31 @@ def test_paths_methods_and_hosts(server: Server) -> None:
     body = {"prompt": "a", "max_tokens": 5, "temperature": -1, "top_k": 0, "top_p": 1, "min_p": 0, "seed": 0}
     answer = server.post("/playground/generate", **body, repetition_penalty=1, stop=[])
     refused(answer, 400, "temperature is out of range", param="temperature")
+
+
+def test_pages_of_different_sites(server: Server) -> None:
+    """A page of a different site, or of a different port of this machine, cannot make the server work; a link to the
+    server's page works, and so do programs."""
+    own = server.url
+    refusals: list[tuple[str, dict[str, str]]] = [
+        ("POST", {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "no-cors", "Origin": "https://evil.example"}),
+        ("POST", {"Sec-Fetch-Site": "same-site", "Sec-Fetch-Mode": "cors", "Origin": "http://127.0.0.1:3000"}),
+        ("POST", {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate"}),
+        ("GET", {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "no-cors"}),
+        ("POST", {"Origin": "http://127.0.0.1:3000"}),
+        ("POST", {"Origin": "null"}),
+    ]
+    for method, headers in refusals:
+        path = "/v1/completions" if method == "POST" else "/playground/faults"
+        error = refused(server.client.request(method, path, headers=headers), 403, "different site")
+        assert error["code"] == "cross_site"
+    for headers in (
+        {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate"},
+        {"Sec-Fetch-Site": "same-origin", "Sec-Fetch-Mode": "cors", "Origin": own},
+        {"Sec-Fetch-Site": "none", "Sec-Fetch-Mode": "navigate"},
+        {"Origin": own},
+    ):
+        assert server.client.get("/", headers=headers).status_code == 200, headers
 
 
 def test_a_full_queue(server: Server) -> None:

@@ -1,5 +1,6 @@
 """Streams show whole characters and no part of a stop string, and end with the text that `generate` returns."""
 
+import time
 from typing import Any
 
 import pytest
@@ -64,6 +65,24 @@ def test_streamed_text_only_grows(tokenizer: Tokenizer, data: st.DataObject) -> 
         sent = now
     else:
         assert sent == whole
+
+
+@settings(max_examples=500, deadline=None)
+@given(text=st.text("ab", max_size=9), stop=st.lists(st.text("ab", min_size=1, max_size=6), max_size=3))
+def test_what_may_become_a_stop_string_is_held_back(text: str, stop: list[str]) -> None:
+    """The longest suffix of the text that a stop string begins with, and nothing else."""
+    if any(s in text for s in stop):
+        return
+    held = max((n for s in stop for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
+    assert shown(text, stop, False) == text[: len(text) - held]
+
+
+def test_long_stop_strings_cost_little() -> None:
+    """A server decodes for nobody else meanwhile; comparing each of their beginnings would take a minute."""
+    for stop in ("x" * 200_000, "a" * 200_000, ("a" * 50 + "b") * 4000):
+        started = time.monotonic()
+        assert shown("ab" * 2000 + "a" * 3000, [stop] * 16, False)
+        assert time.monotonic() - started < 2
 
 
 def test_characters_split_over_tokens(tokenizer: Tokenizer) -> None:

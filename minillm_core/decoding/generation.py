@@ -212,7 +212,7 @@ class BaseGenerator(RequestReader, ABC):
                 rows = _padded([ids[i] for i in group], _batch_size(len(group)), width + 1)
                 for i, losses in zip(group, self._losses(rows), strict=False):
                     scores[i] = -losses[: len(ids[i]) - 1]
-                    _check_finite(scores[i], f"text {i + 1}")
+                    check_finite(scores[i], f"text {i + 1}")
                     work.advance(len(scores[i]))
         return scores
 
@@ -281,7 +281,7 @@ class BaseGenerator(RequestReader, ABC):
         """Adds a block of tokens to a row, up to the row's end."""
         n_before = len(row.tokens)
         for token, logprob in zip(tokens, logprobs, strict=True):
-            _check_finite(logprob, f"new token {len(row.tokens) + 1}")
+            check_finite(logprob, f"new token {len(row.tokens) + 1}")
             if token in request.stop_ids:
                 row.finish_reason, row.end = "stop", (token, logprob)
                 break
@@ -318,8 +318,16 @@ def shown(text: str, stop: Sequence[str], ended: bool) -> str:
     """The part of a text that can be shown: no stop string and, before the end, no suffix that may become one."""
     if (end := _find(text, stop)) is not None:
         return text[:end]
-    held = max((n for s in stop for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
-    return text if ended else text[: len(text) - held]
+    return text if ended else text[: min((_possible_start(text, s) for s in stop), default=len(text))]
+
+
+def _possible_start(text: str, stop: str) -> int:
+    """Where the first suffix of the text begins that a stop string begins with. A stop string can be long, so this
+    compares only where its first character is."""
+    at = text.find(stop[0], max(0, len(text) - len(stop) + 1))
+    while at >= 0 and not stop.startswith(text[at:]):
+        at = text.find(stop[0], at + 1)
+    return at if at >= 0 else len(text)
 
 
 def _find(text: str, stop: Sequence[str]) -> int | None:
@@ -327,7 +335,7 @@ def _find(text: str, stop: Sequence[str]) -> int | None:
     return min((at for s in stop if (at := text.find(s)) >= 0), default=None)
 
 
-def _check_finite(logprobs: Any, where: str) -> None:
+def check_finite(logprobs: Any, where: str) -> None:
     if not np.isfinite(logprobs).all():
         hint = "check the checkpoint for NaN or infinite weights, or use a higher precision"
         raise InputError("the model's logits are not finite", where=where, hint=hint)

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from minillm_core.decoding.generation import BLOCK, BaseGenerator, shown
+from minillm_core.decoding.generation import BLOCK, BaseGenerator, check_finite, shown
 from minillm_core.decoding.requests import Request, Row
 from minillm_core.decoding.sampling import Filters, SamplingConfig, uniforms
 from minillm_core.errors import InputError
@@ -269,6 +269,12 @@ class Scheduler:
                 budget -= self._prefill(job)
                 continue
             if job.details.prompt and job.n_placed == 0:
+                try:
+                    check_finite(job.scores.logprobs, "the prompt")
+                except InputError as error:
+                    batch.remove(job)
+                    job.listener(error)
+                    continue
                 job.listener(job.scores)
             samples = range(job.n_placed, job.request.n if job.request.max_new_tokens else 0)
             free = [i for i, slot in enumerate(batch.slots) if slot is None]

@@ -74,6 +74,7 @@ async def on_api_error(request: Request, error: Exception) -> JSONResponse:
     return api_error(error).response()
 
 
+MOST_PROBLEMS = 20
 FORMS = {
     "prompt": "a text, token ids, or a list of texts or of lists of token ids",
     "stop": "a text or a list of texts, none of them empty",
@@ -83,12 +84,12 @@ FORMS = {
 
 
 async def on_invalid(request: Request, error: Exception) -> JSONResponse:
-    """A body that is not JSON, or has a wrong field. All problems are told."""
+    """A body that is not JSON, or has wrong fields. The first MOST_PROBLEMS are told."""
     assert isinstance(error, RequestValidationError)
     problems = error.errors()
     if problems[0]["type"] == "json_invalid":
         return ApiError(400, f"the body is not JSON: {problems[0]['ctx']['error']}", code="invalid_json").response()
-    lines = dict.fromkeys(_problem(problem["loc"][1:], problem) for problem in problems)
+    lines = dict.fromkeys(_problem(problem["loc"][1:], problem) for problem in problems[:MOST_PROBLEMS])
     param = next((str(problem["loc"][1]) for problem in problems if len(problem["loc"]) > 1), None)
     return ApiError(400, "\n".join(lines), param=param).response()
 

@@ -1,4 +1,4 @@
-"""What is checked before a request reaches an endpoint: its host, its key, its size."""
+"""What is checked before a request reaches an endpoint: its host, the page that sends it, its key, its size."""
 
 import base64
 import binascii
@@ -53,7 +53,7 @@ class Guard:
             await send(message)
 
         try:
-            self._check(scope["path"], Headers(scope=scope))
+            self._check(scope["method"], scope["path"], Headers(scope=scope))
             await self._app(scope, limited, counted)
         except ApiError as error:
             await error.response()(scope, receive, counted)
@@ -64,12 +64,14 @@ class Guard:
                 scope, receive, counted
             )
 
-    def _check(self, path: str, headers: Headers) -> None:
+    def _check(self, method: str, path: str, headers: Headers) -> None:
         host = headers.get("host", "")
         name = host.rpartition(":")[0] if ":" in host and not host.endswith("]") else host
         if self._hosts is not None and name.lower() not in self._hosts:
             expected = " or ".join(sorted(self._hosts))
             raise ApiError(421, f"this server is called {expected}, not {name!r}", code="wrong_host")
+        if _is_of_another_site(method, headers):
+            raise ApiError(403, "a page of a different site must not use this server", code="cross_site")
         if self._key is None or path in OPEN:
             return
         if not hmac.compare_digest(
@@ -78,6 +80,16 @@ class Guard:
             ask = {"WWW-Authenticate": 'Basic realm="minillm: any name, and the API key as the password"'}
             message = "a valid API key is needed, as `Authorization: Bearer KEY`"
             raise ApiError(401, message, code="invalid_api_key", headers=ask)
+
+
+def _is_of_another_site(method: str, headers: Headers) -> bool:
+    """Whether a browser sends this for a page that is not the server's own. A page cannot read the answer, but the
+    server would work for it, and the browser adds the key that its user has typed in. A link may lead here."""
+    if "sec-fetch-site" not in headers:  # no browser, or a host that browsers do not trust: HTTP without TLS
+        origin = headers.get("origin")
+        return origin is not None and origin.rpartition("/")[2] != headers.get("host")
+    is_link = method == "GET" and headers.get("sec-fetch-mode") == "navigate"
+    return headers["sec-fetch-site"] not in ("same-origin", "none") and not is_link
 
 
 def _key(authorization: str) -> str:

@@ -68,6 +68,7 @@ class _Side:
     def __init__(self, model: ServedModel, answers: Answers):
         self.model, self.answers = model, answers
         self.tokens: list[int] = []
+        self.is_finished = False
         self.logits: dict[int, np.ndarray] = {}
         """Index of a token -> the logits that it was sampled from, until they are compared."""
         self._decoder, self._started = TextDecoder(model.tokenizer), time.monotonic()
@@ -91,6 +92,7 @@ class _Side:
                 | {"logprob": update.logprobs[i], "alternatives": best, "tokens_per_second": rate}
             )
         if update.finish_reason:
+            self.is_finished = True
             found.append({"type": "done", "model": self.model.id, "finish_reason": update.finish_reason})
         return found
 
@@ -100,16 +102,21 @@ class _Difference:
 
     def __init__(self, sides: list[_Side]):
         self._sides, self._n_compared, self._largest = sides, 0, 0.0
+        self._is_over = False
 
     def events(self) -> list[JSON]:
         before = self._n_compared
         ours, theirs = self._sides
         while self._n_compared in ours.logits and self._n_compared in theirs.logits:
             i = self._n_compared
-            if ours.tokens[:i] != theirs.tokens[:i]:
+            self._is_over = ours.tokens[:i] != theirs.tokens[:i]
+            if self._is_over:
                 break
             difference = float(np.abs(ours.logits.pop(i) - theirs.logits.pop(i)).max())
             self._largest, self._n_compared = max(self._largest, difference), i + 1
+        self._is_over |= any(side.is_finished and self._n_compared not in side.logits for side in self._sides)
+        for side in self._sides if self._is_over else []:
+            side.logits.clear()  # of a large vocabulary, they take hundreds of megabytes
         if self._n_compared == before:
             return []
         return [{"type": "difference", "tokens": self._n_compared, "logits": self._largest}]
@@ -117,32 +124,30 @@ class _Difference:
 
 async def _events(sides: list[_Side]) -> AsyncIterator[str]:
     """Server-sent events of all sides, as they come."""
-    queue: asyncio.Queue[tuple[_Side, Update | Exception | None]] = asyncio.Queue()
+    queue: asyncio.Queue[JSON | None] = asyncio.Queue()  # no logits: a slow client would keep all of them in memory
+    difference = _Difference(sides) if len(sides) == 2 else None
 
     async def follow(side: _Side) -> None:
         try:
             async for _, update in side.answers:
                 assert isinstance(update, Update)  # prompts are not scored
-                await queue.put((side, update))
+                for item in [*side.events(update), *(difference.events() if difference else [])]:
+                    queue.put_nowait(item)
         except Exception as error:
-            await queue.put((side, error))
-        await queue.put((side, None))
+            queue.put_nowait({"type": "error", "message": api_error(error).content["error"]["message"]})
+        queue.put_nowait(None)
 
     tasks = [asyncio.create_task(follow(side)) for side in sides]
-    difference = _Difference(sides) if len(sides) == 2 else None
     n_open = len(sides)
     try:
         while n_open:
-            side, update = await queue.get()
-            if isinstance(update, Exception):
-                message = api_error(update).content["error"]["message"]
-                yield event({"type": "error", "message": message})
+            item = await queue.get()
+            if item is None:
+                n_open -= 1
+                continue
+            yield event(item)
+            if item["type"] == "error":
                 return
-            n_open -= update is None
-            for item in side.events(update) if update else []:
-                yield event(item)
-            for item in difference.events() if difference else []:
-                yield event(item)
     finally:
         for task in tasks:
             task.cancel()

@@ -4,7 +4,7 @@ A field that is not listed here is refused. So is a field that the server does n
 nothing: an answer to a different question would be worse than none.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -13,7 +13,10 @@ MOST_CHOICES = 128
 MOST_ALTERNATIVES = 20
 MOST_STOPS = 16
 
+T = TypeVar("T")
 Zero = Literal[0] | None
+Many = Annotated[list[T], Field(fail_fast=True)]
+"""A list that is read up to the first wrong item: a body has room for a million of them, and an error takes 2 KB."""
 Token = Annotated[int, Field(ge=0)]
 Stop = Annotated[str, Field(min_length=1)]
 
@@ -52,13 +55,13 @@ class SamplingFields(_Body):
     """A name for the caller's own records; it changes nothing."""
     frequency_penalty: Zero = None
     presence_penalty: Zero = None
-    logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
+    logit_bias: Annotated[dict[str, Any], Field(max_length=0)] | None = None
 
 
 class CompletionRequest(SamplingFields):
     """The body of /v1/completions."""
 
-    prompt: str | list[str] | list[Token] | list[list[Token]]
+    prompt: str | Many[str] | Many[Token] | Many[Many[Token]]
     """A text, token ids, or several of either. The token that begins a document is put before a text only."""
     max_tokens: Annotated[int, Field(ge=0)] | None = None
     """16 by default. 0 only together with `echo`."""
@@ -77,8 +80,14 @@ class TextPart(_Body):
 
 class ChatMessage(_Body):
     role: str
-    content: str | list[TextPart]
+    content: str | Many[TextPart]
     name: None = None
+    refusal: None = None
+    """This and what follows: a reply of OpenAI's client, as the next request's history, has them."""
+    annotations: Annotated[list[Any], Field(max_length=0)] | None = None
+    audio: None = None
+    function_call: None = None
+    tool_calls: Annotated[list[Any], Field(max_length=0)] | None = None
 
 
 class ResponseFormat(_Body):
@@ -88,7 +97,7 @@ class ResponseFormat(_Body):
 class ChatRequest(SamplingFields):
     """The body of /v1/chat/completions."""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    messages: Annotated[Many[ChatMessage], Field(min_length=1)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     """By default as many as fit into the context."""
     max_tokens: Annotated[int, Field(ge=1)] | None = None
