@@ -5,7 +5,9 @@ import errno
 import ipaddress
 import os
 import socket
+import threading
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Literal
 
 import tyro
@@ -16,6 +18,8 @@ from minillm_core.errors import InputError, missing_package
 from minillm_core.files import user_path
 from minillm_core.training.checkpoints import FRAMEWORKS, checkpoint_steps, find_checkpoint
 
+GRACE = 5
+"""Seconds that running requests have after Ctrl-C."""
 KEY = "MINILLM_API_KEY"
 """The environment variable with the API key: on the command line, every user of the machine could read it."""
 
@@ -77,10 +81,19 @@ def serve(
             log_level="warning",
             access_log=False,
             server_header=False,
-            timeout_graceful_shutdown=5,
+            timeout_graceful_shutdown=2 * GRACE,
             timeout_keep_alive=75,  # longer than clients keep connections: httpx's clients keep them for 5 seconds
         )
-        server = uvicorn.Server(config)
+
+        class Server(uvicorn.Server):
+            def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+                """After a signal, running requests have GRACE seconds; then they are answered with an error."""
+                timer = threading.Timer(GRACE, models.close)  # in a thread: a signal handler must not wait for a lock
+                timer.daemon = True
+                timer.start()
+                super().handle_exit(sig, frame)
+
+        server = Server(config)
         models.on_failure = lambda: setattr(server, "should_exit", True)
         found_port = listener.getsockname()[1]
         shown = f"[{host}]" if ":" in host else host
