@@ -88,14 +88,15 @@ def apply_rope(x_BTNH: Tensor, cos_BT1H: Tensor, sin_BT1H: Tensor) -> Tensor:
 
 
 def silu(x_BTF: Tensor) -> Tensor:
-    """x * sigmoid(x). Without gradients, the numbers of a row do not depend on its place in the batch.
+    """x * sigmoid(x). When text is decoded, the numbers of a row do not depend on its place in the batch.
 
     On a CPU, torch computes up to VECTORS numbers at the end of a tensor, and at the end of every thread's part of a
     tensor of PART numbers or more, with a scalar exp, which rounds differently. Then each row is computed on its own.
     """
-    has_ends = x_BTF.shape[-1] % VECTORS or x_BTF.numel() >= PART
+    is_decoding = x_BTF.shape[1] == 1 < len(x_BTF) and not torch.is_grad_enabled()
     is_eager_on_cpu = x_BTF.device.type == "cpu" and not torch.compiler.is_compiling()
-    if torch.is_grad_enabled() or not is_eager_on_cpu or not has_ends or len(x_BTF) == 1:
+    has_ends = x_BTF.shape[-1] % VECTORS or x_BTF.numel() >= PART
+    if not (is_decoding and is_eager_on_cpu and has_ends):
         return F.silu(x_BTF)
     out_BTF = torch.empty_like(x_BTF)
     for x_TF, out_TF in zip(x_BTF, out_BTF, strict=True):
