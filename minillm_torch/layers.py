@@ -12,6 +12,8 @@ from minillm_core.config import ModelConfig
 from minillm_torch.precision import at_least_float32, cast
 
 FEW_ROWS, SLICES = 64, 8
+VECTORS, PART = 64, 32768
+"""Of torch's loops over numbers on a CPU: the most that one step takes, and the least that threads share."""
 
 
 def matmul(x: Tensor, w: Tensor) -> Tensor:
@@ -85,6 +87,23 @@ def apply_rope(x_BTNH: Tensor, cos_BT1H: Tensor, sin_BT1H: Tensor) -> Tensor:
     return cast(x * cos_BT1H + torch.cat([second, first], dim=-1) * sin_BT1H, x_BTNH.dtype)
 
 
+def silu(x_BTF: Tensor) -> Tensor:
+    """x * sigmoid(x). When text is decoded, the numbers of a row do not depend on its place in the batch.
+
+    On a CPU, torch computes up to VECTORS numbers at the end of a tensor, and at the end of every thread's part of a
+    tensor of PART numbers or more, with a scalar exp, which rounds differently. Then each row is computed on its own.
+    """
+    is_decoding = x_BTF.shape[1] == 1 < len(x_BTF) and not torch.is_grad_enabled()
+    is_eager_on_cpu = x_BTF.device.type == "cpu" and not torch.compiler.is_compiling()
+    has_ends = x_BTF.shape[-1] % VECTORS or x_BTF.numel() >= PART
+    if not (is_decoding and is_eager_on_cpu and has_ends):
+        return F.silu(x_BTF)
+    out_BTF = torch.empty_like(x_BTF)
+    for x_TF, out_TF in zip(x_BTF, out_BTF, strict=True):
+        torch.ops.aten.silu.out(x_TF, out=out_TF)
+    return out_BTF
+
+
 class MLP(nn.Module):
     """SwiGLU: down(silu(gate(x)) * up(x)) (Shazeer 2020, arXiv:2002.05202)."""
 
@@ -96,4 +115,4 @@ class MLP(nn.Module):
         self.down_proj = Linear(config.hidden, config.width, **dtypes)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))
+        return self.down_proj(silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))

@@ -2,12 +2,13 @@
 
 import math
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from minillm_core.decoding import scheduler as scheduling
 from minillm_core.decoding.generation import BLOCK, BaseGenerator
@@ -27,6 +28,15 @@ from parity_tests.conftest import BACKENDS, TIERS, TINY, Tier
 from parity_tests.test_generate import complete, generators
 
 ROWS = 4
+
+
+@pytest.fixture
+def n_threads() -> Iterator[int]:
+    """Three threads for torch, so that they share a batch unevenly."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield 3
+    torch.set_num_threads(before)
 
 
 @dataclass
@@ -122,6 +132,23 @@ def test_an_answer_is_that_of_the_request_alone(framework: str, tokenizer: Token
     for request, detail, answer in zip(wanted, details, answers, strict=True):
         assert answer.result() == alone(generator, request, detail).result(), request
         assert len(answer.result()) == request.get("n", 1)
+
+
+@pytest.mark.extended
+@pytest.mark.parametrize(("hidden", "n_rows"), [(100, 3), (172, 5), (2048, 40)])
+@pytest.mark.parametrize("framework", BACKENDS)
+def test_an_answer_does_not_depend_on_its_row(
+    framework: str, hidden: int, n_rows: int, tokenizer: Tokenizer, n_threads: int
+) -> None:
+    """In the first row, in the last one, and in between; also with sizes that vector instructions do not divide, and
+    with batches that several threads share."""
+    generator = generators(replace(TINY, hidden=hidden), TIERS["float32"], tokenizer)[framework]
+    scheduler = Scheduler(generator, max_batch=n_rows)
+    request = {"prompt": [1, *range(60, 80)], "max_new_tokens": 40, "temperature": 1.0, "seed": 3}
+    answers = [submit(scheduler, request)[1] for _ in range(n_rows)]
+    run(scheduler)
+    different = [i for i in range(n_rows) if answers[i].result() != answers[0].result()]
+    assert not different, f"rows {different} of {n_rows}"
 
 
 def test_frameworks_and_generate_agree(float64: Tier, tokenizer: Tokenizer) -> None:

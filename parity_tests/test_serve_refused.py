@@ -196,6 +196,7 @@ def test_pages_of_different_sites(server: Server) -> None:
 
 def test_a_full_queue(server: Server) -> None:
     """More requests than may wait: some are told to come back, all others are answered."""
+    before = server.metric("minillm_prompt_tokens_total")
     with ThreadPoolExecutor(24) as pool:
         asked = [pool.submit(server.post, prompt=[5, i], max_tokens=200, stop_token_ids=[]) for i in range(24)]
         answers = [found.result() for found in asked]
@@ -205,6 +206,7 @@ def test_a_full_queue(server: Server) -> None:
         assert refused(answer, 429, "the server is busy")["code"] == "queue_full"
         assert answer.headers["Retry-After"] == "1"
     assert len(busy) + sum(answer.status_code == 200 for answer in answers) == 24
+    assert server.metric("minillm_prompt_tokens_total") - before == 2 * (24 - len(busy)), "accepted prompts only"
     assert server.post(prompt=[5], max_tokens=2).status_code == 200
     assert "Traceback" not in server.log.read_text(encoding="utf-8")
 

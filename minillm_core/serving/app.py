@@ -49,12 +49,12 @@ def create_app(
     app.include_router(page_router())
 
     @app.get("/health", response_model=None)
-    def health() -> JSONResponse:
-        """Whether the models are loaded: 200 or 503."""
+    async def health() -> JSONResponse:
+        """Whether the models are loaded: 200 or 503. It waits for no thread: all of them may be busy."""
         return JSONResponse({"status": models.state}, status_code=200 if models.state == "ready" else 503)
 
     @app.get("/metrics", response_model=None)
-    def metrics() -> Response:
+    async def metrics() -> Response:
         return Response(models.metrics.text(), media_type="text/plain; version=0.0.4")
 
     return app

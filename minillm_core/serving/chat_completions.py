@@ -52,7 +52,7 @@ class Reply:
         if self._wants_logprobs:
             for i, (token, logprob) in enumerate(zip(update.tokens, update.logprobs, strict=True)):
                 best = update.alternatives[i] if update.alternatives else []
-                top = [self._token(*alternative) for alternative in best]
+                top = [self._token(other, logprob if other == token else value) for other, value in best]
                 self._logprobs.append(self._token(token, logprob) | {"top_logprobs": top})
 
     def _token(self, token: int, logprob: float) -> JSON:

@@ -108,7 +108,11 @@ class _Choice:
         if not self._wants_logprobs:
             return
         for i, (token, logprob) in enumerate(zip(tokens, logprobs, strict=True)):
-            best: JSON = {texts[t]: value for t, value in reversed(alternatives[i])} if alternatives else {}
+            best: JSON = {}
+            for other, value in reversed(alternatives[i]) if alternatives else []:  # of equal texts, the most likely
+                best[texts[other]] = (
+                    logprob if other == token else value
+                )  # the device's and the host's last bits differ
             if logprob is not None and best:
                 best.setdefault(texts[token], logprob)
             self.logprobs["tokens"].append(texts[token])

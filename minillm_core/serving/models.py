@@ -151,7 +151,6 @@ class Answers:
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         self._has_tokens = [request.max_new_tokens > 0 for request in requests]
         self._n_unfinished = sum(request.n if request.max_new_tokens else 1 for request in requests)
-        self._timer = Timer(model.metrics, model.id, sum(len(request.rows[0].prompt) for request in requests))
         self._jobs: list[Job] = []
         try:
             for i, request in enumerate(requests):
@@ -159,6 +158,7 @@ class Answers:
         except QueueFullError:
             self.cancel()
             raise
+        self._timer = Timer(model.metrics, model.id, sum(len(request.rows[0].prompt) for request in requests))
 
     def _listen(self, prompt: int, event: Event) -> None:
         try:
