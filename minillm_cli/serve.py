@@ -81,6 +81,7 @@ def serve(
             log_level="warning",
             access_log=False,
             server_header=False,
+            limit_concurrency=1024,
             timeout_graceful_shutdown=2 * GRACE,
             timeout_keep_alive=75,  # longer than clients keep connections: httpx's clients keep them for 5 seconds
         )

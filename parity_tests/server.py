@@ -15,6 +15,7 @@ from typing import Any
 
 import httpx
 
+from minillm_core.config import ModelConfig
 from minillm_core.interop.hf import write_hf_weights
 from minillm_core.interop.hf_config import to_hf_config
 from minillm_core.interop.imports import import_checkpoint
@@ -25,7 +26,7 @@ from parity_tests.test_chat_template import byte_level
 CONFIG = replace(TINY, vocab_size=608, context_length=320)
 
 
-def make_run(folder: Path, corpus: Path, template: str | None = None) -> Path:
+def make_run(folder: Path, corpus: Path, config: ModelConfig = CONFIG, template: str | None = None) -> Path:
     """A run with a checkpoint of PyTorch; `folder / "hf"` is the same model for transformers.
 
     Args:
@@ -35,8 +36,8 @@ def make_run(folder: Path, corpus: Path, template: str | None = None) -> Path:
     byte_level(folder / "hf", "chatml", texts)
     if template is not None:
         (folder / "hf" / "chat_template.jinja").write_text(template)
-    (folder / "hf" / "config.json").write_text(json.dumps(to_hf_config(CONFIG, "float32")))
-    write_hf_weights(folder / "hf", CONFIG, random_weights(CONFIG), "float32")
+    (folder / "hf" / "config.json").write_text(json.dumps(to_hf_config(config, "float32")))
+    write_hf_weights(folder / "hf", config, random_weights(config), "float32")
     import_checkpoint("hf", folder / "hf", folder / "tiny", BACKENDS["torch"])
     return folder / "tiny"
 

@@ -22,6 +22,7 @@ from minillm_core.training.checkpoints import verify_checkpoint
 from minillm_core.training.metrics import read_metrics
 from parity_tests.commands import environment, sampled, succeeds
 from parity_tests.conftest import BACKENDS, ROOT
+from parity_tests.server import serving
 from parity_tests.test_scripts import STEPS
 
 Done = subprocess.CompletedProcess[str]
@@ -178,6 +179,10 @@ def test_commands(command: str, home: Path, corpus: Path) -> None:
     arguments = tiny(script, arguments, corpus)
     if script == "benchmark_data" and not (home / "my.model").exists():  # in a tier of its own
         succeeds("train_tokenizer", str(corpus), "--out", "my.model", "--vocab-size", "1000", cwd=home)
+    if script == "serve":  # it runs until it is stopped
+        with serving(home / arguments[0], *arguments[1:]) as server:
+            assert "playground" in server.client.get("/").text
+        return
     stdin = ""
     if script == "chat":  # the imported model has no chat format of its own
         stdin, (path,) = "Hello\n/exit\n", (home / arguments[0]).glob("*/checkpoints/*")
@@ -215,7 +220,8 @@ def test_python(home: Path, tmp_path: Path) -> None:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).symlink_to(home / target)
     (tmp_path / "data").symlink_to(home / "data")
-    pages = [text for page, text in PAGES.items() if not page.startswith("learn/")]  # those are in test_learn.py
+    # The others are in test_learn.py and test_serve_docs.py.
+    pages = [text for page, text in PAGES.items() if not page.startswith("learn/") and page != "serving.md"]
     blocks = [block for text in pages for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL)]
     complete = [block for block in blocks if "import " in block]  # the other one is a function of a class of the doctor
     assert len(complete) == len(blocks) - 1 >= 8

@@ -4,7 +4,6 @@ import re
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,21 +12,25 @@ from fastapi import FastAPI
 
 from minillm_core.serving.page import FOLDER
 from minillm_core.text.tokenizer import Tokenizer
+from parity_tests.browser import (
+    DESKTOP,
+    PHONE,
+    OpenPage,
+    Page,
+    chromium,
+    column,
+    expect,
+    fact,
+    generate,
+    needs_browser,
+    pages,
+    wait_until,
+)
 from parity_tests.playground_server import scripted_app
 from parity_tests.test_break_it import CONFIG, breaker_of
 
-CHROMIUM = Path("/usr/bin/chromium")
-pytestmark = [
-    pytest.mark.extended,
-    pytest.mark.skipif(not CHROMIUM.is_file(), reason=f"needs a browser: {CHROMIUM}"),
-]
-sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright")
+pytestmark = [pytest.mark.extended, needs_browser]
 axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="needs axe-playwright-python")
-expect = sync_api.expect
-expect.set_options(timeout=30_000)  # a busy machine
-Page = Any
-
-DESKTOP, PHONE = {"width": 1280, "height": 900}, {"width": 360, "height": 740}
 
 
 @dataclass
@@ -58,56 +61,21 @@ def served(tokenizer: Tokenizer) -> Iterator[Served]:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    with sync_api.sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=str(CHROMIUM), args=["--no-sandbox"])
+    with chromium() as started:
         yield started
-        started.close()
 
 
 @pytest.fixture
-def open_page(browser: Any) -> Iterator[Any]:
-    """Opens the page of a server. At the end, nothing may have failed in it."""
-    contexts, problems = [], []
-
-    def open_it(url: str, viewport: dict[str, int] = DESKTOP, **settings: Any) -> Page:
-        context = browser.new_context(viewport=viewport, **settings)
-        context.set_default_timeout(30_000)
-        contexts.append(context)
-        page = context.new_page()
-        page.on("pageerror", lambda error: problems.append(str(error)))
-        page.on(
-            "console", lambda message: problems.append(message.text) if "Content Security" in message.text else None
-        )
-        page.goto(url)
-        return page
-
-    yield open_it
-    for context in contexts:
-        context.close()
-    assert problems == []
+def open_page(browser: Any) -> Iterator[OpenPage]:
+    with pages(browser) as open_it:
+        yield open_it
 
 
 @pytest.fixture
-def page(served: Served, open_page: Any) -> Page:
+def page(served: Served, open_page: OpenPage) -> Page:
     opened = open_page(served.url)
     expect(opened.locator("#generate")).to_be_enabled()
     return opened
-
-
-def generate(page: Page, prompt: str, **options: object) -> None:
-    page.fill("#prompt", prompt)
-    page.locator("#options").evaluate("options => { options.open = true }")
-    for name, value in options.items():
-        page.fill(f"#{name}", str(value))
-    page.click("#generate")
-
-
-def column(page: Page, number: int) -> Any:
-    return page.locator("#columns .column").nth(number)
-
-
-def fact(page: Page, name: str) -> Any:
-    return page.locator(f'[data-fact="{name}"]')
 
 
 def test_both_columns_stream_the_same_text(page: Page, served: Served) -> None:
@@ -150,14 +118,6 @@ def test_stop_and_generate_again(page: Page, served: Served) -> None:
     expect(page.locator("#generate-status")).to_contain_text("Texts: equal: 5 tokens")
     expect(column(page, 1).locator(".prompt")).to_have_text("fast")
     wait_until(page, lambda: served.app.state.open == 0)
-
-
-def wait_until(page: Page, done: Any) -> None:
-    for _ in range(100):
-        if done():
-            return
-        page.wait_for_timeout(50)
-    raise AssertionError("it did not happen")
 
 
 def test_details_of_a_token(page: Page) -> None:
@@ -227,7 +187,7 @@ def test_error_in_the_middle_of_a_text(prompt: str, message: str, page: Page) ->
     expect(page.locator("#stop-button")).to_have_attribute("aria-disabled", "true")
 
 
-def test_loading_and_a_server_that_is_gone(tokenizer: Tokenizer, open_page: Any) -> None:
+def test_loading_and_a_server_that_is_gone(tokenizer: Tokenizer, open_page: OpenPage) -> None:
     """One model: one column. While it is loading, the page asks again. When the server is gone, it says so."""
     for one in serve(scripted_app(["torch"], breaker_of(CONFIG, tokenizer), loading=1)):
         page = open_page(one.url)
@@ -303,7 +263,7 @@ def test_keyboard_alone(page: Page) -> None:
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("viewport", [DESKTOP, PHONE], ids=["desktop", "phone"])
-def test_accessibility(scheme: str, viewport: dict[str, int], served: Served, open_page: Any) -> None:
+def test_accessibility(scheme: str, viewport: dict[str, int], served: Served, open_page: OpenPage) -> None:
     """No violation of the rules of axe, in both tabs, with results and with errors; no horizontal scrolling."""
     page = open_page(served.url, viewport, color_scheme=scheme, reduced_motion="reduce", bypass_csp=True)
     expect(page.locator("#generate")).to_be_enabled()

@@ -222,6 +222,31 @@ def test_a_request_that_leaves_frees_its_row(framework: str, tokenizer: Tokenize
 
 
 @pytest.mark.extended
+def test_requests_with_many_continuations_take_turns(tokenizer: Tokenizer) -> None:
+    """A short request does not wait until all continuations of the one before it are done; a scored prompt needs no
+    row."""
+    generator = generators(TINY, TIERS["float32"], tokenizer)["torch"]
+    scheduler = Scheduler(generator, max_batch=2)
+    many = {"prompt": [1, 5], "max_new_tokens": 30, "n": 20, "temperature": 1.0}
+    large = [submit(scheduler, many | {"seed": i})[1] for i in range(6)]
+    scheduler.step()
+    _, short = submit(scheduler, {"prompt": [1, 5], "max_new_tokens": 2})
+    _, scored = submit(
+        scheduler, {"prompt": [1, 5, 6], "max_new_tokens": 0, "least_new_tokens": 0}, Details(prompt=True)
+    )
+    n_steps = 0
+    while not short.updates or not short.updates[0][-1].finish_reason:
+        scheduler.step()
+        n_steps += 1
+        assert scored.scores is not None
+    assert n_steps < 120
+    assert sum(len(answer.updates) for answer in large) < 60
+    run(scheduler)
+    for i, answer in enumerate(large):
+        assert answer.result() == alone(generator, many | {"seed": i}).result()
+
+
+@pytest.mark.extended
 def test_limits(tokenizer: Tokenizer) -> None:
     """A full queue, an expired request, options out of range, a closed scheduler: nobody else is disturbed."""
     generator = generators(TINY, TIERS["float32"], tokenizer)["torch"]

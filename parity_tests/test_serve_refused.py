@@ -85,6 +85,7 @@ FIELDS: list[tuple[dict[str, Any], str, str | None]] = [
     ({"prompt": [5] * 400}, "longer than the context", "prompt"),
     ({"prompt": "word " * 100_000}, "longer than the context", "prompt"),
     ({"prompt": ["a"] * 65, "n": 2}, "at most 128", "prompt"),
+    ({"prompt": ["a"] * 5}, "at most 4, the server's queue", "prompt"),
     ({"prompt": None}, "a text, token ids", "prompt"),
     ({"model": 7}, "valid string", "model"),
 ]
@@ -258,7 +259,10 @@ def test_hostile_templates(tmp_path: Path, corpus: Path) -> None:
     hello, template = [{"role": "user", "content": "Hi"}], "{% for i in range(99999) %}{% for j in range(99999) %}"
     template = "{% if messages[0].content == 'read' %}{{ cycler.__init__.__globals__ }}{% else %}" + template
     template += "{% endfor %}{% endfor %}{% endif %}"
-    with serving(make_run(tmp_path, corpus, template), "--backend", "torch") as server, ThreadPoolExecutor(1) as pool:
+    with (
+        serving(make_run(tmp_path, corpus, template=template), "--backend", "torch") as server,
+        ThreadPoolExecutor(1) as pool,
+    ):
         path = "/v1/chat/completions"
         looping = pool.submit(server.post, path, model="tiny", messages=hello)
         assert server.post(model="tiny", prompt=[5], max_tokens=2).status_code == 200

@@ -33,6 +33,8 @@ BLOCK_SECONDS = 0.1
 and a stream advances by whole blocks."""
 TOKENS_PER_STEP = 512
 """Prompt tokens that join the batch between two blocks: more would delay the requests that are being decoded."""
+MOST_STARTED = 4
+"""Waiting requests of a batch whose prompts are processed: each keeps a cache of one row."""
 SMALLEST, GROWTH = 256, 4
 """Capacities of the batches: 256, 1024, 4096 ... tokens per row. Requests of similar length share a batch."""
 
@@ -164,7 +166,7 @@ class Scheduler:
             if not value > 0:
                 raise InputError(f"{name} is out of range", expected="more than 0", found=value)
         self.generator, self.max_batch = generator, max_batch
-        self._max_queue, self._time_limit = max_queue, time_limit
+        self.max_queue, self._time_limit = max_queue, time_limit
         self._batches: dict[int, _Batch] = {}
         self._submitted: deque[Job] = deque()
         self._work = threading.Condition()
@@ -208,8 +210,8 @@ class Scheduler:
         with self._work:
             if self._is_closed:
                 raise QueueFullError("the server is shutting down")
-            if self.n_waiting >= self._max_queue:
-                raise QueueFullError(f"{self._max_queue} requests are waiting")
+            if self.n_waiting >= self.max_queue:
+                raise QueueFullError(f"{self.max_queue} requests are waiting")
             self._submitted.append(job)
             self._work.notify()
         return job
@@ -261,10 +263,10 @@ class Scheduler:
                     job.listener(ExpiredError(f"the request took longer than {self._time_limit:g} seconds"))
 
     def _admit(self, batch: _Batch) -> None:
-        """Processes prompts, first come first served, and puts their continuations into free rows."""
+        """Processes prompts, first come first served, and puts their continuations into free rows. Requests with several
+        continuations take turns, one row each."""
         budget = TOKENS_PER_STEP
-        while batch.waiting and None in batch.slots and budget > 0:
-            job = batch.waiting[0]
+        while budget > 0 and (job := self._next(batch)):
             if job.n_prefilled < len(job.prompt):
                 budget -= self._prefill(job)
                 continue
@@ -276,16 +278,27 @@ class Scheduler:
                     job.listener(error)
                     continue
                 job.listener(job.scores)
-            samples = range(job.n_placed, job.request.n if job.request.max_new_tokens else 0)
-            free = [i for i, slot in enumerate(batch.slots) if slot is None]
-            for row, sample in zip(free, samples, strict=False):
+            batch.waiting.remove(job)
+            if job.request.max_new_tokens:
+                row = batch.slots.index(None)
                 if batch.state is None:
                     batch.state = self.generator._new_state(self.max_batch, batch.capacity)
                 batch.state = self.generator._put_row(batch.state, row, job.state)
-                batch.slots[row] = _Slot(job, sample, job.request.rows[sample])
+                batch.slots[row] = _Slot(job, job.n_placed, job.request.rows[job.n_placed])
                 job.n_placed += 1
-            if job.n_placed == job.request.n or not samples:
-                batch.waiting.popleft().state = None
+                if job.n_placed < job.request.n:
+                    batch.waiting.append(job)
+                    continue
+            job.state = None
+
+    def _next(self, batch: _Batch) -> Job | None:
+        """The first waiting request for which there is room: a free row, unless it wants no new tokens."""
+        n_started = sum(job.state is not None for job in batch.waiting)
+        for job in batch.waiting:
+            has_room = None in batch.slots or not job.request.max_new_tokens
+            if has_room and (job.state is not None or n_started < MOST_STARTED):
+                return job
+        return None
 
     def _prefill(self, job: Job) -> int:
         """Processes the next tokens of a prompt, and returns how many the program has room for."""
@@ -326,7 +339,8 @@ class Scheduler:
         for i, slot in active:
             options[i], n_tokens = slot.job.request.sampling, len(slot.row.prompt) + len(slot.row.tokens)
             noise_BN[i] = uniforms(options[i].seed, slot.row.key, n_tokens, BLOCK)
-            seen_BV[i, slot.row.prompt + slot.row.tokens] = options[i].repetition_penalty != 1
+            if options[i].repetition_penalty != 1:
+                seen_BV[i, slot.row.prompt + slot.row.tokens] = True
             active_B[i] = True
         filters = Filters.of(options, self.generator.config.vocab_size)
         started = time.monotonic()
@@ -335,7 +349,7 @@ class Scheduler:
         )
         batch.token_seconds = max((time.monotonic() - started) / count, 1e-6)
         for i, slot in active:
-            if slot.job in batch.jobs():  # a sample that failed has ended its request
+            if batch.slots[i] is slot:  # not if a failed continuation of the same request has ended it
                 self._report(batch, slot, tokens_BN[i].tolist(), logprobs_BN[i].tolist(), logits.get(i))
 
     def _report(

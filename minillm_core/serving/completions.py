@@ -10,7 +10,7 @@ from minillm_core.decoding.requests import Request
 from minillm_core.decoding.scheduler import Alternatives, Details, Update
 from minillm_core.serving.errors import ApiError
 from minillm_core.serving.models import Answers, ServedModel
-from minillm_core.serving.schemas import MOST_CHOICES, CompletionRequest, SamplingFields
+from minillm_core.serving.schemas import MOST_CHOICES, MOST_LOGPROBS, CompletionRequest, SamplingFields
 from minillm_core.serving.token_texts import TextDecoder
 
 JSON = dict[str, Any]
@@ -78,12 +78,20 @@ def read_completion(model: ServedModel, body: CompletionRequest) -> tuple[list[R
     if len(prompts) * sampling["n"] > MOST_CHOICES:
         found = f"{len(prompts)} prompts with {sampling['n']} continuations each"
         raise ApiError(400, f"prompt: at most {MOST_CHOICES} continuations per request, found {found}", param="prompt")
+    if len(prompts) > model.scheduler.max_queue:
+        raise ApiError(400, f"prompt: at most {model.scheduler.max_queue}, the server's queue", param="prompt")
     if max_tokens == 0 and not body.echo:
         raise ApiError(400, "max_tokens: 0 only with echo", param="max_tokens")
     scores_prompt = bool(body.echo) and (body.logprobs is not None or max_tokens == 0)
     details = Details(body.logprobs or None, prompt=scores_prompt)
     options = {"stop": stops_of(body), "least_new_tokens": 0, **sampling}
-    return [model.generator.request([prompt], max_tokens, **options) for prompt in prompts], details
+    found = [model.generator.request([prompt], max_tokens, **options) for prompt in prompts]
+    if body.logprobs is not None:
+        n_tokens = sum(request.n * (max_tokens + bool(body.echo) * len(request.rows[0].prompt)) for request in found)
+        if n_tokens * (1 + body.logprobs) > MOST_LOGPROBS:
+            message = f"logprobs: the answer could have more than {MOST_LOGPROBS:,} log-probabilities"
+            raise ApiError(400, f"{message}; ask for fewer prompts, tokens or alternatives at a time", param="logprobs")
+    return found, details
 
 
 def _is_ids(prompt: Sequence[Any]) -> bool:

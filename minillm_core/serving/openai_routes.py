@@ -9,6 +9,7 @@ from typing import Any, Protocol, TypeVar
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.concurrency import run_in_threadpool
+from starlette.types import Receive, Scope, Send
 
 from minillm_core.decoding import requests
 from minillm_core.decoding.scheduler import Details
@@ -95,9 +96,7 @@ async def _respond(
     """The answer as a whole, or as a stream of its parts."""
     if body.stream:
         with_usage = bool(body.stream_options and body.stream_options.include_usage)
-        return StreamingResponse(
-            _events(chunk_head, parts, answers, usage if with_usage else None, first), media_type="text/event-stream"
-        )
+        return EventStream(_events(chunk_head, parts, usage if with_usage else None, first), [answers])
 
     async def whole() -> Response:
         choices = {part.index: part async for part in parts}
@@ -111,8 +110,23 @@ async def _respond(
         answers.cancel()
 
 
+class EventStream(StreamingResponse):
+    """Server-sent events. However they end, even before the first one, the requests that they come from stop."""
+
+    def __init__(self, events: AsyncIterator[str], sources: Sequence[Answers]):
+        super().__init__(events, media_type="text/event-stream")
+        self._sources = sources
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            for answers in self._sources:
+                answers.cancel()
+
+
 async def _events(
-    head: Head, parts: AsyncIterator[Part], answers: Answers, usage: Usage | None, first: Sequence[JSON]
+    head: Head, parts: AsyncIterator[Part], usage: Usage | None, first: Sequence[JSON]
 ) -> AsyncIterator[str]:
     """Server-sent events. An error after the beginning is the last one."""
     try:
@@ -127,8 +141,6 @@ async def _events(
         yield "data: [DONE]\n\n"
     except Exception as error:
         yield event(api_error(error).content)
-    finally:
-        answers.cancel()
 
 
 def event(content: Any) -> str:

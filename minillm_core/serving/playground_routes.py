@@ -9,14 +9,13 @@ from typing import Any
 
 import numpy as np
 from fastapi import APIRouter, Response
-from fastapi.responses import StreamingResponse
 from starlette.concurrency import run_in_threadpool
 
 from minillm_core.decoding.sampling import SamplingConfig
 from minillm_core.decoding.scheduler import Details, Update
 from minillm_core.serving.errors import ApiError, api_error
 from minillm_core.serving.models import Answers, Models, ServedModel
-from minillm_core.serving.openai_routes import event
+from minillm_core.serving.openai_routes import EventStream, event
 from minillm_core.serving.schemas import PlaygroundRequest
 from minillm_core.serving.token_texts import TextDecoder
 
@@ -57,7 +56,7 @@ def playground_router(models: Models, checkpoint: Path) -> APIRouter:
                 refused = ApiError(400, str(error), param="max_tokens", code="context_length_exceeded")
             raise refused from error
         sides = [_Side(model, answers) for model, answers in zip(found, started, strict=True)]
-        return StreamingResponse(_events(sides), media_type="text/event-stream")
+        return EventStream(_events(sides), started)
 
     return router
 
@@ -151,5 +150,3 @@ async def _events(sides: list[_Side]) -> AsyncIterator[str]:
     finally:
         for task in tasks:
             task.cancel()
-        for side in sides:
-            side.answers.cancel()

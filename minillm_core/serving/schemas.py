@@ -12,6 +12,8 @@ MOST_CHOICES = 128
 """Continuations of one request, over all its prompts."""
 MOST_ALTERNATIVES = 20
 MOST_STOPS = 16
+MOST_LOGPROBS = 1_000_000
+"""Log-probabilities in one answer, alternatives included: about 40 MB."""
 
 T = TypeVar("T")
 Zero = Literal[0] | None
