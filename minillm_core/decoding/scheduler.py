@@ -34,7 +34,7 @@ and a stream advances by whole blocks."""
 TOKENS_PER_STEP = 512
 """Prompt tokens that join the batch between two blocks: more would delay the requests that are being decoded."""
 MOST_STARTED = 4
-"""Waiting requests of a batch whose prompts are processed: each keeps a cache of one row."""
+"""Requests of a batch of which some continuations run and others wait: each keeps a cache of one row."""
 SMALLEST, GROWTH = 256, 4
 """Capacities of the batches: 256, 1024, 4096 ... tokens per row. Requests of similar length share a batch."""
 
@@ -263,8 +263,8 @@ class Scheduler:
                     job.listener(ExpiredError(f"the request took longer than {self._time_limit:g} seconds"))
 
     def _admit(self, batch: _Batch) -> None:
-        """Processes prompts, first come first served, and puts their continuations into free rows. Requests with several
-        continuations take turns, one row each."""
+        """Processes prompts, first come first served, and puts their continuations into free rows. Requests that have
+        several continuations take turns, one row each."""
         budget = TOKENS_PER_STEP
         while budget > 0 and (job := self._next(batch)):
             if job.n_prefilled < len(job.prompt):
@@ -296,7 +296,7 @@ class Scheduler:
         n_started = sum(job.state is not None for job in batch.waiting)
         for job in batch.waiting:
             has_room = None in batch.slots or not job.request.max_new_tokens
-            if has_room and (job.state is not None or n_started < MOST_STARTED):
+            if has_room and (job.state is not None or job.request.n == 1 or n_started < MOST_STARTED):
                 return job
         return None
 

@@ -85,13 +85,13 @@ def read_completion(model: ServedModel, body: CompletionRequest) -> tuple[list[R
     scores_prompt = bool(body.echo) and (body.logprobs is not None or max_tokens == 0)
     details = Details(body.logprobs or None, prompt=scores_prompt)
     options = {"stop": stops_of(body), "least_new_tokens": 0, **sampling}
-    found = [model.generator.request([prompt], max_tokens, **options) for prompt in prompts]
+    checked = [model.generator.request([prompt], max_tokens, **options) for prompt in prompts]
     if body.logprobs is not None:
-        n_tokens = sum(request.n * (max_tokens + bool(body.echo) * len(request.rows[0].prompt)) for request in found)
+        n_tokens = sum(request.n * (max_tokens + bool(body.echo) * len(request.rows[0].prompt)) for request in checked)
         if n_tokens * (1 + body.logprobs) > MOST_LOGPROBS:
             message = f"logprobs: the answer could have more than {MOST_LOGPROBS:,} log-probabilities"
             raise ApiError(400, f"{message}; ask for fewer prompts, tokens or alternatives at a time", param="logprobs")
-    return found, details
+    return checked, details
 
 
 def _is_ids(prompt: Sequence[Any]) -> bool:
