@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -41,6 +41,7 @@ WORDS = (
     "to",
     "be",
 )
+STREAM = {"stream": True, "stream_options": {"include_usage": True}}
 N_REQUESTS = 48
 """Different requests of the load; each answer is compared with that of the request alone."""
 
@@ -64,7 +65,7 @@ def requests_of(model: str, max_tokens: int) -> list[dict[str, Any]]:
     rng = random.Random(0)
     found = []
     for i in range(N_REQUESTS):
-        body = {"model": model, "prompt": " ".join(rng.choices(WORDS, k=rng.randint(1, 80))), "seed": i, "stream": True}
+        body = {"model": model, "prompt": " ".join(rng.choices(WORDS, k=rng.randint(1, 80))), "seed": i}
         body |= {"max_tokens": rng.randint(max_tokens // 4, max_tokens)}
         body |= [{"temperature": 0}, {"top_p": 0.9}, {"top_k": 50, "temperature": 1.5}, {}][i % 4]
         found.append(body | ({"logprobs": 2} if i % 12 == 0 else {}))
@@ -96,7 +97,7 @@ async def stream(
 ) -> tuple[str, float, int]:
     """The text with its log-probabilities, seconds to the first token, and tokens of one streamed request."""
     started, first, parts, usage = time.perf_counter(), 0.0, [], 0
-    body = body | {"stream_options": {"include_usage": True}}
+    body = body | STREAM
     async with client.stream("POST", "/v1/completions", json=body) as answer:
         assert answer.status_code == 200, (await answer.aread()).decode()
         async for line in answer.aiter_lines():
@@ -162,21 +163,26 @@ def throughput(url: str, path: str, backend: str, tokens: int, rounds: int) -> N
         generator.generate(prompts, max_new_tokens=tokens, **end)
         return time.perf_counter() - started
 
-    async def served() -> float:
+    async def served(streamed: bool) -> float:
         async with httpx.AsyncClient(base_url=url, timeout=600) as client:
-            bodies = [
-                {"model": "served", "prompt": p, "max_tokens": tokens, "seed": 0, "stream": True} for p in prompts
-            ]
+            bodies = [{"model": "served", "prompt": prompt, "max_tokens": tokens, "seed": 0} for prompt in prompts]
             started = time.perf_counter()
-            answers = await asyncio.gather(*(stream(client, body) for body in bodies))
-            rate = sum(n for *_, n in answers) / (time.perf_counter() - started)
-            return 16 * tokens / rate
+            if streamed:
+                n_tokens = [n for *_, n in await asyncio.gather(*(stream(client, body | STREAM) for body in bodies))]
+            else:
+                answers = await asyncio.gather(*(client.post("/v1/completions", json=body) for body in bodies))
+                n_tokens = [answer.json()["usage"]["completion_tokens"] for answer in answers]
+            return 16 * tokens * (time.perf_counter() - started) / sum(n_tokens)  # some end before all tokens
 
-    batch(), asyncio.run(served())
-    times = [(batch(), asyncio.run(served())) for _ in range(rounds)]
-    ratio = statistics.median(a / b for a, b in times)
-    rates = [16 * tokens / statistics.median(column) for column in zip(*times, strict=True)]
-    print(f"16 at once: generate {rates[0]:,.0f} token/s, server {rates[1]:,.0f} token/s, ratio {ratio:.2f}")
+    ways: dict[str, Callable[[], float]] = {
+        "generate": batch,
+        "server": lambda: asyncio.run(served(False)),
+        "server, streaming": lambda: asyncio.run(served(True)),
+    }
+    times = [[way() for way in ways.values()] for _ in range(rounds + 1)][1:]  # the first round compiles
+    for name, column in zip(ways, zip(*times, strict=True), strict=True):
+        ratio = statistics.median(row[0] / own for row, own in zip(times, column, strict=True))
+        print(f"16 at once, {name}: {16 * tokens / statistics.median(column):,.0f} token/s, ratio {ratio:.2f}")
 
 
 def main(

@@ -35,8 +35,9 @@ TOKENS_PER_STEP = 512
 """Prompt tokens that join the batch between two blocks: more would delay the requests that are being decoded."""
 MOST_STARTED = 4
 """Requests of a batch of which some continuations run and others wait: each keeps a cache of one row."""
-SMALLEST, GROWTH = 256, 4
-"""Capacities of the batches: 256, 1024, 4096 ... tokens per row. Requests of similar length share a batch."""
+SMALLEST, GROWTH = 192, 2
+"""Capacities of the batches: 192, 384, 768 ... tokens per row. Requests of similar length share a batch. With fewer
+sizes, more requests would share one; but every step reads the whole cache, which soon is larger than the weights."""
 
 Alternatives = list[tuple[int, float]]
 """Tokens and their natural log-probabilities under the model, most likely first."""
