@@ -61,6 +61,8 @@ def tiny(script: str, arguments: list[str], corpus: Path) -> list[str]:
         arguments += ["--max-new-tokens", "20"]
     if script == "benchmark_decoding":
         arguments += ["quickstart", "--tokens", "4", "--rounds", "1", "--batches", "2"]
+    if script == "benchmark_serving":
+        arguments += ["--rounds", "1", "--seconds", "2", "--streams", "4", "--max-tokens", "16", "--max-batch", "2"]
     if script == "benchmark_data":
         arguments += ["--rounds", "1"]
     if script == "benchmark":
@@ -159,7 +161,12 @@ def check_result(script: str, arguments: list[str], home: Path, done: Done) -> N
             for preset in preset_names():
                 assert re.search(rf"^{preset} +{count_params(load_config(preset).model):,} ", out, re.M), preset
         case "benchmark":
-            expected = {"": "worst cosine", "_decoding": "times transformers", "_data": "| minillm | "}
+            expected = {
+                "": "worst cosine",
+                "_decoding": "times transformers",
+                "_data": "| minillm | ",
+                "_serving": " 0 differ ",
+            }
             assert expected[script.removeprefix("benchmark")] in out
         case _:
             pytest.fail(f"no check of {script}")
@@ -179,6 +186,8 @@ def test_commands(command: str, home: Path, corpus: Path) -> None:
     arguments = tiny(script, arguments, corpus)
     if script == "benchmark_data" and not (home / "my.model").exists():  # in a tier of its own
         succeeds("train_tokenizer", str(corpus), "--out", "my.model", "--vocab-size", "1000", cwd=home)
+    if script == "benchmark_serving" and not (home / "runs/quickstart/jax").exists():
+        succeeds("train_jax", *tiny("train_jax", ["--train.out_dir", "runs/quickstart"], corpus), cwd=home)
     if script == "serve":  # it runs until it is stopped
         with serving(home / arguments[0], *arguments[1:]) as server:
             assert "playground" in server.client.get("/").text

@@ -61,11 +61,11 @@ class Load:
 
 
 def requests_of(model: str, max_tokens: int) -> list[dict[str, Any]]:
-    """Prompts of 1 to 80 words; half of the requests sample with filters, some ask for log-probabilities."""
+    """Prompts of 1 to 40 words; half of the requests sample with filters, some ask for log-probabilities."""
     rng = random.Random(0)
     found = []
     for i in range(N_REQUESTS):
-        body = {"model": model, "prompt": " ".join(rng.choices(WORDS, k=rng.randint(1, 80))), "seed": i}
+        body = {"model": model, "prompt": " ".join(rng.choices(WORDS, k=rng.randint(1, 40))), "seed": i}
         body |= {"max_tokens": rng.randint(max_tokens // 4, max_tokens)}
         body |= [{"temperature": 0}, {"top_p": 0.9}, {"top_k": 50, "temperature": 1.5}, {}][i % 4]
         found.append(body | ({"logprobs": 2} if i % 12 == 0 else {}))
