@@ -71,17 +71,18 @@ FIELDS: list[tuple[dict[str, Any], str, str | None]] = [
     ({"stop_token_ids": [608]}, "outside the vocabulary", None),
     ({"frequency_penalty": 0.5}, "only 0 is supported", "frequency_penalty"),
     ({"presence_penalty": -1}, "only 0 is supported", "presence_penalty"),
-    ({"logit_bias": {"5": 3}}, "at most 0 items", "logit_bias"),
+    ({"logit_bias": {"5": 3}}, "only an empty value", "logit_bias"),
+    ({"max_token": 5}, "did you mean max_tokens?", "max_token"),
     ({"suffix": "end"}, "only '' is supported", "suffix"),
     ({"best_of": 2}, "only 1 is supported", "best_of"),
     ({"guided_json": {}}, "not supported", "guided_json"),
     ({"stream_options": {"include_usage": True}}, "only with stream", "stream_options"),
     ({"prompt": []}, "there is none", "prompt"),
-    ({"prompt": ""}, "empty prompt", None),
-    ({"prompt": [[]]}, "empty prompt", None),
+    ({"prompt": ""}, "empty prompt", "prompt"),
+    ({"prompt": [[]]}, "empty prompt", "prompt"),
     ({"prompt": [5, "a"]}, "a text, token ids", "prompt"),
     ({"prompt": [5, -1]}, "a text, token ids", "prompt"),
-    ({"prompt": [5, 608]}, "outside the vocabulary", None),
+    ({"prompt": [5, 608]}, "608 (number 2 of 2)", "prompt"),
     ({"prompt": [5] * 400}, "longer than the context", "prompt"),
     ({"prompt": "word " * 100_000}, "longer than the context", "prompt"),
     ({"prompt": ["a"] * 65, "n": 2}, "at most 128", "prompt"),
@@ -102,7 +103,7 @@ CHATS: list[tuple[dict[str, Any], str, str | None]] = [
     ({"messages": [{"role": "user"}]}, "expected a text", "messages"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "expected a text", "messages"),
     ({"messages": [{"role": "<|im_end|>", "content": "a"}]}, "not a role", None),
-    ({"messages": [{"role": "user", "content": "a", "tool_calls": [{}]}]}, "at most 0 items", "messages"),
+    ({"messages": [{"role": "user", "content": "a", "tool_calls": [{}]}]}, "only an empty value", "messages"),
     ({"messages": [{"role": "user", "content": "a", "weight": 1}]}, "not supported", "messages"),
     ({"tools": [{"type": "function"}]}, "tools", "tools"),
     ({"response_format": {"type": "json_object"}}, "only 'text' is supported", "response_format"),
@@ -135,7 +136,8 @@ BODIES: list[tuple[bytes, int, str]] = [
 def test_bodies(body: bytes, status: int, word: str, in_parts: bool, server: Server) -> None:
     content = (body[i : i + 65_536] for i in range(0, len(body), 65_536)) if in_parts else body
     answer = httpx.post(f"{server.url}/v1/completions", content=content, headers=JSON_TYPE, timeout=30)
-    refused(answer, status, word, param="model" if status == 404 else None)
+    param = "model" if status == 404 else "prompt" if word == "not Unicode text" else None
+    refused(answer, status, word, param=param)
 
 
 MANY: list[dict[str, Any]] = [

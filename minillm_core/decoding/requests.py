@@ -128,7 +128,9 @@ class RequestReader:
         else:
             ids = [whole_number("a token id", token) for token in prompt]
         if not (len(prompt) and ids) and not may_be_empty:  # a text of spaces may have no tokens
-            hint = f"to start from nothing, pass the begin-of-document token, [{self.tokenizer.bos_id}], from Python"
+            hint = (
+                f"to start from nothing, pass the token ids [{self.tokenizer.bos_id}] (begin of document) as the prompt"
+            )
             raise InputError("empty prompt", expected="at least one token", found=repr(prompt), where=where, hint=hint)
         self._check_ids(ids, where)
         return ids
@@ -138,10 +140,10 @@ class RequestReader:
             raise InputError("not a list of texts", expected="a list of at least one text", found=repr(prompts))
 
     def _check_ids(self, ids: list[int], where: str) -> None:
-        if ids and (min(ids) < 0 or max(ids) >= self.config.vocab_size):
-            expected = f"0 to {self.config.vocab_size - 1}"
-            found = f"{min(ids)} to {max(ids)}"
-            raise InputError("token id outside the vocabulary", expected=expected, found=found, where=where)
+        for i, token in enumerate(ids, 1):
+            if not 0 <= token < self.config.vocab_size:
+                expected, found = f"0 to {self.config.vocab_size - 1}", f"{token} (number {i} of {len(ids)})"
+                raise InputError("token id outside the vocabulary", expected=expected, found=found, where=where)
 
     def _check_fits(self, n_tokens: int, max_new_tokens: int, where: str | None = None) -> None:
         limit = self.config.context_length

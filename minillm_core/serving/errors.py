@@ -1,5 +1,6 @@
 """Errors in the form of OpenAI's API."""
 
+import difflib
 import json
 from typing import Any
 
@@ -10,6 +11,7 @@ from starlette.exceptions import HTTPException
 
 from minillm_core.decoding.scheduler import ExpiredError, QueueFullError
 from minillm_core.errors import InputError
+from minillm_core.serving.schemas import ChatRequest, CompletionRequest
 
 
 class ApiError(Exception):
@@ -61,7 +63,7 @@ def api_error(error: Exception, fields: frozenset[str] = frozenset()) -> ApiErro
     if isinstance(error, ExpiredError):
         return ApiError(504, str(error), code="timeout")
     if isinstance(error, InputError):
-        first = str(error).partition(" ")[0]
+        first = "prompt" if "where: prompt " in str(error) else str(error).partition(" ")[0]
         if "longer than the context" in str(error):
             return ApiError(400, str(error), param="prompt", code="context_length_exceeded")
         if "logits are not finite" in str(error):
@@ -75,6 +77,7 @@ async def on_api_error(request: Request, error: Exception) -> JSONResponse:
 
 
 MOST_PROBLEMS = 20
+FIELDS = sorted({*CompletionRequest.model_fields, *ChatRequest.model_fields})
 FORMS = {
     "prompt": "a text, token ids, or a list of texts or of lists of token ids",
     "stop": "a text or a list of texts, none of them empty",
@@ -102,7 +105,10 @@ def _problem(place: tuple[int | str, ...], problem: Any) -> str:
             return f"{'.'.join(map(str, place[: i + 1]))}: expected {FORMS[str(part)]}"
     says = problem["msg"]
     if problem["type"] == "extra_forbidden":
-        says = "this field is not supported"
+        close = difflib.get_close_matches(str(place[-1]), FIELDS, n=1)
+        says = "this field is not supported" + (f"; did you mean {close[0]}?" if close else "")
+    elif problem["type"] == "too_long" and not problem["ctx"]["max_length"]:
+        says = "only an empty value is supported; leave this field out"
     elif problem["type"] in ("literal_error", "none_required"):
         says = f"only {problem.get('ctx', {}).get('expected', 'null')} is supported; leave this field out"
     return f"{'.'.join(map(str, place))}: {says}"

@@ -99,7 +99,10 @@ class ChatTemplate:
                 expected = (
                     f"{CHAT_TEMPLATE}, a chat_template in {TOKENIZER_CONFIG}, or the tokens {' '.join(ROLE_TOKENS)}"
                 )
-                hint = f"chat with a model that was trained for it, or put its {CHAT_TEMPLATE} into this folder"
+                hint = (
+                    f"use a model that was trained for chats; to train one, put a {CHAT_TEMPLATE} into this folder, or "
+                    "begin with a tokenizer that has these tokens (train_tokenizer.py)"
+                )
                 where = tokenizer.path.parent
                 raise InputError("the model has no chat template", expected=expected, where=where, hint=hint)
             template = MINILLM_TEMPLATE
