@@ -155,7 +155,7 @@ def test_a_model_without_a_chat_format(run: Path, tmp_path: Path) -> None:
 
 
 def test_the_oldest_turns_are_left_out(generator: BaseGenerator, caplog: pytest.LogCaptureFixture) -> None:
-    """When the conversation no longer fits: whole turns go, the system message stays, and this is said once."""
+    """A conversation that no longer fits loses its oldest turns, but not the system message. The user is told once."""
     template = ChatTemplate.of(generator.tokenizer)
     talk = Conversation(generator, template, system="Be brief.", **(SAMPLING | {"max_new_tokens": 300}))
     room = CONFIG.context_length - 300

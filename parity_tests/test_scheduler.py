@@ -12,6 +12,7 @@ import torch
 
 from minillm_core.decoding import scheduler as scheduling
 from minillm_core.decoding.generation import BLOCK, BaseGenerator
+from minillm_core.decoding.logprobs import most_likely
 from minillm_core.decoding.scheduler import (
     Details,
     Event,
@@ -199,10 +200,10 @@ def test_prompts_are_scored(framework: str, float64: Tier, tokenizer: Tokenizer)
 
 def test_most_likely() -> None:
     logits = np.array([1.0, 3.0, 3.0, 2.0, -math.inf])
-    assert [token for token, _ in scheduling.most_likely(logits, 4)] == [1, 2, 3, 0]
-    assert [token for token, _ in scheduling.most_likely(logits, 1)] == [1]
-    assert len(scheduling.most_likely(logits, 9)) == 5
-    assert sum(math.exp(logprob) for _, logprob in scheduling.most_likely(logits, 9)) == pytest.approx(1)
+    assert [token for token, _ in most_likely(logits, 4)] == [1, 2, 3, 0]
+    assert [token for token, _ in most_likely(logits, 1)] == [1]
+    assert len(most_likely(logits, 9)) == 5
+    assert sum(math.exp(logprob) for _, logprob in most_likely(logits, 9)) == pytest.approx(1)
 
 
 @pytest.mark.extended

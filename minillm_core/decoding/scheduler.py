@@ -18,6 +18,7 @@ from typing import Any, Literal
 import numpy as np
 
 from minillm_core.decoding.generation import BLOCK, BaseGenerator, check_finite, shown
+from minillm_core.decoding.logprobs import Alternatives, most_likely, normalizer
 from minillm_core.decoding.requests import Request, Row
 from minillm_core.decoding.sampling import Filters, SamplingConfig, uniforms
 from minillm_core.errors import InputError
@@ -38,9 +39,6 @@ MOST_STARTED = 4
 SMALLEST, GROWTH = 192, 2
 """Capacities of the batches: 192, 384, 768 ... tokens per row. Requests of similar length share a batch. With fewer
 sizes, more requests would share one; but every step reads the whole cache, which soon is larger than the weights."""
-
-Alternatives = list[tuple[int, float]]
-"""Tokens and their natural log-probabilities under the model, most likely first."""
 
 
 @dataclass(frozen=True)
@@ -381,21 +379,3 @@ class Scheduler:
         if row.finish_reason:
             batch.slots[batch.slots.index(slot)] = None
         job.listener(update)
-
-
-def normalizer(logits_V: np.ndarray) -> float:
-    """What is subtracted from a logit to get its natural log-probability."""
-    highest = logits_V.max()
-    return float(highest + np.log(np.exp(logits_V - highest).sum(dtype=np.float64)))
-
-
-def most_likely(logits_V: np.ndarray, n: int) -> Alternatives:
-    """The n most likely tokens with their log-probabilities; of equal ones, the first."""
-    if n == 0:
-        return []
-    n = min(n, len(logits_V))
-    least = np.partition(logits_V, -n)[-n] if n > 1 else logits_V.max()
-    candidates = np.flatnonzero(logits_V >= least)
-    best = candidates[np.argsort(-logits_V[candidates], kind="stable")[:n]]
-    subtracted = normalizer(logits_V)
-    return [(token, float(logits_V[token]) - subtracted) for token in best.tolist()]

@@ -6,8 +6,9 @@ import uuid
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
+from minillm_core.decoding.logprobs import Alternatives
 from minillm_core.decoding.requests import Request
-from minillm_core.decoding.scheduler import Alternatives, Details, Update
+from minillm_core.decoding.scheduler import Details, Update
 from minillm_core.serving.errors import ApiError
 from minillm_core.serving.models import Answers, ServedModel
 from minillm_core.serving.schemas import MOST_CHOICES, MOST_LOGPROBS, CompletionRequest, SamplingFields
