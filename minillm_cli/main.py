@@ -23,6 +23,7 @@ COMMANDS = {
     "plot": ("plot", "draw loss, learning rate, gradient norm and speed of runs"),
     "compare-runs": ("compare_runs", "draw the loss curves of two runs and their difference"),
     "plan": ("plan", "print parameters, operations and memory of a configuration of any size"),
+    "benchmark": ("benchmark", "measure training and decoding, next to other libraries and to this machine's bounds"),
 }
 """Command -> its module, and a description."""
 

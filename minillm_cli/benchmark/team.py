@@ -1,0 +1,79 @@
+"""The processes of several engines. They take turns, so that a slow moment of the machine affects all of them."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import minillm_cli
+
+
+class EngineError(Exception):
+    """An engine failed at a work; the others can go on."""
+
+
+class Engine:
+    """One process. It waits, without using the processor, until it is asked."""
+
+    def __init__(self, name: str, work: str):
+        self.name = name
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115 (closed in `close`)
+        here = str(Path(minillm_cli.__file__).parent.parent)
+        paths = [path for path in (os.environ.get("PYTHONPATH"), here) if path]
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "minillm_cli.benchmark.worker", name, work],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            encoding="utf-8",
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
+        )
+
+    def send(self, do: str, **arguments: Any) -> None:
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(json.dumps({"do": do, **arguments}) + "\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            pass  # `receive` says that the process has ended
+
+    def receive(self) -> dict[str, Any]:
+        """Raises EngineError if the request failed or the process ended."""
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line.endswith("\n"):
+            raise EngineError(f"its process ended with status {self._process.wait()}\n{self.log()}")
+        answer: dict[str, Any] = json.loads(line)
+        if "failed" in answer:
+            raise EngineError(answer["failed"])
+        return answer
+
+    def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
+        self.send(do, **arguments)
+        return self.receive()
+
+    def log(self, n_lines: int = 12) -> str:
+        """The last lines that the process printed."""
+        self._log.seek(0)
+        return "\n".join(self._log.read().decode(errors="replace").splitlines()[-n_lines:])
+
+    def close(self) -> None:
+        self._process.kill()  # it holds nothing that must be saved
+        self._process.communicate()
+        self._log.close()
+
+
+@contextmanager
+def team(names: Sequence[str], work: str) -> Iterator[dict[str, Engine]]:
+    """Starts engines for one work, and ends them. A process for each work, so that its peak memory is that work's."""
+    engines = {name: Engine(name, work) for name in names}
+    try:
+        yield engines
+    finally:
+        for engine in engines.values():
+            engine.close()
