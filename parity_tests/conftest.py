@@ -9,6 +9,8 @@ import sys
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in the background of a shell: children would ignore it too
     signal.signal(signal.SIGINT, signal.default_int_handler)
 if "gpu" in sys.argv:  # pytest -m gpu
+    os.environ["PARITY_TESTS_ON_GPU"] = "1"  # also for the workers of `-n 4`, whose command line does not say so
+if "PARITY_TESTS_ON_GPU" in os.environ:
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # both frameworks share the GPU
 else:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
