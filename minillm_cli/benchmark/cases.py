@@ -21,7 +21,7 @@ class Case:
     """One work at one size. Its weights and tokens are random."""
 
     work: str
-    """`train`, `prefill` or `decode`."""
+    """`train`, `prefill`, `decode` or, in scaling.py, `continue`: all rows continue one long prefix."""
     config: RunConfig
     """The model and, for training, the optimizer, the batch, its length and the micro-batches."""
     dtype: str
@@ -40,12 +40,12 @@ class Case:
         if self.work == "prefill":
             return f"prefill, {self.rows} x {self.length}"
         rows = "1 row" if self.rows == 1 else f"{self.rows} rows"
-        return f"decode, {rows}, {self.repeats} after {self.length}"
+        return f"{self.work}, {rows}, {self.repeats} after {self.length}"
 
     @property
     def tokens_per_round(self) -> int:
         """What a rate counts: trained, processed or new tokens."""
-        return self.rows * (self.repeats if self.work == "decode" else self.length * max(1, self.repeats))
+        return self.rows * (self.length * self.repeats if self.work in ("train", "prefill") else self.repeats)
 
     def batch_rows(self) -> np.ndarray:
         """Random tokens (rows, length + 1), int32."""
@@ -102,6 +102,8 @@ def phases(case: Case) -> list[Cost]:
     model, size = case.config.model, BYTES[case.dtype]
     if case.work == "train":
         return [_train_step(case).times(case.repeats)]
+    if case.work == "continue":
+        return [decode_step(model, case.rows, case.length + case.repeats / 2, size).times(case.repeats)]
     prefill = _prefill(model, case.lengths(), size)
     if case.work == "prefill":
         return [prefill]

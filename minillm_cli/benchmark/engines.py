@@ -49,6 +49,8 @@ def make_round(engine: str, case: Case) -> Round:
         return _training(backend, case)
     generator = make_generator(backend, case, compile=engine == "torch-compiled")
     prompts = case.prompts()
+    if case.work == "continue":
+        return _continuing(generator, prompts[0], case)
 
     def prefill() -> None:
         prefix = generator.prefill([*prompts[0], 1])  # all tokens but the last are processed
@@ -73,6 +75,16 @@ def _training(backend: Any, case: Case) -> Round:
         return float(metrics["loss"])
 
     return train
+
+
+def _continuing(generator: Any, prompt: list[int], case: Case) -> Round:
+    """All rows continue the same prefix, which is processed before."""
+    prefix = generator.prefill([*prompt, 1])
+
+    def decode() -> None:
+        generator.generate([[1]] * case.rows, prefix=prefix, max_new_tokens=case.repeats, temperature=0.0)
+
+    return decode
 
 
 def make_generator(backend: Any, case: Case, *, compile: bool = False) -> Any:

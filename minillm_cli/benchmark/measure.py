@@ -71,17 +71,18 @@ def measure(case: Case, names: Sequence[str], rounds: int, results: Results, tel
                 losses[name] = done["loss"]
         for name, engine in engines.items():
             results.rows.append(Row(case, name, times[name], engine.ask("peak")["bytes"], losses[name]))
-        _measure_bounds(case, engines, results)
+        measure_bounds(case.dtype, engines, results)
     results.problems += different_losses(results.of(case))
 
 
-def _measure_bounds(case: Case, engines: dict[str, Engine], results: Results) -> None:
+def measure_bounds(dtype: str, engines: dict[str, Engine], results: Results) -> None:
+    """Measures the bounds in one process of each framework."""
     seen = set()
     for name, engine in engines.items():
         framework = framework_of(name)
         if framework and framework not in seen:
             seen.add(framework)
-            rates = engine.ask("bounds", dtype=case.dtype)
+            rates = engine.ask("bounds", dtype=dtype)
             results.see(framework, rates["flops"], rates["bandwidth"])
 
 

@@ -1,7 +1,6 @@
 """The report in Markdown."""
 
 import statistics
-from typing import Any
 
 from minillm_cli.benchmark.cases import Case, least_seconds
 from minillm_cli.benchmark.results import Results, Row
@@ -32,6 +31,8 @@ def report(results: Results) -> str:
             lines += ["", f"## {heading}", "", *_table(results, cases)]
     if results.rows:
         lines += ["", *NOTES]
+    if results.scaling is not None:
+        lines += ["", *_scaling(results)]
     if results.problems or results.failed:
         lines += ["", "## Problems", "", *(f"- {problem}" for problem in results.problems)]
         for failure in results.failed:
@@ -88,10 +89,19 @@ def _short(rate: float) -> str:
     return f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}"
 
 
-def comparison_table(rows: list[dict[str, Any]]) -> str:
-    """The rows of compare.py as a table."""
-    lines = ["| work | engine | compared | then | now | now / then |", "|---|---|---|---|---|---|"]
-    for row in rows:
-        cells = (row["case"], row["engine"], row["what"], f"{row['then']:.3g}", f"{row['now']:.3g}")
-        lines.append("| " + " | ".join(cells) + f" | {row['change']:.2f} |")
-    return "\n".join(lines)
+def _scaling(results: Results) -> list[str]:
+    assert results.scaling is not None
+    engines = list(results.scaling["sweeps"][0]["engines"])
+    columns = ["what grows", "from, to", "bound", *engines]
+    lines = ["## How cost grows", "", "| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+    for sweep in results.scaling["sweeps"]:
+        slopes = [sweep["expected"]["slope"], *(sweep["engines"][name]["slope"] for name in engines)]
+        cells = [f"{sweep['name']}, time of a {sweep['per']}", f"{sweep['x'][0]:,} to {sweep['x'][-1]:,}"]
+        lines.append("| " + " | ".join([*cells, *(f"{slope:.2f}" for slope in slopes)]) + " |")
+    return [*lines, "", SLOPES]
+
+
+SLOPES = (
+    "Slopes in a log-log plot (`scaling.png`): with slope 1, twice the size takes twice the time. The bound is "
+    "computed from operations and bytes. Small sizes take longer than it says, which makes the measured slopes smaller."
+)

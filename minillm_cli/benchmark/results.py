@@ -77,8 +77,12 @@ class Results:
         }
 
     def to_json(self) -> str:
+        return json.dumps(self.as_dict(), indent=1) + "\n"
+
+    def as_dict(self) -> dict[str, Any]:
+        """The content of results.json; docs/performance.md describes it."""
         bound = self.bound() if self.bounds else None
-        data = {
+        return {
             "format": FORMAT,
             "version": VERSION,
             "complete": self.complete,
@@ -89,7 +93,6 @@ class Results:
             "problems": self.problems,
             **({} if self.scaling is None else {"scaling": self.scaling}),
         }
-        return json.dumps(data, indent=1) + "\n"
 
     def _row(self, row: Row, bound: Bounds | None) -> dict[str, Any]:
         cost = total(row.case)

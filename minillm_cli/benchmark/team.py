@@ -16,6 +16,10 @@ import minillm_cli
 class EngineError(Exception):
     """An engine failed at a work; the others can go on."""
 
+    def __init__(self, engine: str, problem: str):
+        super().__init__(problem)
+        self.engine = engine
+
 
 class Engine:
     """One process. It waits, without using the processor, until it is asked."""
@@ -47,10 +51,10 @@ class Engine:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line.endswith("\n"):
-            raise EngineError(f"its process ended with status {self._process.wait()}\n{self.log()}")
+            raise EngineError(self.name, f"its process ended with status {self._process.wait()}\n{self.log()}")
         answer: dict[str, Any] = json.loads(line)
         if "failed" in answer:
-            raise EngineError(answer["failed"])
+            raise EngineError(self.name, answer["failed"])
         return answer
 
     def ask(self, do: str, **arguments: Any) -> dict[str, Any]:

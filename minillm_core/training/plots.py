@@ -105,7 +105,7 @@ def plot_curves(runs: Sequence[RunCurves], fields: Sequence[str], axis: Axis, pi
     for axes in [*panels]:
         axes.remove()
     figure.legend(drawn.values(), drawn, loc="outside lower left", ncols=2, fontsize="small")
-    _write(figure, picture)
+    write_figure(figure, picture)
 
 
 def _names(runs: Sequence[RunCurves]) -> list[str]:
@@ -120,10 +120,11 @@ def _save(figure: Any, picture: Path) -> None:
     for axes in figure.axes:
         axes.grid(alpha=0.3)
         axes.legend()
-    _write(figure, picture)
+    write_figure(figure, picture)
 
 
-def _write(figure: Any, picture: Path) -> None:
+def write_figure(figure: Any, picture: Path) -> None:
+    """Writes a figure of matplotlib as a PNG or, by its suffix, an SVG. An existing file is replaced."""
     from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.backends.backend_svg import FigureCanvasSVG
