@@ -52,7 +52,7 @@ def draw_scaling(scaling: dict[str, Any], picture: Path) -> None:
 
     sweeps = scaling["sweeps"]
     n_rows = -(-len(sweeps) // 3)
-    figure = Figure(figsize=(11, 3.6 * n_rows), layout="constrained")
+    figure = Figure(figsize=(11, 3.6 * n_rows), dpi=70, layout="constrained")
     panels = figure.subplots(n_rows, 3, squeeze=False).flat
     for sweep, axes in zip(sweeps, panels, strict=False):
         expected = sweep["expected"]

@@ -18,8 +18,8 @@ def report(results: Results) -> str:
         "",
         f"- {about['date']}; {about['cores']} CPU cores; Python {about['python']}; {about['system']}",
         f"- minillm {about['minillm']}; {versions}",
-        f"- {about['n_params']:,} parameters with random values; random tokens; {about['rounds']} rounds, in which the "
-        "engines take turns",
+        f"- {about['n_params']:,} parameters with random values; random tokens; "
+        f"the engines take turns in {about['rounds']} round(s)",
     ]
     if not results.complete:
         lines += ["", "**This report is not complete: the run was still going on, or was interrupted.**"]

@@ -9,13 +9,13 @@ import numpy as np
 from minillm_cli.benchmark.cases import Case, least_seconds, train_case
 from minillm_cli.benchmark.measure import measure_bounds
 from minillm_cli.benchmark.results import Results
-from minillm_cli.benchmark.team import team
+from minillm_cli.benchmark.team import Engine, team
 from minillm_core.config import ComputeDtype, ModelConfig, RunConfig
 
 FACTORS = (0.25, 0.5, 1, 2)
 ENGINES = ("jax", "torch")
-ROUNDS = 3
-NEW_TOKENS = 128
+ROUNDS = 4
+NEW_TOKENS = 64
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Sizes:
 
 
 SIZES = {
-    False: Sizes(width=256, head_dim=32, layers=4, vocab=2048, tokens=512, rows=4, context=1024, decode_rows=8),
+    False: Sizes(width=256, head_dim=32, layers=4, vocab=2048, tokens=256, rows=4, context=1024, decode_rows=4),
     True: Sizes(width=1024, head_dim=64, layers=8, vocab=32_000, tokens=1024, rows=8, context=4096, decode_rows=16),
 }
 """For a CPU with few cores, and for a GPU."""
@@ -89,29 +89,38 @@ def _model(sizes: Sizes, context: int) -> ModelConfig:
 def measure_scaling(
     wanted: Sequence[Sweep], names: Sequence[str], results: Results, tell: Callable[[str], None]
 ) -> dict[str, Any]:
-    """Times every point of the sweeps, the engines in turn; the fastest round counts. For results.json."""
+    """Times every point of the sweeps. For results.json."""
     names = [name for name in names if name in ENGINES]
-    times: dict[tuple[str, Case], float] = {}
-    for work, case_work in (("train", "train"), ("decode", "continue")):
-        cases = dict.fromkeys(case for sweep in wanted for _, case in sweep.points if case.work == case_work)
+    times: list[dict[str, list[float]]] = []
+    for work in ("train", "decode"):
         with team(names, work) as engines:
-            for i, case in enumerate(cases):
-                tell(f"scaling: {case.name} ({i + 1} of {len(cases)}), {case.config.model.n_layers} layers")
-                for engine in engines.values():
-                    engine.ask("prepare", case=case.to_json())
-                rounds = [{name: e.ask("run")["seconds"] for name, e in engines.items()} for _ in range(ROUNDS)]
-                for name in engines:
-                    times[name, case] = min(seconds[name] for seconds in rounds) / case.repeats
-            measure_bounds(next(iter(cases)).dtype, engines, results)
+            for sweep in (sweep for sweep in wanted if (sweep.points[0][1].work == "train") == (work == "train")):
+                tell(f"scaling with {sweep.name}: {', '.join(str(x) for x, _ in sweep.points)}")
+                times.append(_fastest(sweep, engines))
+            measure_bounds(wanted[0].points[0][1].dtype, engines, results)
     found = []
-    for sweep in wanted:
+    for sweep, measured in zip(wanted, times, strict=True):
         xs = [x for x, _ in sweep.points]
         least = [least_seconds(case, results.bound())[0] / case.repeats for _, case in sweep.points]
-        measured = {name: [times[name, case] for _, case in sweep.points] for name in names}
         engines_found = {name: {"seconds": t, "slope": slope(xs, t)} for name, t in measured.items()}
         expected = {"seconds": least, "slope": slope(xs, least)}
         found.append({"name": sweep.name, "per": sweep.per, "x": xs, "expected": expected, "engines": engines_found})
     return {"sweeps": found}
+
+
+def _fastest(sweep: Sweep, engines: dict[str, Engine]) -> dict[str, list[float]]:
+    """Engine -> seconds of its fastest round at each point. All points and engines take turns, so that a slow moment of
+    the machine affects all of them."""
+    for engine in engines.values():
+        engine.ask("forget")
+        for _, case in sweep.points:
+            engine.ask("prepare", case=case.to_json())
+    fastest = {name: [float("inf")] * len(sweep.points) for name in engines}
+    for _ in range(ROUNDS):
+        for i, (_, case) in enumerate(sweep.points):
+            for name, engine in engines.items():
+                fastest[name][i] = min(fastest[name][i], engine.ask("run", which=i)["seconds"] / case.repeats)
+    return fastest
 
 
 def slope(xs: Sequence[float], ys: Sequence[float]) -> float:

@@ -37,7 +37,7 @@ class Server:
     def __init__(self, engine: str, work: str):
         self.engine = engine
         self.framework = import_framework(engine, work)
-        self.round: Round | None = None
+        self.rounds: list[Round] = []
 
     def hello(self) -> dict[str, Any]:
         """The device and the versions."""
@@ -53,18 +53,16 @@ class Server:
 
     def prepare(self, case: dict[str, Any]) -> dict[str, Any]:
         """Builds a model, compiles and warms up."""
-        self.round = None  # frees the memory of the one before
-        self.round = make_round(self.engine, Case.from_json(case))
         started = time.perf_counter()
+        self.rounds.append(make_round(self.engine, Case.from_json(case)))
         for _ in range(2):
-            self.round()
+            self.rounds[-1]()
         return {"seconds": time.perf_counter() - started}
 
-    def run(self) -> dict[str, Any]:
-        """One round."""
-        assert self.round is not None
+    def run(self, which: int = 0) -> dict[str, Any]:
+        """One round of a case, by the order in which they were prepared."""
         started = time.perf_counter()
-        loss = self.round()
+        loss = self.rounds[which]()
         return {"seconds": time.perf_counter() - started, "loss": loss}
 
     def peak(self) -> dict[str, Any]:
@@ -77,9 +75,14 @@ class Server:
         status = Path("/proc/self/status").read_text(encoding="utf-8")  # not getrusage: it includes the parent's memory
         return {"bytes": 1024 * int(status.split("VmHWM:")[1].split()[0])}
 
+    def forget(self) -> dict[str, Any]:
+        """Frees the models of all cases."""
+        self.rounds.clear()
+        return {}
+
     def bounds(self, dtype: str) -> dict[str, Any]:
-        """Frees the model and measures the bounds."""
-        self.round = None
+        """Frees the models and measures the bounds."""
+        self.forget()
         return dict(bounds.measure(framework_of(self.engine) or "torch", dtype))
 
 
