@@ -135,6 +135,7 @@ def _about(options: Options, config: RunConfig, devices: dict[str, dict[str, Any
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "versions": versions,
+        "devices": {name: device["device"] for name, device in devices.items()},
         "preset": options.preset,
         "n_params": count_params(config.model),
         "dtype": options.resolved_dtype(on_gpu=on_gpu),

@@ -21,6 +21,8 @@ def report(results: Results) -> str:
         f"- {about['n_params']:,} parameters with random values; random tokens; "
         f"the engines take turns in {about['rounds']} round(s)",
     ]
+    elsewhere = [f"{name} computes on {d}" for name, d in about["devices"].items() if d != about["device"]]
+    lines += [f"- {'; '.join(elsewhere)}"] if elsewhere else []
     if not results.complete:
         lines += ["", "**This report is not complete: the run was still going on, or was interrupted.**"]
     if results.bounds:

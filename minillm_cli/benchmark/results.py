@@ -105,6 +105,7 @@ class Results:
             "work": row.case.work,
             "engine": row.engine,
             "dtype": row.case.dtype,
+            "repeats": row.case.repeats,
             "rate": statistics.median(row.rates),
             "rates": row.rates,
             **of_bound,

@@ -51,7 +51,9 @@ def _model(case: Case, device: torch.device) -> Any:
     model.load_state_dict({name: torch.from_numpy(array) for name, array in weights.items()}, strict=False)
     model.model.embed_tokens.padding_idx = None  # if set, look-ups of the padding token would get no gradient
     model.generation_config.eos_token_id = None
-    return model.to(device, dtype).train(trains)
+    for param in model.parameters():  # not the buffers: rotary frequencies stay in float32, as after from_pretrained
+        param.data = param.data.to(dtype)
+    return model.to(device).train(trains)
 
 
 def _training(model: Any, case: Case, device: torch.device) -> Round:

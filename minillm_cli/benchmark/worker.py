@@ -8,6 +8,7 @@ import os
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the engines share a GPU; read at import
 
+import gc
 import json
 import platform
 import sys
@@ -78,6 +79,7 @@ class Server:
     def forget(self) -> dict[str, Any]:
         """Frees the models of all cases."""
         self.rounds.clear()
+        gc.collect()
         return {}
 
     def bounds(self, dtype: str) -> dict[str, Any]:
