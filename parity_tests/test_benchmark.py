@@ -50,7 +50,8 @@ def some_results(config: RunConfig | None = None) -> Results:
     config = config or small_config()
     cases = Options(seq_len=16, tokens=4, prompt=8, decode_rows=(1, 3)).cases(config, on_gpu=False)
     about = {"device": "a CPU", "cores": 2, "dtype": "float32", "config": {"model": vars(config.model)}}
-    about |= {"devices": {"llama.cpp": "an abacus"}, "preset": "small", "versions": {"jax": "1"}, "date": "today", "python": "3", "system": "Linux"}
+    about |= {"devices": {"llama.cpp": "an abacus"}}
+    about |= {"preset": "small", "versions": {"jax": "1"}, "date": "today", "python": "3", "system": "Linux"}
     about |= {"command": "minillm benchmark", "minillm": "0", "n_params": 1, "rounds": 3}
     results = Results(about, PEERS, complete=True)
     results.see("jax", 2e11, 1e10)
