@@ -55,7 +55,7 @@ def measure(case: Case, names: Sequence[str], rounds: int, results: Results, tel
             try:
                 engines[name].receive()
                 seconds = engines[name].ask("prepare", case=case.to_json())["seconds"]
-                tell(f"{case.name}: {name} is ready (the first two rounds took {seconds:.1f} s)")
+                tell(f"{case.name}: {name} is ready: built, compiled and run twice in {seconds:.1f} s")
             except EngineError as error:
                 fail(name, error)
         times: dict[str, list[float]] = {name: [] for name in engines}

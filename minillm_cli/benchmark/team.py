@@ -1,5 +1,6 @@
 """The processes of several engines. They take turns, so that a slow moment of the machine affects all of them."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -40,11 +41,9 @@ class Engine:
 
     def send(self, do: str, **arguments: Any) -> None:
         assert self._process.stdin is not None
-        try:
+        with contextlib.suppress(BrokenPipeError):  # `receive` says that the process has ended
             self._process.stdin.write(json.dumps({"do": do, **arguments}) + "\n")
             self._process.stdin.flush()
-        except BrokenPipeError:
-            pass  # `receive` says that the process has ended
 
     def receive(self) -> dict[str, Any]:
         """Raises EngineError if the request failed or the process ended."""
@@ -67,8 +66,17 @@ class Engine:
         return "\n".join(self._log.read().decode(errors="replace").splitlines()[-n_lines:])
 
     def close(self) -> None:
-        self._process.kill()  # it holds nothing that must be saved
-        self._process.communicate()
+        """Ends the process: by the end of its input, so that it ends its own children; else by force."""
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
+        try:
+            self._process.wait(timeout=5)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        assert self._process.stdout is not None
+        self._process.stdout.close()
         self._log.close()
 
 
