@@ -88,6 +88,8 @@ def test_report_has_every_row() -> None:
     for case in CASES:
         for engine, works in DOES.items():
             assert (f"| {case} | {engine} | " in text) == (case.split(",")[0] in works), (case, engine)
+    assert text.count("| times transformers |") == 3
+    assert text.count("| times llama.cpp |") == 2  # not for training
     assert data == results.as_dict()
     rows = {(row["case"], row["engine"]): row for row in data["rows"]}
     assert len(rows) == len(results.rows) == 3 + 4 + 2 * 5

@@ -61,21 +61,21 @@ def _bounds(results: Results) -> list[str]:
 
 def _table(results: Results, cases: list[Case]) -> list[str]:
     rows = [row for case in cases for row in results.of(case)]
-    columns = ["work", "engine", "token/s, median (range)"]
-    columns += [f"times {reference}" for reference in results.references]
+    references = [name for name in results.references if any(row.engine == name for row in rows)]
+    columns = ["work", "engine", "token/s, median (range)", *(f"times {name}" for name in references)]
     columns += ["bound, token/s", "share of the bound", "peak memory"]
     trains = any(row.loss is not None for row in rows)
     if trains:
         columns.append("loss after all steps")
     lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
-    return lines + ["| " + " | ".join(_cells(results, row, trains)) + " |" for row in rows]
+    return lines + ["| " + " | ".join(_cells(results, row, references, trains)) + " |" for row in rows]
 
 
-def _cells(results: Results, row: Row, trains: bool) -> list[str]:
+def _cells(results: Results, row: Row, references: list[str], trains: bool) -> list[str]:
     rates, ratios = row.rates, results.ratios(row)
     cells = [row.case.name, row.engine]
     cells.append(f"{_short(statistics.median(rates))} ({_short(min(rates))} to {_short(max(rates))})")
-    cells += [f"{ratios[reference]:.2f}" if reference in ratios else "" for reference in results.references]
+    cells += [f"{ratios[reference]:.2f}" if reference in ratios else "" for reference in references]
     if results.bounds:
         least, limit = least_seconds(row.case, results.bound())
         cells += [f"{_short(row.case.tokens_per_round / least)} ({limit})", f"{results.share(row):.0%}"]
