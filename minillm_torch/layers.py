@@ -4,16 +4,69 @@ Shapes: B batch, T time, D width, F hidden, N heads, H head dim, V vocabulary. P
 products run in `compute_dtype`; norms and rotations run in at least float32.
 """
 
+from functools import cache
+from pathlib import Path
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
 from torch.nn import functional as F
 
 from minillm_core.config import ModelConfig
 from minillm_torch.precision import at_least_float32, cast
 
 FEW_ROWS, SLICES = 64, 8
+ROWS_PER_COPY = 256
+"""That `_transposed` copies at a time, so that the lines of memory that they share stay in the cache."""
 VECTORS, PART = 64, 32768
 """Of torch's loops over numbers on a CPU: the most that one step takes, and the least that threads share."""
+
+
+@cache
+def _onednn_is_faster() -> bool:
+    """Whether float32 products of many rows are computed by oneDNN instead of MKL: on AMD processors with AVX-512.
+
+    A rule and not a measurement, so that the same machine takes the same path in every process: a resumed run must
+    repeat every bit. MKL does not use AVX-512 on AMD. Measured on two cores of an AMD EPYC: MKL computes 214 GFLOP/s,
+    oneDNN 500. On two cores of an Intel Xeon, MKL is as fast as oneDNN or faster.
+    """
+    path = Path("/proc/cpuinfo")
+    is_amd = path.exists() and "AuthenticAMD" in path.read_text(encoding="utf-8")
+    return is_amd and torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.backends.mkldnn.is_available()
+
+
+def _transposed(x_RC: Tensor) -> Tensor:
+    """A contiguous copy (C, R) of a matrix, in parts because torch transposes a whole matrix in a single thread."""
+    return torch.cat([part_PC.mT for part_PC in x_RC.split(ROWS_PER_COPY)], dim=1)
+
+
+class _OneDNNProduct(torch.autograd.Function):
+    """x_RI @ w_OI.T and its gradients by oneDNN, exact in float32 (R rows, I inputs, O outputs).
+
+    oneDNN reads a transposed w as it is and needs a copy of a transposed x, so the gradient of w is computed in the
+    order that copies fewer numbers.
+    """
+
+    @staticmethod
+    def forward(x_RI: Tensor, w_OI: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x_RI, w_OI, None, "none", [], "")
+
+    @staticmethod
+    def setup_context(ctx: FunctionCtx, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad_RO: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x_RI, w_OI = ctx.saved_tensors
+        needs_x, needs_w = ctx.needs_input_grad
+        product = _OneDNNProduct.apply
+        grad_RI = product(grad_RO, w_OI.mT) if needs_x else None
+        if not needs_w:
+            return grad_RI, None
+        if x_RI.numel() + w_OI.numel() < grad_RO.numel():
+            return grad_RI, _transposed(product(_transposed(x_RI), grad_RO.mT))
+        return grad_RI, product(_transposed(grad_RO), x_RI.mT)
 
 
 def matmul(x: Tensor, w: Tensor) -> Tensor:
@@ -21,9 +74,12 @@ def matmul(x: Tensor, w: Tensor) -> Tensor:
 
     On a CPU, up to FEW_ROWS rows are multiplied with SLICES slices of the weight as one batch of products, because MKL
     runs a single product on one core. Measured in float32 on two cores of an AMD EPYC: with one row, weights are read
-    at 9 GB/s as a whole and at 21 GB/s in 8 slices; 16 rows take 0.75 of the time.
+    at 9 GB/s as a whole and at 21 GB/s in 8 slices; 16 rows take 0.75 of the time. More rows: see `_onednn_is_faster`.
     """
     x_1RI = x if x.ndim == 3 and len(x) == 1 else x.reshape(1, -1, x.shape[-1])
+    is_eager_on_cpu = x.device.type == "cpu" and not torch.compiler.is_compiling()
+    if is_eager_on_cpu and x.dtype == torch.float32 and x_1RI.shape[1] > FEW_ROWS and _onednn_is_faster():
+        return _OneDNNProduct.apply(x_1RI[0], w).reshape(*x.shape[:-1], len(w))
     if x.is_cuda or x.dtype.itemsize == 2 or x_1RI.shape[1] > FEW_ROWS or len(w) % SLICES:
         return F.linear(x, w)
     out_SxR = torch.bmm(w.view(SLICES, -1, w.shape[1]), x_1RI.mT.expand(SLICES, -1, -1))  # x: outputs of a slice
