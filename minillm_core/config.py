@@ -32,6 +32,7 @@ PRESETS_DIR = next(folder for folder in (_PACKAGE / "configs", _PACKAGE.parent /
 ComputeDtype = Literal["auto", "float32", "bfloat16", "float64"]
 Nonfinite = Literal["stop", "skip"]
 WandbMode = Literal["disabled", "offline", "online"]
+TorchCompile = Literal["auto", "on", "off"]
 
 FREE_TO_CHANGE = {
     *(f"data.{name}" for name in ("corpus", "dir", "mixture_changes")),
@@ -264,6 +265,9 @@ class TrainConfig:
     compute_dtype: ComputeDtype = "auto"
     """Dtype of activations and matmul operands. `auto` means bfloat16 on a GPU and float32 on a CPU; it is resolved
     when a run begins, and the run keeps that dtype. Parameters are float32 (float64 in a float64 run)."""
+    torch_compile: TorchCompile = "auto"
+    """Whether PyTorch's train step is compiled with `torch.compile`. `auto` means on a GPU, where it makes a step more
+    than twice as fast, after up to a minute at the start. JAX always compiles."""
 
     def __post_init__(self) -> None:
         expand_home(self, "out_dir", *(["init_from"] if self.init_from is not None else []))
@@ -279,7 +283,12 @@ class TrainConfig:
         )
         require(self.seed >= 0, "train.seed is negative", expected="0 or more", found=self.seed)
         require(self.keep_last >= 0, "train.keep_last is negative", expected="0 (all) or more", found=self.keep_last)
-        for field, choices in (("compute_dtype", ComputeDtype), ("nonfinite", Nonfinite), ("wandb", WandbMode)):
+        for field, choices in (
+            ("compute_dtype", ComputeDtype),
+            ("nonfinite", Nonfinite),
+            ("wandb", WandbMode),
+            ("torch_compile", TorchCompile),
+        ):
             value, options = getattr(self, field), typing.get_args(choices)
             expected = f"one of {', '.join(options)}"
             require(value in options, f"train.{field} is unknown", expected=expected, found=repr(value))

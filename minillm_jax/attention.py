@@ -149,9 +149,7 @@ class Attention(nnx.Module):
         q_BTNH, k_BTKH, v_BTKH = (
             proj(x_BTD).reshape(B, T, -1, self.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
-        qk_BTxH = jnp.concatenate([q_BTNH, k_BTKH], axis=2)  # x: all heads that are rotated
-        qk_BTxH = apply_rope(qk_BTxH, positions.cos_BT1H, positions.sin_BT1H)
-        q_BTNH, k_BTKH = jnp.split(qk_BTxH, [q_BTNH.shape[2]], axis=2)
+        q_BTNH, k_BTKH = (apply_rope(x, positions.cos_BT1H, positions.sin_BT1H) for x in (q_BTNH, k_BTKH))
         return q_BTNH, k_BTKH, v_BTKH
 
     def __call__(

@@ -7,6 +7,7 @@ from contextvars import ContextVar
 import jax
 
 _target: ContextVar[jax.Device | None] = ContextVar("_target", default=None)
+_deterministic: ContextVar[bool] = ContextVar("_deterministic", default=False)
 
 
 def describe_device() -> str:
@@ -28,6 +29,22 @@ def compiling_for(device: jax.Device) -> Iterator[None]:
         yield
     finally:
         _target.reset(token)
+
+
+@contextmanager
+def deterministic_kernels(wanted: bool) -> Iterator[None]:
+    """While a program is traced: whether `without_scatter` is true on a GPU."""
+    token = _deterministic.set(wanted)
+    try:
+        yield
+    finally:
+        _deterministic.reset(token)
+
+
+def without_scatter() -> bool:
+    """Whether the traced program must not add to an array at indices: on a GPU, XLA's deterministic implementation of
+    that is broken (jax#27796: it gives wrong results; jax 0.11.2 fails to compile it)."""
+    return _deterministic.get() and target_device().platform == "gpu"
 
 
 def compiler_options(*, deterministic: bool) -> dict[str, bool]:

@@ -4,12 +4,15 @@ Shapes: B batch, T time, D width, F hidden, N heads, H head dim, V vocabulary. P
 products run in `compute_dtype`; norms and rotations run in at least float32.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
 from minillm_core.config import ModelConfig
+from minillm_jax.device import without_scatter
 from minillm_jax.precision import at_least_float32, precision_of
 
 
@@ -43,12 +46,38 @@ class Embedding(nnx.Module):
         self.embedding = nnx.Param(jnp.zeros((vocab_size, width), param_dtype))
 
     def __call__(self, tokens_BT: jax.Array) -> jax.Array:
+        if without_scatter():
+            return rows_of(self.embedding[...], tokens_BT, jnp.dtype(self.compute_dtype))
         return self.embedding[...][tokens_BT].astype(self.compute_dtype)
 
-    def attend(self, x_BTD: jax.Array) -> jax.Array:
-        """Logits (B, T, V): the dot product of every position with every token's embedding."""
-        dtype = self.compute_dtype
-        return matmul(x_BTD.astype(dtype), self.embedding[...].astype(dtype).T)
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def rows_of(embedding_VD: jax.Array, tokens_BT: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """The rows of an embedding in a dtype. Its gradient is a product with one-hot vectors, not a scatter."""
+    return embedding_VD[tokens_BT].astype(dtype)
+
+
+def _rows_forward(
+    embedding_VD: jax.Array, tokens_BT: jax.Array, dtype: jnp.dtype
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return rows_of(embedding_VD, tokens_BT, dtype), (embedding_VD, tokens_BT)
+
+
+def _rows_backward(dtype: jnp.dtype, saved: tuple[jax.Array, jax.Array], grad_BTD: jax.Array) -> tuple[jax.Array, None]:
+    embedding_VD, tokens_BT = saved
+
+    def add(total_VD: jax.Array, row: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+        tokens_T, grad_TD = row
+        one_hot_VT = (jnp.arange(len(total_VD))[:, None] == tokens_T).astype(dtype)
+        precision = precision_of(dtype)
+        return total_VD + jnp.matmul(
+            one_hot_VT, grad_TD, precision=precision, preferred_element_type=total_VD.dtype
+        ), None
+
+    return jax.lax.scan(add, jnp.zeros_like(embedding_VD), (tokens_BT, grad_BTD))[0], None
+
+
+rows_of.defvjp(_rows_forward, _rows_backward)
 
 
 class RMSNorm(nnx.Module):

@@ -1,6 +1,6 @@
 """Cross-entropy: per token, weighted sums over a batch, and a compiled function for evaluation.
 
-Shapes: B batch, T time, D width, V vocabulary, C chunks, R rows of a chunk.
+Shapes: B batch, T time, N = B * T, D width, V vocabulary, C chunks, R rows of a chunk.
 """
 
 import dataclasses
@@ -14,8 +14,9 @@ import jax.numpy as jnp
 from minillm_core.data.batches import Batch
 from minillm_core.training.backend import EvalStep
 from minillm_jax.device import compiler_options, target_device
+from minillm_jax.layers import matmul
 from minillm_jax.model import MiniLLM, check_tokens
-from minillm_jax.precision import at_least_float32
+from minillm_jax.precision import at_least_float32, precision_of
 from minillm_jax.weights import Params, merge_model, split_model
 
 jax.tree_util.register_dataclass(
@@ -36,35 +37,76 @@ def token_losses(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
     return jax.nn.logsumexp(logits_BTV, axis=-1) - target_BT
 
 
-def head_losses(model: MiniLLM, x_BTD: jax.Array, targets_BT: jax.Array) -> jax.Array:
-    """`token_losses` of the output head's logits, (B, T), without ever holding all logits.
+def losses_and_slopes(logits_RV: jax.Array, targets_R: jax.Array, weights_R: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """`token_losses` of a chunk, and the derivative of their weighted sum by the logits, in the dtype of the logits:
+    (softmax(logits) - one_hot(target)) * weight."""
+    high_RV = logits_RV.astype(at_least_float32(logits_RV.dtype))
+    lse_R = jax.nn.logsumexp(high_RV, axis=-1)
+    target_R = jnp.take_along_axis(high_RV, targets_R[:, None], axis=-1)[:, 0]
+    is_target_RV = jnp.arange(logits_RV.shape[1], dtype=targets_R.dtype) == targets_R[:, None]
+    slopes_RV = (jnp.exp(high_RV - lse_R[:, None]) - is_target_RV) * weights_R[:, None]
+    return lse_R - target_R, slopes_RV.astype(logits_RV.dtype)
 
-    The tokens are cut into chunks. The backward pass computes the logits of each chunk a second time, so memory does
-    not grow with B x T x V. A batch of one chunk is computed directly.
+
+def head_losses(head_VD: jax.Array, x_ND: jax.Array, targets_N: jax.Array) -> jax.Array:
+    """`token_losses` of the output head's logits, (N,), without ever holding all logits."""
+    w_DV = head_VD.astype(x_ND.dtype).T
+    chunks = _chunks(x_ND, targets_N)
+    return jax.lax.map(lambda chunk: token_losses(matmul(chunk[0], w_DV), chunk[1]), chunks).reshape(-1)[: len(x_ND)]
+
+
+@jax.custom_vjp
+def weighted_loss(head_VD: jax.Array, x_ND: jax.Array, targets_N: jax.Array, weights_N: jax.Array) -> jax.Array:
+    """The weighted sum of `head_losses`. The logits of a chunk are computed once: the pass that computes the losses
+    computes the gradients of their sum, too, because a chunk's logits are all that both need.
+
+    Args:
+        head_VD: the head's master weights; the product is computed in the dtype of x.
     """
-    B, T, D = x_BTD.shape
-    if B * T <= TOKENS_PER_CHUNK:
-        return token_losses(model.head(x_BTD), targets_BT)
-    n_chunks = -(-B * T // TOKENS_PER_CHUNK)
-    rows = -(-B * T // n_chunks)  # chunks of nearly equal size
-    padding = n_chunks * rows - B * T
-    x_CRD = jnp.pad(x_BTD.reshape(-1, D), ((0, padding), (0, 0))).reshape(n_chunks, rows, D)
-    targets_CR = jnp.pad(targets_BT.reshape(-1), (0, padding)).reshape(n_chunks, rows)
-
-    @jax.checkpoint
-    def losses_of(x_RD: jax.Array, targets_R: jax.Array) -> jax.Array:
-        return token_losses(model.head(x_RD), targets_R)
-
-    losses_CR = jax.lax.map(lambda chunk: losses_of(*chunk), (x_CRD, targets_CR))
-    return losses_CR.reshape(-1)[: B * T].reshape(B, T)
+    return (head_losses(head_VD, x_ND, targets_N) * weights_N).sum()
 
 
-def batch_losses(model: MiniLLM, batch: Batch, *, remat: bool = False) -> jax.Array:
+def _weighted_loss_forward(
+    head_VD: jax.Array, x_ND: jax.Array, targets_N: jax.Array, weights_N: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    w_VD, N = head_VD.astype(x_ND.dtype), len(x_ND)
+
+    def add(grad_VD: jax.Array, chunk: tuple[jax.Array, ...]) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        x_RD, targets_R, weights_R = chunk
+        losses_R, slopes_RV = losses_and_slopes(matmul(x_RD, w_VD.T), targets_R, weights_R)
+        grad_VD += jnp.matmul(
+            slopes_RV.T, x_RD, precision=precision_of(x_RD.dtype), preferred_element_type=grad_VD.dtype
+        )
+        return grad_VD, (losses_R, matmul(slopes_RV, w_VD))
+
+    zero_VD = jnp.zeros(head_VD.shape, at_least_float32(head_VD.dtype))
+    grad_VD, (losses_CR, grad_CRD) = jax.lax.scan(add, zero_VD, _chunks(x_ND, targets_N, weights_N))
+    losses_N, grad_ND = losses_CR.reshape(-1)[:N], grad_CRD.reshape(-1, x_ND.shape[1])[:N]
+    return (losses_N * weights_N).sum(), (grad_VD.astype(head_VD.dtype), grad_ND, losses_N)
+
+
+def _weighted_loss_backward(gradients: tuple[jax.Array, ...], factor: jax.Array) -> tuple[jax.Array | None, ...]:
+    grad_VD, grad_ND, losses_N = (x * factor.astype(x.dtype) for x in gradients)
+    return grad_VD, grad_ND, None, losses_N
+
+
+weighted_loss.defvjp(_weighted_loss_forward, _weighted_loss_backward)
+
+
+def _chunks(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """Arrays (N, ...) cut into chunks of at most TOKENS_PER_CHUNK rows of nearly equal size: (C, R, ...). Rows of zeros
+    fill the last one."""
+    N = len(arrays[0])
+    C = -(-N // TOKENS_PER_CHUNK)
+    R = -(-N // C)
+    padded = (jnp.pad(x, ((0, C * R - N), *((0, 0),) * (x.ndim - 1))) for x in arrays)
+    return tuple(x.reshape(C, R, *x.shape[1:]) for x in padded)
+
+
+def batch_losses(model: MiniLLM, batch: Batch) -> jax.Array:
     """The loss of every target of a batch in nats, without its weight, (B, T)."""
-    tokens_BT = check_tokens(model.config, batch.tokens_BT)
-    layout = {"positions_BT": batch.positions_BT, "segments_BT": batch.segments_BT}
-    x_BTD, _ = model.model(tokens_BT, None, **layout, remat=remat)
-    return head_losses(model, x_BTD, batch.targets_BT)
+    x_ND = _output(model, batch)
+    return head_losses(model.head_weight(), x_ND, batch.targets_BT.reshape(-1)).reshape(batch.targets_BT.shape)
 
 
 def loss_sums(model: MiniLLM, batch: Batch, *, remat: bool = False) -> tuple[jax.Array, jax.Array]:
@@ -72,9 +114,17 @@ def loss_sums(model: MiniLLM, batch: Batch, *, remat: bool = False) -> tuple[jax
 
     Sums of several batches may be added; their mean is the first sum divided by the second.
     """
-    losses_BT = batch_losses(model, batch, remat=remat)
-    weights_BT = batch.weights_BT.astype(losses_BT.dtype)
-    return (losses_BT * weights_BT).sum(), weights_BT.sum()
+    x_ND = _output(model, batch, remat=remat)
+    weights_N = batch.weights_BT.reshape(-1).astype(at_least_float32(x_ND.dtype))
+    return weighted_loss(model.head_weight(), x_ND, batch.targets_BT.reshape(-1), weights_N), weights_N.sum()
+
+
+def _output(model: MiniLLM, batch: Batch, *, remat: bool = False) -> jax.Array:
+    """The decoder's output for all tokens of a batch, (B * T, D)."""
+    tokens_BT = check_tokens(model.config, batch.tokens_BT)
+    layout = {"positions_BT": batch.positions_BT, "segments_BT": batch.segments_BT}
+    x_BTD, _ = model.model(tokens_BT, None, **layout, remat=remat)
+    return x_BTD.reshape(-1, x_BTD.shape[-1])
 
 
 def mean_loss(model: MiniLLM, batch: Batch) -> jax.Array:

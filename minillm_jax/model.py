@@ -14,7 +14,7 @@ from minillm_core.errors import InputError
 from minillm_core.model.mask import AttentionMask, effective_window
 from minillm_jax.attention import Attention, PositionContext, lower
 from minillm_jax.kv_cache import KVCache, LayerCache, append_segments, check_room, slots
-from minillm_jax.layers import MLP, Embedding, Linear, RMSNorm, rotation
+from minillm_jax.layers import MLP, Embedding, Linear, RMSNorm, matmul, rotation
 from minillm_jax.precision import at_least_float32
 
 
@@ -149,7 +149,12 @@ class MiniLLM(nnx.Module):
 
     def head(self, x_BTD: jax.Array) -> jax.Array:
         """Logits (B, T, V) from the decoder's output."""
-        return self.model.embed_tokens.attend(x_BTD) if self.lm_head is None else self.lm_head(x_BTD)
+        dtype = self.compute_dtype
+        return matmul(x_BTD.astype(dtype), self.head_weight().astype(dtype).T)
+
+    def head_weight(self) -> jax.Array:
+        """The output head's weights (V, D): those of the embedding if the two are tied."""
+        return self.model.embed_tokens.embedding[...] if self.lm_head is None else self.lm_head.kernel[...].T
 
 
 def check_tokens(config: ModelConfig, tokens_BT: jax.Array) -> jax.Array:

@@ -15,7 +15,7 @@ from minillm_core.data.batches import Batch
 from minillm_core.model.params import init_params
 from minillm_core.training.backend import StepMetrics, TrainStep
 from minillm_core.training.checkpoints import TrainingState
-from minillm_jax.device import compiler_options
+from minillm_jax.device import compiler_options, deterministic_kernels
 from minillm_jax.loss import loss_sums
 from minillm_jax.model import MiniLLM
 from minillm_jax.optim import apply_update, clip_by_global_norm, make_optimizer
@@ -121,7 +121,8 @@ def jit_train_step(config: RunConfig) -> tuple[Any, Params]:
     def step(
         state: TrainState, rope: Params, batch: Batch, learning_rate: jax.Array
     ) -> tuple[TrainState, dict[str, jax.Array]]:
-        loss, grads = accumulate(state.params, rope, batch)
+        with deterministic_kernels(config.train.deterministic):
+            loss, grads = accumulate(state.params, rope, batch)
         grads, grad_norm = clip_by_global_norm(grads, config.optim.grad_clip)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         params, opt_state = apply_update(optimizer, state.params, grads, state.opt_state, learning_rate, finite)

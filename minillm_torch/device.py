@@ -2,6 +2,8 @@
 
 import dataclasses
 import os
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,6 +34,13 @@ def use_deterministic_algorithms(deterministic: bool) -> None:
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads this when it starts
         torch.use_deterministic_algorithms(True)
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, compiled with `torch.compile` once for every combination of shapes."""
+    # By default torch stops compiling after eight combinations, and only logs it.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 256)
+    return torch.compile(function, dynamic=False)
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

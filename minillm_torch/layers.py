@@ -42,11 +42,7 @@ def _transposed(x_RC: Tensor) -> Tensor:
 
 
 class _OneDNNProduct(torch.autograd.Function):
-    """x_RI @ w_OI.T and its gradients by oneDNN, exact in float32 (R rows, I inputs, O outputs).
-
-    oneDNN reads a transposed w as it is and needs a copy of a transposed x, so the gradient of w is computed in the
-    order that copies fewer numbers.
-    """
+    """x_RI @ w_OI.T and its gradients by oneDNN, exact in float32 (R rows, I inputs, O outputs)."""
 
     @staticmethod
     def forward(x_RI: Tensor, w_OI: Tensor) -> Tensor:
@@ -60,13 +56,13 @@ class _OneDNNProduct(torch.autograd.Function):
     def backward(ctx: Any, grad_RO: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x_RI, w_OI = ctx.saved_tensors
         needs_x, needs_w = ctx.needs_input_grad
-        product = _OneDNNProduct.apply
-        grad_RI = product(grad_RO, w_OI.mT) if needs_x else None
-        if not needs_w:
-            return grad_RI, None
-        if x_RI.numel() + w_OI.numel() < grad_RO.numel():
-            return grad_RI, _transposed(product(_transposed(x_RI), grad_RO.mT))
-        return grad_RI, product(_transposed(grad_RO), x_RI.mT)
+        grad_RI = _OneDNNProduct.apply(grad_RO, w_OI.mT) if needs_x else None
+        return grad_RI, weight_gradient(grad_RO, x_RI) if needs_w else None
+
+
+def _takes_onednn(x: Tensor, n_rows: int) -> bool:
+    is_eager_on_cpu = x.device.type == "cpu" and not torch.compiler.is_compiling()
+    return is_eager_on_cpu and x.dtype == torch.float32 and n_rows > FEW_ROWS and _onednn_is_faster()
 
 
 def matmul(x: Tensor, w: Tensor) -> Tensor:
@@ -77,13 +73,26 @@ def matmul(x: Tensor, w: Tensor) -> Tensor:
     at 9 GB/s as a whole and at 21 GB/s in 8 slices; 16 rows take 0.75 of the time. More rows: see `_onednn_is_faster`.
     """
     x_1RI = x if x.ndim == 3 and len(x) == 1 else x.reshape(1, -1, x.shape[-1])
-    is_eager_on_cpu = x.device.type == "cpu" and not torch.compiler.is_compiling()
-    if is_eager_on_cpu and x.dtype == torch.float32 and x_1RI.shape[1] > FEW_ROWS and _onednn_is_faster():
+    if _takes_onednn(x, x_1RI.shape[1]):
         return _OneDNNProduct.apply(x_1RI[0], w).reshape(*x.shape[:-1], len(w))
     if x.is_cuda or x.dtype.itemsize == 2 or x_1RI.shape[1] > FEW_ROWS or len(w) % SLICES:
         return F.linear(x, w)
     out_SxR = torch.bmm(w.view(SLICES, -1, w.shape[1]), x_1RI.mT.expand(SLICES, -1, -1))  # x: outputs of a slice
     return out_SxR.permute(2, 0, 1).reshape(*x.shape[:-1], len(w))
+
+
+def weight_gradient(grad_RO: Tensor, x_RI: Tensor) -> Tensor:
+    """The gradient (O, I) of w_OI in `matmul(x_RI, w_OI)`, from that of the product.
+
+    oneDNN reads a transposed second matrix as it is and needs a copy of a transposed first one, so the product is
+    computed in the order that copies fewer numbers.
+    """
+    if not _takes_onednn(grad_RO, len(grad_RO)):
+        return grad_RO.mT @ x_RI
+    product, n_weights = _OneDNNProduct.apply, grad_RO.shape[1] * x_RI.shape[1]
+    if x_RI.numel() + n_weights < grad_RO.numel():
+        return _transposed(product(_transposed(x_RI), grad_RO.mT))
+    return product(_transposed(grad_RO), x_RI.mT)
 
 
 class Linear(nn.Module):
@@ -109,11 +118,6 @@ class Embedding(nn.Module):
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
         return F.embedding(tokens_BT, self.weight).to(self.compute_dtype)
-
-    def attend(self, x_BTD: Tensor) -> Tensor:
-        """Logits (B, T, V): the dot product of every position with every token's embedding."""
-        dtype = self.compute_dtype
-        return matmul(cast(x_BTD, dtype), cast(self.weight, dtype))
 
 
 class RMSNorm(nn.Module):

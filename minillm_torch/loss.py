@@ -1,17 +1,20 @@
 """Cross-entropy: per token, weighted sums over a batch, and a function without gradients for evaluation.
 
-Shapes: B batch, T time, D width, V vocabulary, R rows of a chunk.
+Shapes: B batch, T time, N = B * T, D width, V vocabulary, R rows of a chunk.
 """
+
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from minillm_core.data.batches import Batch
 from minillm_core.training.backend import EvalStep
 from minillm_torch.device import to_device, use_deterministic_algorithms
+from minillm_torch.layers import matmul, weight_gradient
 from minillm_torch.model import MiniLLM, check_tokens
-from minillm_torch.precision import at_least_float32
+from minillm_torch.precision import at_least_float32, cast
 
 TOKENS_PER_CHUNK = 2048
 """The float32 logits of a chunk take 262 MB with a vocabulary of 32,000. Every chunk also reads the head and adds to
@@ -25,32 +28,68 @@ def token_losses(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
     return torch.logsumexp(logits_BTV, dim=-1) - target_BT
 
 
-def head_losses(model: MiniLLM, x_BTD: Tensor, targets_BT: Tensor) -> Tensor:
-    """`token_losses` of the output head's logits, (B, T), without ever holding all logits.
+def losses_and_slopes(logits_RV: Tensor, targets_R: Tensor, weights_R: Tensor) -> tuple[Tensor, Tensor]:
+    """`token_losses` of a chunk, and the derivative of their weighted sum by the logits, in the dtype of the logits:
+    (softmax(logits) - one_hot(target)) * weight."""
+    high_RV = cast(logits_RV, at_least_float32(logits_RV.dtype))
+    lse_R = torch.logsumexp(high_RV, dim=-1)
+    target_R = torch.gather(high_RV, -1, targets_R[:, None])[:, 0]
+    slopes_RV = torch.exp_(high_RV - lse_R[:, None])
+    slopes_RV.scatter_add_(1, targets_R[:, None], slopes_RV.new_full((len(targets_R), 1), -1))
+    return lse_R - target_R, cast(slopes_RV.mul_(weights_R[:, None]), logits_RV.dtype)
 
-    The tokens are cut into chunks. The backward pass computes the logits of each chunk a second time, so memory does
-    not grow with B x T x V. A batch of one chunk is computed directly.
+
+def head_losses(head_VD: Tensor, x_ND: Tensor, targets_N: Tensor) -> Tensor:
+    """`token_losses` of the output head's logits, (N,), without ever holding all logits."""
+    w_VD = cast(head_VD, x_ND.dtype)
+    return torch.cat([token_losses(matmul(x_RD, w_VD), targets_R) for x_RD, targets_R in _chunks(x_ND, targets_N)])
+
+
+class _WeightedLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, head_VD: Tensor, x_ND: Tensor, targets_N: Tensor, weights_N: Tensor) -> Tensor:
+        w_VD = cast(head_VD, x_ND.dtype)
+        grad_VD = torch.zeros_like(head_VD)
+        losses: list[Tensor] = []
+        grads: list[Tensor] = []
+        for x_RD, targets_R, weights_R in _chunks(x_ND, targets_N, weights_N):
+            losses_R, slopes_RV = losses_and_slopes(matmul(x_RD, w_VD), targets_R, weights_R)
+            grad_VD += weight_gradient(slopes_RV, x_RD)
+            losses.append(losses_R)
+            grads.append(matmul(slopes_RV, w_VD.T))
+        losses_N = torch.cat(losses)
+        ctx.save_for_backward(grad_VD, torch.cat(grads), losses_N)
+        return (losses_N * weights_N).sum()
+
+    @staticmethod
+    def backward(ctx: Any, factor: Tensor) -> tuple[Tensor | None, ...]:
+        grad_VD, grad_ND, losses_N = (x * factor.to(x.dtype) for x in ctx.saved_tensors)
+        return grad_VD, grad_ND, None, losses_N
+
+
+def weighted_loss(head_VD: Tensor, x_ND: Tensor, targets_N: Tensor, weights_N: Tensor) -> Tensor:
+    """The weighted sum of `head_losses`. The logits of a chunk are computed once: the pass that computes the losses
+    computes the gradients of their sum, too, because a chunk's logits are all that both need.
+
+    Args:
+        head_VD: the head's master weights; the product is computed in the dtype of x.
     """
-    B, T, D = x_BTD.shape
-    if B * T <= TOKENS_PER_CHUNK:
-        return token_losses(model.head(x_BTD), targets_BT)
-    n_chunks = -(-B * T // TOKENS_PER_CHUNK)
-    rows = -(-B * T // n_chunks)  # chunks of nearly equal size
-    chunks = zip(x_BTD.reshape(-1, D).split(rows), targets_BT.reshape(-1).split(rows), strict=True)
-
-    def losses_of(x_RD: Tensor, targets_R: Tensor) -> Tensor:
-        return token_losses(model.head(x_RD), targets_R)
-
-    losses = [checkpoint(losses_of, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
-    return torch.cat(losses).reshape(B, T)
+    if torch.is_grad_enabled() and (head_VD.requires_grad or x_ND.requires_grad or weights_N.requires_grad):
+        return _WeightedLoss.apply(head_VD, x_ND, targets_N, weights_N)
+    return (head_losses(head_VD, x_ND, targets_N) * weights_N).sum()
 
 
-def batch_losses(model: MiniLLM, batch: Batch, *, remat: bool = False) -> Tensor:
+def _chunks(*arrays: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Arrays (N, ...) cut into chunks of at most TOKENS_PER_CHUNK rows of nearly equal size: (R, ...) each."""
+    N = len(arrays[0])
+    n_chunks = -(-N // TOKENS_PER_CHUNK)
+    return zip(*(x.split(-(-N // n_chunks)) for x in arrays), strict=True)
+
+
+def batch_losses(model: MiniLLM, batch: Batch) -> Tensor:
     """The loss of every target of a batch in nats, without its weight, (B, T)."""
-    tokens_BT = check_tokens(model.config, batch.tokens_BT)
-    layout = {"positions_BT": batch.positions_BT, "segments_BT": batch.segments_BT}
-    x_BTD, _ = model.model(tokens_BT, None, **layout, remat=remat)
-    return head_losses(model, x_BTD, batch.targets_BT)
+    x_ND = _output(model, batch)
+    return head_losses(model.head_weight(), x_ND, batch.targets_BT.reshape(-1)).reshape(batch.targets_BT.shape)
 
 
 def loss_sums(model: MiniLLM, batch: Batch, *, remat: bool = False) -> tuple[Tensor, Tensor]:
@@ -58,9 +97,17 @@ def loss_sums(model: MiniLLM, batch: Batch, *, remat: bool = False) -> tuple[Ten
 
     Sums of several batches may be added; their mean is the first sum divided by the second.
     """
-    losses_BT = batch_losses(model, batch, remat=remat)
-    weights_BT = batch.weights_BT.to(losses_BT.dtype)
-    return (losses_BT * weights_BT).sum(), weights_BT.sum()
+    x_ND = _output(model, batch, remat=remat)
+    weights_N = batch.weights_BT.reshape(-1).to(at_least_float32(x_ND.dtype))
+    return weighted_loss(model.head_weight(), x_ND, batch.targets_BT.reshape(-1), weights_N), weights_N.sum()
+
+
+def _output(model: MiniLLM, batch: Batch, *, remat: bool = False) -> Tensor:
+    """The decoder's output for all tokens of a batch, (B * T, D)."""
+    tokens_BT = check_tokens(model.config, batch.tokens_BT)
+    layout = {"positions_BT": batch.positions_BT, "segments_BT": batch.segments_BT}
+    x_BTD, _ = model.model(tokens_BT, None, **layout, remat=remat)
+    return x_BTD.reshape(-1, x_BTD.shape[-1])
 
 
 def mean_loss(model: MiniLLM, batch: Batch) -> Tensor:

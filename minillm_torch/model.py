@@ -12,8 +12,8 @@ from minillm_core.errors import InputError
 from minillm_core.model.mask import AttentionMask, effective_window
 from minillm_torch.attention import Attention, PositionContext, lower
 from minillm_torch.kv_cache import KVCache, LayerCache, append_segments, check_room, slots, writable
-from minillm_torch.layers import MLP, Embedding, Linear, RMSNorm, rotation
-from minillm_torch.precision import at_least_float32
+from minillm_torch.layers import MLP, Embedding, Linear, RMSNorm, matmul, rotation
+from minillm_torch.precision import at_least_float32, cast
 
 
 class RopeTable(nn.Buffer):
@@ -154,7 +154,12 @@ class MiniLLM(nn.Module):
 
     def head(self, x_BTD: Tensor) -> Tensor:
         """Logits (B, T, V) from the decoder's output."""
-        return self.model.embed_tokens.attend(x_BTD) if self.lm_head is None else self.lm_head(x_BTD)
+        dtype = self.compute_dtype
+        return matmul(cast(x_BTD, dtype), cast(self.head_weight(), dtype))
+
+    def head_weight(self) -> Tensor:
+        """The output head's weights (V, D): those of the embedding if the two are tied."""
+        return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
 
 
 def check_tokens(config: ModelConfig, tokens_BT: Tensor) -> Tensor:
@@ -169,7 +174,7 @@ def check_tokens(config: ModelConfig, tokens_BT: Tensor) -> Tensor:
     if tokens_BT.shape[1] > config.context_length:
         found = f"{tokens_BT.shape[1]} tokens"
         raise InputError("more tokens than the context", expected=f"at most {config.context_length}", found=found)
-    if tokens_BT.device.type == "cpu" and tokens_BT.numel():
+    if _has_values(tokens_BT):
         low, high = int(tokens_BT.min()), int(tokens_BT.max())
         if low < 0 or high >= config.vocab_size:
             found = f"ids from {low} to {high}"
@@ -188,11 +193,16 @@ def check_like(tokens_BT: Tensor, name: str, array_BT: Tensor | None, limit: int
     if array_BT.shape != tokens_BT.shape or array_BT.is_floating_point() or array_BT.dtype == torch.bool:
         found = f"{array_BT.dtype} {tuple(array_BT.shape)}"
         raise InputError(f"{name} does not fit the tokens", expected=f"integers {tuple(tokens_BT.shape)}", found=found)
-    if limit is not None and array_BT.device.type == "cpu" and array_BT.numel():
+    if limit is not None and _has_values(array_BT):
         low, high = int(array_BT.min()), int(array_BT.max())
         if low < 0 or high >= limit:
             raise InputError(f"{name} is out of range", expected=f"0 to {limit - 1}", found=f"{low} to {high}")
     return array_BT.long()
+
+
+def _has_values(array_BT: Tensor) -> bool:
+    """Whether the values can be checked: reading them from a GPU would wait for it, and a compiler has none."""
+    return array_BT.device.type == "cpu" and not torch.compiler.is_compiling() and array_BT.numel() > 0
 
 
 def abstract_model(config: ModelConfig) -> MiniLLM:

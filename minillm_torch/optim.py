@@ -22,12 +22,14 @@ def make_optimizer(config: OptimConfig, model: MiniLLM) -> torch.optim.AdamW:
 
 def clip_by_global_norm(grads: Params, max_norm: float) -> tuple[Params, Tensor]:
     """Scales gradients by min(1, max_norm / (norm + 1e-6)), in place; returns them and the norm before clipping."""
-    # Not `get_total_norm`: on a CPU its float32 sum was off by 2e-5 over 4 M gradients, and clipping keeps the error.
-    # The norms of the rows are exact (3e-8 over 50 M gradients), and take a third of the time of `square().sum()`.
-    norm = torch.stack([torch.linalg.vector_norm(grad, dim=-1).square().sum() for grad in grads.values()]).sum().sqrt()
-    factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
-    for grad in grads.values():
-        grad.mul_(factor)
+    tensors = [*grads.values()]
+    if tensors[0].is_cuda:
+        norm = torch.stack(torch._foreach_norm(tensors)).square().sum().sqrt()  # one kernel for many tensors
+    else:
+        # On a CPU, the float32 norm of a whole tensor was off by 2e-5 over 4 M gradients, and clipping keeps the error.
+        # The norms of rows are exact (3e-8 over 50 M gradients), and take a third of the time of `square().sum()`.
+        norm = torch.stack([torch.linalg.vector_norm(grad, dim=-1).square().sum() for grad in tensors]).sum().sqrt()
+    torch._foreach_mul_(tensors, torch.clamp(max_norm / (norm + 1e-6), max=1.0))
     return grads, norm
 
 

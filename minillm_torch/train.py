@@ -13,7 +13,7 @@ from minillm_core.data.batches import Batch
 from minillm_core.model.params import init_params
 from minillm_core.training.backend import StepMetrics, TrainStep
 from minillm_core.training.checkpoints import TrainingState
-from minillm_torch.device import default_device, to_device, to_host, use_deterministic_algorithms
+from minillm_torch.device import compiled, default_device, to_device, to_host, use_deterministic_algorithms
 from minillm_torch.loss import loss_sums
 from minillm_torch.model import MiniLLM
 from minillm_torch.optim import apply_update, clip_by_global_norm, make_optimizer
@@ -83,18 +83,20 @@ def make_train_step(config: RunConfig) -> TrainStep:
     """The step: losses -> accumulated gradients -> clip -> AdamW. See core's TrainStep for its signature."""
     use_deterministic_algorithms(config.train.deterministic)
     n_micro = config.train.grad_accum
+    on_gpu = default_device().type == "cuda"
+    compiles = on_gpu if config.train.torch_compile == "auto" else config.train.torch_compile == "on"
+    sums = compiled(loss_sums) if compiles else loss_sums
 
     def accumulate(model: MiniLLM, batch: Batch) -> tuple[Tensor, Params]:
         """The mean loss of all micro-batches and its gradients: sums and weights are added, then divided once."""
         model.zero_grad(set_to_none=True)  # of a step that failed, or of the user's own backward pass
         total_loss = total_weight = torch.zeros((), device=batch.tokens_BT.device)
         for micro in _micro_batches(batch, n_micro):
-            loss, weight = loss_sums(model, micro, remat=config.train.remat)
+            loss, weight = sums(model, micro, remat=config.train.remat)
             loss.backward()
             total_loss, total_weight = total_loss + loss.detach(), total_weight + weight
         grads: Params = {path: param.grad for path, param in model.named_parameters()}
-        for grad in grads.values():
-            grad.div_(total_weight)
+        torch._foreach_div_([*grads.values()], total_weight)
         return total_loss / total_weight, grads
 
     def step(state: TrainState, batch: Batch, learning_rate: float) -> tuple[TrainState, StepMetrics]:

@@ -110,7 +110,7 @@ def scaled_embedding(xp: Any, right: Any) -> Any:
 
 
 def tied_head(xp: Any, right: Any) -> Any:
-    return lambda self, x: self.model.embed_tokens.attend(x)
+    return lambda self: self.model.embed_tokens.weight if xp is torch else self.model.embed_tokens.embedding[...]
 
 
 # Faults in code: name -> the doctor's name of the fault, a pattern of its explanation, the function to replace, and the
@@ -133,7 +133,7 @@ CODE: dict[str, tuple[str, str, str, Make]] = {
     "one plus weight": ("norm-weights", r"1 \+ w", "layers.RMSNorm.call", one_plus_weight),
     "scaled embedding": ("scale", "embedding", "layers.Embedding.call", scaled_embedding),
     "no final norm": ("norm-weights", "final norm", "model.Decoder.__init__", no_final_norm),
-    "head tied": ("tied-head", "is the embedding", "model.MiniLLM.head", tied_head),
+    "head tied": ("tied-head", "is the embedding", "model.MiniLLM.head_weight", tied_head),
 }
 # fmt: on
 
@@ -174,7 +174,7 @@ def test_code_faults_are_named(fault: str, framework: str, float64: Tier, monkey
 @pytest.mark.parametrize(
     ("words", "place", "make"),
     [
-        ("output head's part", "layers.Embedding.attend", lambda xp, right: lambda self, x: stopped(self, right, x)),
+        ("output head's part", "model.MiniLLM.head_weight", lambda xp, right: lambda self: stopped(right(self))),
         ("2 times", "tracing.mean_loss", lambda xp, right: lambda model, batch: 2 * right(model, batch)),
     ],
     ids=["head cut off", "scaled"],
@@ -192,11 +192,9 @@ def test_gradient_faults_are_named(
     assert words in report.findings[0].says
 
 
-def stopped(embedding: Any, attend: Any, x: Any) -> Any:
-    """The head's logits, with a gradient for the input but none for the head's matrix."""
-    if isinstance(x, torch.Tensor):
-        return x @ embedding.weight.detach().T
-    return x @ jax.lax.stop_gradient(embedding.embedding[...]).T
+def stopped(head_VD: Any) -> Any:
+    """The head's matrix, without a gradient."""
+    return head_VD.detach() if isinstance(head_VD, torch.Tensor) else jax.lax.stop_gradient(head_VD)
 
 
 @pytest.mark.parametrize("framework", BACKENDS)

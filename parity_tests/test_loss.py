@@ -5,8 +5,10 @@ from dataclasses import replace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 
 import minillm_jax.train
 import minillm_torch.train
@@ -16,6 +18,7 @@ from minillm_core.errors import InputError
 from minillm_core.model.reference import Reference
 from minillm_core.tensors import Tensors
 from minillm_core.training.checkpoints import TrainingState
+from minillm_jax import layers as jax_layers
 from parity_tests.conftest import (
     BACKENDS,
     MODELS,
@@ -74,16 +77,47 @@ def test_chunks_of_the_head(
 ) -> None:
     """124 tokens in chunks of several sizes, most of which do not divide them, equal all tokens at once."""
     logits = []
-    module, token_losses = BACKENDS[framework].loss, BACKENDS[framework].loss.token_losses
+    module, losses_and_slopes = BACKENDS[framework].loss, BACKENDS[framework].loss.losses_and_slopes
 
-    def seen(logits_BTV: Any, targets_BT: Any) -> Any:
-        logits.append(logits_BTV.size if framework == "jax" else logits_BTV.numel())
-        return token_losses(logits_BTV, targets_BT)
+    def seen(logits_RV: Any, *arguments: Any) -> Any:
+        logits.append(logits_RV.size if framework == "jax" else logits_RV.numel())
+        return losses_and_slopes(logits_RV, *arguments)
 
     monkeypatch.setattr(module, "TOKENS_PER_CHUNK", rows)
-    monkeypatch.setattr(module, "token_losses", seen)
+    monkeypatch.setattr(module, "losses_and_slopes", seen)
     assert_same_step(step_of(framework, config_of(), weighted_batch()), plain[framework], float64)
     assert max(logits) <= rows * TINY.vocab_size, "logits of more tokens than a chunk"
+
+
+@pytest.mark.parametrize("framework", BACKENDS)
+@pytest.mark.parametrize("rows", [5, 8, 40])
+def test_gradients_of_the_weighted_loss(
+    framework: str, rows: int, float64: Tier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The gradients that are computed together with the losses are those of `token_losses`, by automatic
+    differentiation, for the head, its input and the weights of the targets."""
+    loss, rng = BACKENDS[framework].loss, np.random.default_rng(0)
+    monkeypatch.setattr(loss, "TOKENS_PER_CHUNK", rows)
+    N, D, V = 20, 7, 50
+    head, x, weights = rng.normal(0, 1, (V, D)), rng.normal(0, 2, (N, D)), rng.uniform(0, 2, N)
+    targets, factor = rng.integers(0, V, N), 0.7
+
+    def plain(head: Any, x: Any, targets: Any, weights: Any) -> Any:
+        return (loss.token_losses(x @ head.T, targets) * weights).sum()
+
+    found = {}
+    for name, function in (("together", loss.weighted_loss), ("plain", plain)):
+        if framework == "jax":
+            arrays, ids = [jnp.asarray(array) for array in (head, x, weights)], jnp.asarray(targets)
+            value, backward = jax.vjp(lambda h, x, w, f=function, ids=ids: f(h, x, ids, w), *arrays)
+            found[name] = [to_numpy(array) for array in (value, *backward(jnp.asarray(factor)))]
+        else:
+            tensors = [torch.tensor(a, requires_grad=True) for a in (head, x, weights)]
+            value = function(tensors[0], tensors[1], torch.from_numpy(targets), tensors[2])
+            (value * factor).backward()
+            found[name] = [to_numpy(array.detach()) for array in (value, *(t.grad for t in tensors))]
+    for name, ours, theirs in zip(("loss", "head", "x", "weights"), found["together"], found["plain"], strict=True):
+        assert_close(name, ours, theirs, 1e-12)
 
 
 @pytest.mark.parametrize("framework", BACKENDS)
@@ -104,8 +138,9 @@ def test_evaluation_in_chunks(framework: str, float64: Tier, monkeypatch: pytest
 def test_recomputed_blocks(framework: str, plain: Any, float64: Tier, monkeypatch: pytest.MonkeyPatch) -> None:
     """`train.remat` runs the attention of every block once more, and changes nothing."""
     calls, module = [], BACKENDS[framework].attention
-    attend = module.attend
-    monkeypatch.setattr(module, "attend", lambda *arguments: calls.append(1) or attend(*arguments))
+    for name in ("attend", "attend_fused"):  # PyTorch's is fused on a CPU, too
+        attend = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *arguments, attend=attend: calls.append(1) or attend(*arguments))
     for remat in (False, True):
         assert_same_step(step_of(framework, config_of(remat=remat), weighted_batch()), plain[framework], float64)
     if framework == "torch":  # JAX's calls are traced: see test_memory.py::test_jax_recomputes_the_blocks
@@ -273,3 +308,18 @@ def test_a_step_against_numpy(framework: str, float64: Tier, monkeypatch: pytest
     measured = (8 * (loss_at(h) - loss_at(-h)) - (loss_at(2 * h) - loss_at(-2 * h))) / (12 * h)
     slope = sum(float(np.vdot(grads[name], direction[name])) for name in weights) / factor
     assert slope == pytest.approx(measured, rel=1e-7)
+
+
+@pytest.mark.parametrize("name", ["gqa", "mqa-untied"])
+def test_gradients_without_a_scatter(name: str, float64: Tier, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With `train.deterministic` on a GPU, JAX's train step adds nothing at indices, and has the same gradients."""
+    batch = Batch.from_rows(random_tokens(MODELS[name], 4, 32))
+    steps, programs = [], []
+    for avoided in (False, True):
+        config = run_config(MODELS[name], compute_dtype="float64", batch_size=4, seq_len=31, deterministic=avoided)
+        monkeypatch.setattr(jax_layers, "without_scatter", lambda avoided=avoided: avoided)
+        steps.append(step_of("jax", config, batch))
+        step, rope = minillm_jax.train.jit_train_step(config)
+        programs.append(step.lower(BACKENDS["jax"].init_state(config), rope, batch, 1e-3).as_text())
+    assert_same_step(steps[1], steps[0], float64)
+    assert ["scatter" in program for program in programs] == [True, False]

@@ -123,7 +123,7 @@ def test_jax_does_not_keep_the_logits(monkeypatch: pytest.MonkeyPatch) -> None:
     """The logits of 512 tokens take 67 MB in float32 with a vocabulary of 32,768. In chunks they are never held."""
     config = replace(MODELS["gqa"], n_layers=1, vocab_size=32_768)
     whole = 4 * 512 * config.vocab_size
-    assert temporaries(config, 8) > 2 * whole, "the logits and their gradient"
+    assert temporaries(config, 8) > whole, "the logits"
     monkeypatch.setattr(jax_loss, "TOKENS_PER_CHUNK", 64)
     in_chunks = temporaries(config, 8)
     assert in_chunks < whole

@@ -276,8 +276,8 @@ def segments_not_stored(append_segments: Callable[..., Any]) -> Callable[..., An
     return lambda cache, segments_BT, index_BT: cache
 
 
-def positions_left_out(batch_losses: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda model, batch, **options: batch_losses(model, replace(batch, positions_BT=None), **options)
+def positions_left_out(loss_sums: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda model, batch, **options: loss_sums(model, replace(batch, positions_BT=None), **options)
 
 
 def position_not_restarted(check_like: Callable[..., Any]) -> Callable[..., Any]:
@@ -291,7 +291,7 @@ MISTAKES = {
     "window one longer": ("attention.mask_bias", window_one_longer, check_window),
     "window one shorter": ("attention.mask_bias", window_one_shorter, check_window),
     "places forgotten": ("attention.mask_bias", places_forgotten, check_cached_row),
-    "positions left out of the loss": ("loss.batch_losses", positions_left_out, check_positions),
+    "positions left out of the loss": ("loss.loss_sums", positions_left_out, check_positions),
     "position not restarted": ("model.check_like", position_not_restarted, check_cached_row),
 }
 
