@@ -12,6 +12,7 @@ from jax.typing import DTypeLike
 
 from minillm_core.config import ModelConfig
 from minillm_core.errors import InputError
+from minillm_jax.device import target_device
 
 
 @jax.tree_util.register_dataclass
@@ -69,11 +70,23 @@ def slots(cache: KVCache, index_BT: jax.Array) -> Slots:
 
 
 def append(cache: LayerCache, k_BTKH: jax.Array, v_BTKH: jax.Array, slots: Slots) -> LayerCache:
-    """Writes keys and values into their slots; every row has its own indices."""
-    return LayerCache(
-        cache.k_BKSH.at[slots].set(k_BTKH.astype(cache.k_BKSH.dtype), mode="drop"),
-        cache.v_BKSH.at[slots].set(v_BTKH.astype(cache.v_BKSH.dtype), mode="drop"),
-    )
+    """Writes keys and values into their slots; every row has its own indices. Indices outside the cache are ignored."""
+    put = _put_one if k_BTKH.shape[:2] == (1, 1) and target_device().platform == "gpu" else _put
+    return LayerCache(put(cache.k_BKSH, k_BTKH, slots), put(cache.v_BKSH, v_BTKH, slots))
+
+
+def _put(x_BKSH: jax.Array, new_BTKH: jax.Array, slots: Slots) -> jax.Array:
+    return x_BKSH.at[slots].set(new_BTKH.astype(x_BKSH.dtype), mode="drop")
+
+
+def _put_one(x_1KSH: jax.Array, new_11KH: jax.Array, slots: Slots) -> jax.Array:
+    """`_put` for one token of one row on a GPU, without a scatter, which takes 5.5 us on an H200. On a CPU, XLA would
+    copy the cache."""
+    index = slots[2][0, 0, 0]
+    new_1K1H = new_11KH.transpose(0, 2, 1, 3).astype(x_1KSH.dtype)
+    old_1K1H = jax.lax.dynamic_slice_in_dim(x_1KSH, index, 1, axis=2)
+    new_1K1H = jnp.where(index < x_1KSH.shape[2], new_1K1H, old_1K1H)  # an index outside is moved to the last slot
+    return jax.lax.dynamic_update_slice_in_dim(x_1KSH, new_1K1H, index, axis=2)
 
 
 def append_segments(cache: KVCache, segments_BT: jax.Array | None, index_BT: jax.Array) -> KVCache:

@@ -3,6 +3,9 @@
 Shapes: B rows, T prompt tokens, N tokens per block, V vocabulary.
 """
 
+import weakref
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,16 +13,22 @@ import torch
 from torch import Tensor
 
 from minillm_core.data.batches import Batch
-from minillm_core.decoding.generation import BaseGenerator
+from minillm_core.decoding.generation import BLOCK, BaseGenerator
 from minillm_core.decoding.sampling import Filters
 from minillm_core.text.tokenizer import Tokenizer
-from minillm_torch.kv_cache import KVCache, init_cache, only_rows, put_row, take_rows
+from minillm_torch.device import compiled
+from minillm_torch.kv_cache import KVCache, LayerCache, init_cache, only_rows, put_row, take_rows
 from minillm_torch.loss import make_eval_step, token_losses
 from minillm_torch.model import MiniLLM
 from minillm_torch.precision import at_least_float32
+from minillm_torch.sampling import Options, apply_options, draw, largest
 
 DecodeState = tuple[Tensor, KVCache]
 """Logits (B, V) for the next token, and the cache of all tokens before it."""
+
+
+MAX_RECORDED = 8
+"""Recorded steps that a generator keeps, each with a cache of its own."""
 
 
 class Generator(BaseGenerator):
@@ -32,9 +41,9 @@ class Generator(BaseGenerator):
         self._eval_step = make_eval_step(model)
         self._model = model
         self._device = model.model.norm.weight.device
-        self._decoder = torch.compile(model.model, dynamic=False) if compile else model.model
-        if compile:  # by default torch stops compiling after eight shapes and only logs it
-            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 256)
+        self._decoder = compiled(model.model) if compile else model.model
+        self._records = self._device.type == "cuda"
+        self._recorded: dict[tuple[Any, ...], list[_RecordedStep]] = {}
 
     def _new_state(self, n_rows: int, capacity: int) -> DecodeState:
         logits_BV = torch.zeros((n_rows, self.config.vocab_size), dtype=self._dtype, device=self._device)
@@ -73,11 +82,32 @@ class Generator(BaseGenerator):
         *,
         greedy: bool,
     ) -> tuple[np.ndarray, np.ndarray, DecodeState]:
-        seen, uniforms = (torch.from_numpy(array).to(self._device) for array in (seen_BV, uniforms_BN))
-        tokens_BN, logprobs_BN, state = _decode(
-            self._model, self._decoder, greedy, state, seen, uniforms, torch.from_numpy(active_B), n_tokens, filters
-        )
+        uniforms, active = torch.from_numpy(uniforms_BN).to(self._device), torch.from_numpy(active_B)
+        options, seen = Options.of(filters, greedy, state[0]), torch.zeros_like(state[0], dtype=torch.bool)
+        if options.has_penalty:  # else nothing has to be sent: 8 MB for 256 rows
+            seen.copy_(torch.from_numpy(seen_BV))
+        if self._records:
+            tokens_BN, logprobs_BN, state = self._step_for(state, options).run(
+                state, seen, uniforms, active, n_tokens, options
+            )
+        else:
+            tokens_BN, logprobs_BN, state = _decode(
+                self._model, self._decoder, state, seen, uniforms, active, n_tokens, options
+            )
         return tokens_BN.cpu().numpy(), logprobs_BN.cpu().numpy(), state
+
+    def _step_for(self, state: DecodeState, options: "Options") -> "_RecordedStep":
+        """The recorded step whose buffers hold this state, or one whose buffers nobody holds any more, or a new one."""
+        n_rows, capacity = len(state[0]), state[1].capacity
+        steps = self._recorded.setdefault((n_rows, capacity, *options.static), [])
+        usable = [step for step in steps if step.holds(state)] + [step for step in steps if step.is_free()]
+        if usable:
+            return usable[0]
+        if sum(map(len, self._recorded.values())) >= MAX_RECORDED:
+            for others in self._recorded.values():
+                others[:] = [step for step in others if not step.is_free()]
+        steps.append(_RecordedStep(self._model, self._decoder, n_rows, capacity, options))
+        return steps[-1]
 
     def _losses(self, rows: np.ndarray) -> np.ndarray:
         return np.asarray(self._eval_step(Batch.from_rows(rows)))
@@ -111,102 +141,146 @@ def _prefill_logits(
     return logits_BTV, (torch.where((valid > 0)[:, None], last_B1V[:, 0], logits_BV), cache_after)
 
 
+def _step(
+    model: MiniLLM,
+    decoder: Any,
+    logits_BV: Tensor,
+    cache: KVCache,
+    seen_BV: Tensor,
+    uniform_B: Tensor,
+    valid_B: Tensor,
+    options: Options,
+) -> tuple[Tensor, Tensor, DecodeState]:
+    """Samples a token of every row, marks it as seen, and runs the model on it."""
+    filtered_BV = apply_options(logits_BV, seen_BV, options)
+    token_B = largest(filtered_BV)
+    if not options.greedy:
+        token_B = torch.where(options.filters.greedy_B, token_B, draw(filtered_BV, uniform_B))
+    logprob_B = -token_losses(logits_BV, token_B)
+    seen_BV.scatter_(1, token_B[:, None], True)
+    x_BTD, cache = decoder(token_B[:, None], cache, valid_B)
+    logits_BV = model.head(x_BTD)[:, 0].contiguous()  # the layout decides in which order sums are added
+    return token_B, logprob_B, (logits_BV, cache)
+
+
 @torch.inference_mode()
 def _decode(
     model: MiniLLM,
     decoder: Any,
-    greedy: bool,
     state: DecodeState,
     seen_BV: Tensor,
     uniforms_BN: Tensor,
     active_B: Tensor,
     n_tokens: int,
-    filters: Filters,
+    options: Options,
 ) -> tuple[Tensor, Tensor, DecodeState]:
     """Samples n_tokens tokens, one model step each, without synchronising with the device in between."""
     logits_BV, cache = state[0], only_rows(state[1], active_B)
-    valid_B, greedy_B = active_B.long(), torch.from_numpy(filters.greedy_B).to(logits_BV.device)
     tokens: list[Tensor] = []
     logprobs: list[Tensor] = []
     for i in range(n_tokens):
-        filtered_BV = filter_logits(logits_BV, seen_BV, filters, greedy=greedy)
-        token_B = largest(filtered_BV)
-        if not greedy:
-            token_B = torch.where(greedy_B, token_B, draw(filtered_BV, uniforms_BN[:, i]))
+        token_B, logprob_B, (logits_BV, cache) = _step(
+            model, decoder, logits_BV, cache, seen_BV, uniforms_BN[:, i], active_B.long(), options
+        )
         tokens.append(token_B)
-        logprobs.append(-token_losses(logits_BV, token_B))
-        seen_BV.scatter_(1, token_B[:, None], True)
-        x_BTD, cache = decoder(token_B[:, None], cache, valid_B)
-        logits_BV = model.head(x_BTD)[:, 0].contiguous()  # the layout decides in which order sums are added
+        logprobs.append(logprob_B)
     return torch.stack(tokens, dim=1), torch.stack(logprobs, dim=1), (logits_BV, cache)
 
 
-def filter_logits(logits_BV: Tensor, seen_BV: Tensor, filters: Filters, *, greedy: bool) -> Tensor:
-    """The logits (B, V) to sample from, up to a constant per row, in at least float32. Dropped tokens have -inf.
+class _RecordedStep:
+    """`_step` over buffers of its own, recorded as a CUDA graph: the host starts several hundred kernels in one call.
+    It can be tested on a CPU, where nothing is recorded.
 
-    Args:
-        seen_BV: bool; the tokens that repetition_penalty applies to.
-        greedy: apply only the penalty; the most likely token passes all other filters anyway.
+    A state that `run` returns uses the buffers, too. So there is no copy from one block of tokens to the next, and the
+    buffers serve a different state only when nobody holds that one any more.
     """
-    logits_BV = logits_BV.to(at_least_float32(logits_BV.dtype))
-    penalty_B1, temperature_B1, top_p_B1, log_min_p_B1 = (
-        torch.from_numpy(x).to(logits_BV)
-        for x in (filters.repetition_penalty_B1, filters.temperature_B1, filters.top_p_B1, filters.log_min_p_B1)
-    )
-    if (filters.repetition_penalty_B1 != 1).any():
-        penalised_BV = torch.where(logits_BV < 0, logits_BV * penalty_B1, logits_BV / penalty_B1)
-        logits_BV = torch.where(seen_BV, penalised_BV, logits_BV)
-    if greedy:
-        return logits_BV
-    logits_BV = (logits_BV - torch.amax(logits_BV, dim=-1, keepdim=True)) / temperature_B1
-    if (filters.top_k_B1 < logits_BV.shape[1]).any():
-        logits_BV = _drop(
-            logits_BV, torch.ones_like(logits_BV), torch.from_numpy(filters.top_k_B1).to(logits_BV.device)
+
+    @torch.inference_mode()
+    def __init__(self, model: MiniLLM, decoder: Any, n_rows: int, capacity: int, options: Options):
+        device, dtype, high = model.model.norm.weight.device, model.compute_dtype, at_least_float32(model.compute_dtype)
+        self._model, self._decoder = model, decoder
+        cache = init_cache(model.config, n_rows, capacity, dtype, device=device)
+        self._cache = replace(cache, length_B=cache.length_B.to(device), written_B=cache.written_B.to(device))
+        self._logits_BV = torch.zeros((n_rows, model.config.vocab_size), dtype=dtype, device=device)
+        self._seen_BV = torch.zeros_like(self._logits_BV, dtype=torch.bool)
+        self._uniforms_BN = torch.zeros((n_rows, BLOCK), device=device)
+        self._tokens_BN = torch.zeros((n_rows, BLOCK), dtype=torch.int64, device=device)
+        self._logprobs_BN = torch.zeros((n_rows, BLOCK), dtype=high, device=device)
+        self._valid_B = torch.zeros(n_rows, dtype=torch.int64, device=device)
+        self._at_1 = torch.zeros(1, dtype=torch.int64, device=device)
+        self._options = replace(options, filters=Filters(*(x.clone() for x in options.filters)))
+        self._owner: Callable[[], LayerCache | None] = lambda: None
+        self._replay: Callable[[], None] = self._take_step
+        if device.type == "cuda":
+            self._replay = self._record()
+
+    def _record(self) -> Callable[[], None]:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # libraries and compilers start here: that cannot be recorded
+            self._take_step()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            self._take_step()
+        return graph.replay
+
+    def _take_step(self) -> None:
+        uniform_B = self._uniforms_BN.index_select(1, self._at_1)[:, 0]
+        token_B, logprob_B, (logits_BV, cache) = _step(
+            self._model,
+            self._decoder,
+            self._logits_BV,
+            self._cache,
+            self._seen_BV,
+            uniform_B,
+            self._valid_B,
+            self._options,
         )
-    if (filters.top_p_B1 < 1).any():
-        logits_BV = _drop(logits_BV, torch.softmax(logits_BV, dim=-1), top_p_B1)
-    return logits_BV.masked_fill(logits_BV < log_min_p_B1, -torch.inf)
+        self._tokens_BN.index_copy_(1, self._at_1, token_B[:, None])
+        self._logprobs_BN.index_copy_(1, self._at_1, logprob_B[:, None])
+        self._logits_BV.copy_(logits_BV)
+        self._cache.length_B.copy_(cache.length_B)
+        self._at_1 += 1
 
+    def holds(self, state: DecodeState) -> bool:
+        """Whether the buffers hold this state."""
+        return self._owner() is state[1].layers[0]
 
-def _drop(logits_BV: Tensor, weights_BV: Tensor, limit_B1: Tensor) -> Tensor:
-    """Drops every token for which the weights of all larger logits sum to the row's limit or more.
+    def is_free(self) -> bool:
+        """Whether nobody holds the state in the buffers."""
+        return self._owner() is None
 
-    The threshold is found by bisection over all numbers of the dtype, mapped to integers in the same order. The result
-    is exact and needs no sorting (for 32,000 logits, XLA:CPU takes 7 ms to sort and 0.5 ms to bisect).
-    """
-    int_dtype = {4: torch.int32, 8: torch.int64}[logits_BV.dtype.itemsize]
-    bits_BV = logits_BV.view(int_dtype)
-    ordered_BV = torch.where(bits_BV < 0, bits_BV ^ torch.iinfo(int_dtype).max, bits_BV)
-    shape = (logits_BV.shape[0], 1)
-    low_B1, high_B1 = (
-        torch.full(shape, bound, dtype=int_dtype, device=logits_BV.device)
-        for bound in (torch.iinfo(int_dtype).min, torch.iinfo(int_dtype).max)
-    )  # always dropped, always kept
-    for _ in range(8 * logits_BV.dtype.itemsize):
-        middle_B1 = (low_B1 & high_B1) + ((low_B1 ^ high_B1) >> 1)
-        above_B1 = torch.sum(weights_BV.masked_fill(ordered_BV <= middle_B1, 0), dim=-1, keepdim=True)
-        kept_B1 = above_B1 < limit_B1
-        low_B1, high_B1 = torch.where(kept_B1, low_B1, middle_B1), torch.where(kept_B1, middle_B1, high_B1)
-    return logits_BV.masked_fill(ordered_BV <= low_B1, -torch.inf)
-
-
-def draw(logits_BV: Tensor, uniform_B: Tensor) -> Tensor:
-    """Draws one token per row by inverse CDF, in the order of token ids; never a token of probability zero.
-
-    In the order of probability, rounding could swap two tokens of nearly equal probability.
-
-    Args:
-        uniform_B: one number in [0, 1) per row.
-    """
-    probs_BV = torch.softmax(logits_BV, dim=-1)
-    # torch's cumsum adds one by one, so in float32 the error grows with the vocabulary; XLA's adds in a tree.
-    cdf_BV = torch.where(probs_BV > 0, torch.cumsum(probs_BV.double(), dim=-1), 0)
-    return largest((cdf_BV > uniform_B[:, None] * torch.amax(cdf_BV, dim=-1, keepdim=True)).int())
-
-
-def largest(x_BV: Tensor) -> Tensor:
-    """Index of the first largest value of every row, int64."""
-    return torch.argmax(x_BV, dim=-1)
+    @torch.inference_mode()
+    def run(
+        self,
+        state: DecodeState,
+        seen_BV: Tensor,
+        uniforms_BN: Tensor,
+        active_B: Tensor,
+        n_tokens: int,
+        options: Options,
+    ) -> tuple[Tensor, Tensor, DecodeState]:
+        """`_decode`; the state it returns uses the buffers."""
+        logits_BV, cache = state[0], only_rows(state[1], active_B)
+        if not self.holds(state):
+            for mine, theirs in zip(self._cache.layers, cache.layers, strict=True):
+                mine.k_BKSH.copy_(theirs.k_BKSH)
+                mine.v_BKSH.copy_(theirs.v_BKSH)
+        if logits_BV is not self._logits_BV:
+            self._logits_BV.copy_(logits_BV)
+        inputs = ((self._seen_BV, seen_BV), (self._uniforms_BN, uniforms_BN), (self._valid_B, active_B.long()))
+        options_in = zip(self._options.filters, options.filters, strict=True)
+        for mine, theirs in (*inputs, *options_in, (self._cache.length_B, cache.length_B)):
+            mine.copy_(theirs)
+        self._at_1.zero_()
+        for _ in range(n_tokens):
+            self._replay()
+        length_B = cache.length_B + n_tokens * active_B.long()
+        layers = cache.layers if self.holds(state) else tuple(replace(layer) for layer in self._cache.layers)
+        self._owner = weakref.ref(layers[0])
+        after = KVCache(layers, length_B, length_B.clone())
+        return self._tokens_BN[:, :n_tokens].clone(), self._logprobs_BN[:, :n_tokens].clone(), (self._logits_BV, after)
 
 
 def to_numpy(x: Tensor) -> np.ndarray:

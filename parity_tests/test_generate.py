@@ -1,6 +1,7 @@
 """Decoding: the same request gives the same tokens in both frameworks, and each row equals its prompt alone."""
 
 import dataclasses
+import itertools
 import shutil
 from functools import lru_cache
 from typing import Any
@@ -298,7 +299,8 @@ def test_cache_is_donated_and_never_copied(batch: int, tokenizer: Tokenizer) -> 
         Filters.of([SamplingConfig()] * batch, TINY.vocab_size),
     )
     params = generator._one_row if batch == 1 else generator._several_rows
-    program = generator._run_decode.lower(False, params, generator._rope, state, *arguments).compile().as_text()
+    run = generator._run_decode_one if batch == 1 else generator._run_decode
+    program = run.lower(False, params, generator._rope, state, *arguments).compile().as_text()
     kernels = {array.shape for path, array in params.items() if path.endswith(".kernel")}
     kernels |= {shape[::-1] for shape in kernels}
     cache = state[1].layers[0].k_BKSH.shape
@@ -317,11 +319,11 @@ def test_cache_is_donated_and_never_copied(batch: int, tokenizer: Tokenizer) -> 
 
 
 @pytest.mark.parametrize("name", ["gqa", "mha", "mqa-untied"])
-def test_cpu_layout_keeps_the_weights(name: str, float64: Tier) -> None:
+def test_layouts_keep_the_weights(name: str, float64: Tier) -> None:
     """Both layouts hold every parameter bit for bit, and the head of a tied model is its embedding."""
     pair = make_pair(MODELS[name], float64)
     _, params, _ = split_model(pair.jax)
-    _, one_row, several_rows = jax_generate._laid_out_for_cpu(pair.config, params, float64.jax)
+    one_row, several_rows = jax_generate.for_one_row(pair.config, params), jax_generate.with_head(pair.config, params)
     assert one_row.keys() == several_rows.keys() == params.keys() | {"lm_head.kernel"}
     for path, array in one_row.items():
         kernel = path.endswith(".kernel")
@@ -339,6 +341,29 @@ def test_truncation(framework: str, tokenizer: Tokenizer) -> None:
     ids = (np.arange(500) % 400 + 4).tolist()
     cut = tokens_of(generator, [ids, [5]], max_new_tokens=20, temperature=0.0, truncate=True)
     assert cut == tokens_of(generator, [ids[-300:], [5]], max_new_tokens=20, temperature=0.0)
+
+
+def test_a_step_over_fixed_buffers(tokenizer: Tokenizer) -> None:
+    """What PyTorch records on a GPU gives the bits of the plain loop: in blocks, with rows that end early, with other
+    requests between the blocks of a first, and when the buffers are used again."""
+    model = make_pair(TINY, TIERS["float32"]).torch
+    plain, recorded = (minillm_torch.Generator(model, tokenizer) for _ in range(2))
+    recorded._records = True
+    requests = [
+        {"max_new_tokens": 40, "temperature": 1.0, "seed": 2, "top_k": 9, "repetition_penalty": 1.2},
+        {"max_new_tokens": 33, "temperature": 0.0},
+        {"max_new_tokens": 40, "temperature": 0.7, "seed": 2, "top_p": 0.9, "n": 2},
+    ]
+    for request in (*requests, *requests):
+        assert complete(recorded, PROMPTS, **request) == complete(plain, PROMPTS, **request)
+    n_recorded = len(recorded._recorded)
+    streams = [[generator.stream(PROMPTS[i], **requests[0]) for i in (0, 0, 1)] for generator in (plain, recorded)]
+    pieces = [["".join(step) for step in itertools.zip_longest(*three, fillvalue="")] for three in streams]
+    assert pieces[0] == pieces[1]
+    assert len(recorded._recorded) > n_recorded > 0
+    steps = [step for steps in recorded._recorded.values() for step in steps]
+    assert len(steps) > len(recorded._recorded), "streams of the same shape need buffers of their own"
+    assert all(step.is_free() for step in steps)
 
 
 @pytest.mark.extended

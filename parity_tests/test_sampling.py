@@ -15,19 +15,41 @@ from transformers.generation import logits_process as hf
 
 from minillm_core.decoding.sampling import Filters, SamplingConfig, row_key, uniforms
 from minillm_core.errors import InputError
-from minillm_jax import generate as jax_generate
-from minillm_torch import generate as torch_generate
+from minillm_jax import sampling as jax_sampling
+from minillm_torch import sampling as torch_sampling
 from parity_tests.conftest import TIERS, Tier, to_numpy
 
-jax_filter_logits = jax.jit(jax_generate.filter_logits, static_argnames="greedy")
+jax_filter_logits = jax.jit(jax_sampling.filter_logits, static_argnames="greedy")
 
 
 def filtered(logits: np.ndarray, seen: np.ndarray, sampling: SamplingConfig) -> tuple[np.ndarray, np.ndarray]:
     """Both frameworks' filtered logits."""
     filters = Filters.of([sampling] * len(logits), logits.shape[1])
     ours = jax_filter_logits(jnp.asarray(logits), jnp.asarray(seen), filters, greedy=False)
-    theirs = torch_generate.filter_logits(torch.from_numpy(logits), torch.from_numpy(seen), filters, greedy=False)
+    theirs = torch_sampling.filter_logits(torch.from_numpy(logits), torch.from_numpy(seen), filters, greedy=False)
     return to_numpy(ours), to_numpy(theirs)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_digits_of_the_threshold(dtype: type, float64: Tier, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU the threshold of top-k and top-p is found four bits at a time, on a CPU one: the same tokens stay."""
+    rng = np.random.default_rng(0)
+    logits = np.concatenate([rng.normal(0, 3, (4, 999)), rng.integers(-3, 3, (2, 999))]).astype(dtype)
+    logits[0, :5] = 0, -0.0, np.inf, -np.inf, np.finfo(dtype).max
+    filters = [Filters.of([SamplingConfig(top_k=k)] * 6, 999).top_k_B1 for k in (1, 7, 998)]
+    weights = np.exp(logits[1:] - logits[1:].max(axis=1, keepdims=True))
+    cases = [(logits, np.ones_like(logits), limit) for limit in filters]
+    cases += [(logits[1:], weights / weights.sum(axis=1, keepdims=True), np.full((5, 1), p, dtype)) for p in (0.1, 0.9)]
+    for arrays in cases:
+        kept = []
+        for n_bits in (1, 4):
+            monkeypatch.setattr(jax_sampling, "digit_bits", lambda *_, n=n_bits: n)
+            monkeypatch.setattr(torch_sampling, "digit_bits", lambda *_, n=n_bits: n)
+            kept.append(np.asarray(jax_sampling._drop(*map(jnp.asarray, arrays))) > -np.inf)
+            kept.append(torch_sampling._drop(*map(torch.from_numpy, arrays)).numpy() > -np.inf)
+        assert kept[0].any(axis=1).all()
+        for others in kept[1:]:
+            assert np.array_equal(others, kept[0])
 
 
 def by_transformers(logits: np.ndarray, ids: np.ndarray, sampling: SamplingConfig) -> np.ndarray:
@@ -127,9 +149,9 @@ def test_draws_follow_the_filtered_distribution(sampling: SamplingConfig, tier_n
     with jax.enable_x64(tier_name == "float64"):
         rows = logits.astype(tier_name)
         ours, theirs = filtered(rows, seen_of(ids, 40), sampling)
-        ours = np.asarray(jax_generate.draw(jnp.asarray(np.tile(ours, (len(noise), 1)), tier_name), jnp.asarray(noise)))
+        ours = np.asarray(jax_sampling.draw(jnp.asarray(np.tile(ours, (len(noise), 1)), tier_name), jnp.asarray(noise)))
         theirs = np.tile(theirs, (len(noise), 1)).astype(tier_name)
-        theirs = torch_generate.draw(torch.from_numpy(theirs), torch.from_numpy(noise)).numpy()
+        theirs = torch_sampling.draw(torch.from_numpy(theirs), torch.from_numpy(noise)).numpy()
     assert (ours != theirs).sum() <= (0 if tier_name == "float64" else 1)
     counts = np.bincount(ours, minlength=40)
     assert counts[expected == 0].sum() == 0
@@ -145,8 +167,8 @@ def test_even_grid_draws_are_exact(sampling: SamplingConfig, float64: Tier) -> N
     n = 5000
     grid = (np.arange(n) + 0.5) / n
     ours, theirs = filtered(logits, np.zeros((1, 50), bool), sampling)
-    ours = np.asarray(jax_generate.draw(jnp.asarray(np.tile(ours, (n, 1))), jnp.asarray(grid)))
-    theirs = torch_generate.draw(torch.from_numpy(np.tile(theirs, (n, 1))), torch.from_numpy(grid)).numpy()
+    ours = np.asarray(jax_sampling.draw(jnp.asarray(np.tile(ours, (n, 1))), jnp.asarray(grid)))
+    theirs = torch_sampling.draw(torch.from_numpy(np.tile(theirs, (n, 1))), torch.from_numpy(grid)).numpy()
     assert np.array_equal(ours, theirs)
     assert np.abs(np.bincount(ours, minlength=50) - expected / expected.sum() * n).max() <= 1.001
 
@@ -163,8 +185,8 @@ def test_large_vocabulary_draws_agree() -> None:
     numbers[:4] = [0, 1 - 2**-24, 0.5, 2**-24]
     for sampling in (SamplingConfig(1.0, top_p=1.0), SamplingConfig(0.8, top_p=0.95), SamplingConfig(1.0, top_k=1)):
         ours, theirs = filtered(logits, np.zeros(logits.shape, bool), sampling)
-        a = np.asarray(jax_generate.draw(jnp.asarray(ours, jnp.float32), jnp.asarray(numbers)))
-        b = torch_generate.draw(torch.from_numpy(theirs).float(), torch.from_numpy(numbers)).numpy()
+        a = np.asarray(jax_sampling.draw(jnp.asarray(ours, jnp.float32), jnp.asarray(numbers)))
+        b = torch_sampling.draw(torch.from_numpy(theirs).float(), torch.from_numpy(numbers)).numpy()
         assert (a != b).sum() <= 1, f"{(a != b).sum()} of 200 draws differ"
         assert np.isfinite(np.take_along_axis(ours, a[:, None], 1)).all()
         assert np.isfinite(np.take_along_axis(theirs, b[:, None], 1)).all()

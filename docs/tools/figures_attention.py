@@ -128,7 +128,7 @@ def kv_cache(canvas: Figure) -> None:
 @figure
 def sampling(canvas: Figure) -> None:
     """Left: probabilities at three temperatures. Right: a draw by inverse CDF, from all tokens and from top_p 0.9."""
-    from minillm_jax.generate import draw, filter_logits
+    from minillm_jax.sampling import draw, filter_logits
 
     def probabilities(logits_V: np.ndarray, **options: float) -> np.ndarray:
         seen_1V, filters = jnp.zeros((1, len(logits_V)), bool), Filters.of([SamplingConfig(**options)], len(logits_V))

@@ -5,6 +5,7 @@ Each framework's Generator adds the device functions.
 Shapes: B rows, T prompt tokens, N tokens per block, V vocabulary.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -230,9 +231,10 @@ class BaseGenerator(RequestReader, ABC):
             noise_BN = np.zeros((n_rows, BLOCK), np.float32)
             seen_BV = np.zeros((n_rows, self.config.vocab_size), bool)
             for i, row in enumerate(rows):
-                if row:
+                if row and request.sampling.temperature != 0:
                     noise_BN[i] = uniforms(request.sampling.seed, row.key, len(row.prompt) + done, BLOCK)
-                    seen_BV[i, row.prompt + row.tokens] = request.sampling.repetition_penalty != 1
+                if row and request.sampling.repetition_penalty != 1:
+                    seen_BV[i, row.prompt + row.tokens] = True
             active_B = np.array([row is not None for row in rows] + [False] * (n_rows - len(rows)))
             filters = Filters.of([request.sampling] * n_rows, self.config.vocab_size)
             tokens_BN, logprobs_BN, state = self._decode(
@@ -281,7 +283,8 @@ class BaseGenerator(RequestReader, ABC):
         """Adds a block of tokens to a row, up to the row's end."""
         n_before = len(row.tokens)
         for token, logprob in zip(tokens, logprobs, strict=True):
-            check_finite(logprob, f"new token {len(row.tokens) + 1}")
+            if not math.isfinite(logprob):
+                check_finite(logprob, f"new token {len(row.tokens) + 1}")
             if token in request.stop_ids:
                 row.finish_reason, row.end = "stop", (token, logprob)
                 break

@@ -2,6 +2,7 @@
 
 import warnings
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import jax
@@ -13,7 +14,7 @@ from minillm_core.decoding.generation import BLOCK, PREFILL_CHUNK
 from minillm_core.decoding.sampling import Filters, SamplingConfig
 from minillm_jax.compiled.card import card_device, standing_in_for
 from minillm_jax.compiled.hlo import read_costs
-from minillm_jax.generate import jit_decode, jit_prefill, new_state
+from minillm_jax.generate import for_one_row, jit_decode, jit_prefill, new_state, untied_structure
 from minillm_jax.model import abstract_model
 from minillm_jax.optim import make_optimizer
 from minillm_jax.precision import param_dtype, resolve_dtype
@@ -93,12 +94,15 @@ def compile_decode_step(config: RunConfig, card: str) -> Program:
     """Like `compile_programs`, for the decode step alone."""
     device = card_device(card)
     with standing_in_for(device):
-        graphdef, *arguments = _decoding(config)
+        _, params, rope, state = _decoding(config)
+        dtype = resolve_dtype(config.train.compute_dtype)
+        graphdef = untied_structure(config.model, dtype, dtype)
+        params = jax.eval_shape(partial(for_one_row, config.model), params)
         seen_BV = jax.ShapeDtypeStruct((1, config.model.vocab_size), jnp.bool)
         uniforms_BN = jax.ShapeDtypeStruct((1, BLOCK), jnp.float32)
         active_B = jax.ShapeDtypeStruct((1,), jnp.bool)
         filters, greedy = Filters.of([SamplingConfig()], config.model.vocab_size), False
-        arguments += [seen_BV, uniforms_BN, active_B, BLOCK, filters]
+        arguments = (params, rope, state, seen_BV, uniforms_BN, active_B, BLOCK, filters)
         return _compile(jit_decode(graphdef, device), device, *arguments, static=(greedy,))
 
 
