@@ -16,11 +16,11 @@ folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 
 started=$SECONDS
-timeout 200 python -m pytest parity_tests/test_gpu.py -o addopts= -m gpu -n 4 -raP -q --durations=10 --color=no \
+timeout 220 python -m pytest parity_tests/test_gpu*.py -o addopts= -m gpu -n 6 -W default -raP -q --durations=10 --color=no \
   >"$folder/tests" 2>&1
 tests=$?
 grep -q ' passed' "$folder/tests" || { [ "$tests" = 0 ] && tests="0, but no test ran"; }
-[ "$tests" = 124 ] && echo "the tests did not end within 200 seconds" >>"$folder/tests"
+[ "$tests" = 124 ] && echo "the tests did not end within 220 seconds" >>"$folder/tests"
 seconds_of_tests=$((SECONDS - started))
 
 timeout 300 python scripts/benchmark.py "$@" --out "$folder/speed" >"$folder/log" 2>&1

@@ -1,6 +1,6 @@
 """What only a GPU can show, in both frameworks: fused attention, float32 without TF32, bfloat16, same bits, memory.
 
-`pytest parity_tests -m gpu -n 0` runs these tests; without a GPU they are skipped. They need no network and no corpus.
+`pytest parity_tests -m gpu -n 4` runs these tests; without a GPU they are skipped. They need no network and no corpus.
 """
 
 import copy
@@ -26,6 +26,7 @@ from minillm_core.model.tolerance import (
     BFLOAT16_GRADIENT_COSINE,
     BFLOAT16_MEAN_KL,
     BFLOAT16_MODULE,
+    BFLOAT16_STAGE,
     BFLOAT16_TOP1_AGREEMENT,
     TOLERANCES,
 )
@@ -123,7 +124,11 @@ def test_fused_attention_equals_plain_attention(
     exact = attention_and_gradients(framework, plain, inputs, "float32")
     fused = attention_and_gradients(framework, lambda q, k, v: module.attend_fused(q, k, v, mask), inputs, "bfloat16")
     for name, ours, theirs in zip(("out", "q", "k", "v"), fused, exact, strict=True):
-        assert_close_norm(name, ours, theirs, BFLOAT16_MODULE)
+        if window == 1 and name in ("q", "k"):  # a query that sees one key: no gradient, and what rounding leaves of it
+            assert np.linalg.norm(theirs) == 0
+            assert np.linalg.norm(ours) <= BFLOAT16_STAGE * np.linalg.norm(exact[-1]), name
+        else:
+            assert_close_norm(name, ours, theirs, BFLOAT16_MODULE)
 
 
 @pytest.mark.parametrize("window", [None, 256])
