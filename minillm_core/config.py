@@ -32,12 +32,11 @@ PRESETS_DIR = next(folder for folder in (_PACKAGE / "configs", _PACKAGE.parent /
 ComputeDtype = Literal["auto", "float32", "bfloat16", "float64"]
 Nonfinite = Literal["stop", "skip"]
 WandbMode = Literal["disabled", "offline", "online"]
-TorchCompile = Literal["auto", "on", "off"]
 
 FREE_TO_CHANGE = {
     *(f"data.{name}" for name in ("corpus", "dir", "mixture_changes")),
     *(f"train.{name}" for name in ("out_dir", "checkpoint_every", "keep_last", "nonfinite", "final_eval_batches")),
-    *(f"train.{name}" for name in ("init_from", "tensorboard", "wandb")),
+    *(f"train.{name}" for name in ("init_from", "tensorboard", "wandb", "torch_compile")),
 }
 """Fields that may change when a run is resumed: no number logged before depends on them. (The data is identified by its
 hash, not by its place. Of the changes of a mixture, only future ones: `require_same_past`.)"""
@@ -265,9 +264,10 @@ class TrainConfig:
     compute_dtype: ComputeDtype = "auto"
     """Dtype of activations and matmul operands. `auto` means bfloat16 on a GPU and float32 on a CPU; it is resolved
     when a run begins, and the run keeps that dtype. Parameters are float32 (float64 in a float64 run)."""
-    torch_compile: TorchCompile = "auto"
-    """Whether PyTorch's train step is compiled with `torch.compile`. `auto` means on a GPU, where it makes a step more
-    than twice as fast, after up to a minute at the start. JAX always compiles."""
+    torch_compile: bool = True
+    """On a GPU, PyTorch compiles the loss and its gradients with `torch.compile`: a step is more than twice as fast,
+    after up to a minute at the start. Nothing is compiled on a CPU, where PyTorch 2.13 gets the gradient of the
+    embedding wrong. JAX always compiles."""
 
     def __post_init__(self) -> None:
         expand_home(self, "out_dir", *(["init_from"] if self.init_from is not None else []))
@@ -287,7 +287,6 @@ class TrainConfig:
             ("compute_dtype", ComputeDtype),
             ("nonfinite", Nonfinite),
             ("wandb", WandbMode),
-            ("torch_compile", TorchCompile),
         ):
             value, options = getattr(self, field), typing.get_args(choices)
             expected = f"one of {', '.join(options)}"

@@ -65,8 +65,8 @@ def _drop(logits_BV: jax.Array, weights_BV: jax.Array, limit_B1: jax.Array) -> j
 
 
 def digit_bits(n_rows: int) -> int:
-    """Bits of the threshold that `_drop` finds per pass over the logits. On a GPU, few rows cost less than the start of
-    a kernel, so fewer and larger passes are faster."""
+    """Bits of the threshold that `_drop` finds per pass over the logits. On a GPU with few rows, starting a kernel
+    takes longer than its work, so fewer and larger passes are faster."""
     return 4 if target_device().platform == "gpu" and n_rows <= 16 else 1
 
 

@@ -43,7 +43,8 @@ def lower(
     limit, part = _kernel_limit(n_queries, head_dim, dtype, device), _inexpressible(mask)
     if limit is None and part is None:
         return None
-    if limit is None and mask.query_index_BT is None:  # with a cache, attention is always plain
+    is_compiling = torch.compiler.is_compiling()  # a compiler cannot write to the log; `describe_attention` does
+    if limit is None and mask.query_index_BT is None and not is_compiling:  # with a cache, attention is always plain
         _say_plain(part)
     return mask_bias(mask, n_queries, n_keys, dtype, device)
 

@@ -3,6 +3,7 @@
 Shapes: B rows, T prompt tokens, N tokens per block, V vocabulary.
 """
 
+import threading
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
@@ -27,8 +28,10 @@ DecodeState = tuple[Tensor, KVCache]
 """Logits (B, V) for the next token, and the cache of all tokens before it."""
 
 
-MAX_RECORDED = 8
-"""Recorded steps that a generator keeps, each with a cache of its own."""
+MAX_RECORDED = 16
+"""Recorded steps that a generator keeps, besides those in use. Each has a cache of its own."""
+_RECORDING = threading.Lock()
+"""PyTorch allows one recording at a time in a process."""
 
 
 class Generator(BaseGenerator):
@@ -43,7 +46,9 @@ class Generator(BaseGenerator):
         self._device = model.model.norm.weight.device
         self._decoder = compiled(model.model) if compile else model.model
         self._records = self._device.type == "cuda"
-        self._recorded: dict[tuple[Any, ...], list[_RecordedStep]] = {}
+        self._recorded: list[_RecordedStep] = []
+        """In the order in which they were last used."""
+        self._lock = threading.Lock()
 
     def _new_state(self, n_rows: int, capacity: int) -> DecodeState:
         logits_BV = torch.zeros((n_rows, self.config.vocab_size), dtype=self._dtype, device=self._device)
@@ -87,27 +92,30 @@ class Generator(BaseGenerator):
         if options.has_penalty:  # else nothing has to be sent: 8 MB for 256 rows
             seen.copy_(torch.from_numpy(seen_BV))
         if self._records:
-            tokens_BN, logprobs_BN, state = self._step_for(state, options).run(
-                state, seen, uniforms, active, n_tokens, options
-            )
+            with self._lock:  # the buffers of a step belong to one call at a time
+                step = self._step_for(state, options)
+                tokens_BN, logprobs_BN, state = step.run(state, seen, uniforms, active, n_tokens, options)
         else:
             tokens_BN, logprobs_BN, state = _decode(
                 self._model, self._decoder, state, seen, uniforms, active, n_tokens, options
             )
         return tokens_BN.cpu().numpy(), logprobs_BN.cpu().numpy(), state
 
-    def _step_for(self, state: DecodeState, options: "Options") -> "_RecordedStep":
-        """The recorded step whose buffers hold this state, or one whose buffers nobody holds any more, or a new one."""
-        n_rows, capacity = len(state[0]), state[1].capacity
-        steps = self._recorded.setdefault((n_rows, capacity, *options.static), [])
-        usable = [step for step in steps if step.holds(state)] + [step for step in steps if step.is_free()]
+    def _step_for(self, state: DecodeState, options: Options) -> "_RecordedStep":
+        """The recorded step whose buffers hold this state, or one whose buffers nobody holds any more, or a new one. Of
+        the steps that are free, only the last used ones are kept."""
+        weights = tuple(param.data_ptr() for param in self._model.parameters())  # a graph reads them where they were
+        key = (len(state[0]), state[1].capacity, options.static, weights)
+        usable = [step for step in self._recorded if step.key == key and step.holds(state)]
+        usable += [step for step in self._recorded if step.key == key and step.is_free()]
         if usable:
-            return usable[0]
-        if sum(map(len, self._recorded.values())) >= MAX_RECORDED:
-            for others in self._recorded.values():
-                others[:] = [step for step in others if not step.is_free()]
-        steps.append(_RecordedStep(self._model, self._decoder, n_rows, capacity, options))
-        return steps[-1]
+            self._recorded.remove(usable[0])
+        for step in [step for step in self._recorded if step.is_free()]:
+            if len(self._recorded) >= MAX_RECORDED:
+                self._recorded.remove(step)
+        step = usable[0] if usable else _RecordedStep(key, self._model, self._decoder, options)
+        self._recorded.append(step)
+        return step
 
     def _losses(self, rows: np.ndarray) -> np.ndarray:
         return np.asarray(self._eval_step(Batch.from_rows(rows)))
@@ -196,7 +204,9 @@ class _RecordedStep:
     """
 
     @torch.inference_mode()
-    def __init__(self, model: MiniLLM, decoder: Any, n_rows: int, capacity: int, options: Options):
+    def __init__(self, key: tuple[Any, ...], model: MiniLLM, decoder: Any, options: Options):
+        self.key = key
+        n_rows, capacity = key[:2]
         device, dtype, high = model.model.norm.weight.device, model.compute_dtype, at_least_float32(model.compute_dtype)
         self._model, self._decoder = model, decoder
         cache = init_cache(model.config, n_rows, capacity, dtype, device=device)
@@ -212,7 +222,8 @@ class _RecordedStep:
         self._owner: Callable[[], LayerCache | None] = lambda: None
         self._replay: Callable[[], None] = self._take_step
         if device.type == "cuda":
-            self._replay = self._record()
+            with _RECORDING, torch.cuda.device(device):
+                self._replay = self._record()
 
     def _record(self) -> Callable[[], None]:
         stream = torch.cuda.Stream()
@@ -221,7 +232,7 @@ class _RecordedStep:
             self._take_step()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             self._take_step()
         return graph.replay
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from minillm_core.data.batches import Batch
+from minillm_core.errors import InputError
 from minillm_core.training.backend import EvalStep
 from minillm_torch.device import to_device, use_deterministic_algorithms
 from minillm_torch.layers import matmul, weight_gradient
@@ -40,7 +41,7 @@ def losses_and_slopes(logits_RV: Tensor, targets_R: Tensor, weights_R: Tensor) -
 
 
 def head_losses(head_VD: Tensor, x_ND: Tensor, targets_N: Tensor) -> Tensor:
-    """`token_losses` of the output head's logits, (N,), without ever holding all logits."""
+    """`token_losses` of the output head's logits, (N,), in chunks: without gradients, it never holds all logits."""
     w_VD = cast(head_VD, x_ND.dtype)
     return torch.cat([token_losses(matmul(x_RD, w_VD), targets_R) for x_RD, targets_R in _chunks(x_ND, targets_N)])
 
@@ -49,7 +50,7 @@ class _WeightedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, head_VD: Tensor, x_ND: Tensor, targets_N: Tensor, weights_N: Tensor) -> Tensor:
         w_VD = cast(head_VD, x_ND.dtype)
-        grad_VD = torch.zeros_like(head_VD)
+        grad_VD = torch.zeros_like(head_VD, dtype=at_least_float32(head_VD.dtype))
         losses: list[Tensor] = []
         grads: list[Tensor] = []
         for x_RD, targets_R, weights_R in _chunks(x_ND, targets_N, weights_N):
@@ -58,18 +59,23 @@ class _WeightedLoss(torch.autograd.Function):
             losses.append(losses_R)
             grads.append(matmul(slopes_RV, w_VD.T))
         losses_N = torch.cat(losses)
-        ctx.save_for_backward(grad_VD, torch.cat(grads), losses_N)
+        ctx.save_for_backward(cast(grad_VD, head_VD.dtype), torch.cat(grads), losses_N)
         return (losses_N * weights_N).sum()
 
     @staticmethod
     def backward(ctx: Any, factor: Tensor) -> tuple[Tensor | None, ...]:
-        grad_VD, grad_ND, losses_N = (x * factor.to(x.dtype) for x in ctx.saved_tensors)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
+            hint = "compute the loss as token_losses(model.head(x), targets)"
+            raise InputError("the loss has no second derivatives: its gradients have no graph of their own", hint=hint)
+        high = at_least_float32(factor.dtype)  # a factor in 16 bits has an error
+        grad_VD, grad_ND, losses_N = ((cast(x, high) * factor).to(x.dtype) for x in ctx.saved_tensors)
         return grad_VD, grad_ND, None, losses_N
 
 
 def weighted_loss(head_VD: Tensor, x_ND: Tensor, targets_N: Tensor, weights_N: Tensor) -> Tensor:
     """The weighted sum of `head_losses`. The logits of a chunk are computed once: the pass that computes the losses
-    computes the gradients of their sum, too, because a chunk's logits are all that both need.
+    computes the gradients of their sum, too, because a chunk's logits are all that both need. There are no second
+    derivatives: asking for one raises an InputError.
 
     Args:
         head_VD: the head's master weights; the product is computed in the dtype of x.
@@ -82,7 +88,7 @@ def weighted_loss(head_VD: Tensor, x_ND: Tensor, targets_N: Tensor, weights_N: T
 def _chunks(*arrays: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Arrays (N, ...) cut into chunks of at most TOKENS_PER_CHUNK rows of nearly equal size: (R, ...) each."""
     N = len(arrays[0])
-    n_chunks = -(-N // TOKENS_PER_CHUNK)
+    n_chunks = max(1, -(-N // TOKENS_PER_CHUNK))
     return zip(*(x.split(-(-N // n_chunks)) for x in arrays), strict=True)
 
 
@@ -97,9 +103,13 @@ def loss_sums(model: MiniLLM, batch: Batch, *, remat: bool = False) -> tuple[Ten
 
     Sums of several batches may be added; their mean is the first sum divided by the second.
     """
-    x_ND = _output(model, batch, remat=remat)
-    weights_N = batch.weights_BT.reshape(-1).to(at_least_float32(x_ND.dtype))
+    x_ND, weights_N = _output(model, batch, remat=remat), _weights(model, batch)
     return weighted_loss(model.head_weight(), x_ND, batch.targets_BT.reshape(-1), weights_N), weights_N.sum()
+
+
+def _weights(model: MiniLLM, batch: Batch) -> Tensor:
+    """The weights of all targets of a batch, (B * T), in at least float32."""
+    return batch.weights_BT.reshape(-1).to(at_least_float32(model.compute_dtype))
 
 
 def _output(model: MiniLLM, batch: Batch, *, remat: bool = False) -> Tensor:
@@ -111,9 +121,13 @@ def _output(model: MiniLLM, batch: Batch, *, remat: bool = False) -> Tensor:
 
 
 def mean_loss(model: MiniLLM, batch: Batch) -> Tensor:
-    """The weighted mean of a batch's losses in nats."""
-    loss, weight = loss_sums(model, batch)
-    return loss / weight
+    """The weighted mean of a batch's losses in nats.
+
+    The weights are divided, not the sum: a gradient in 16 bits that is scaled afterwards is rounded twice, in the same
+    direction. For a sum of 2,044 all gradients were 0.2 % too small.
+    """
+    x_ND, weights_N = _output(model, batch), _weights(model, batch)
+    return weighted_loss(model.head_weight(), x_ND, batch.targets_BT.reshape(-1), weights_N / weights_N.sum())
 
 
 def make_eval_step(model: MiniLLM, *, deterministic: bool = False) -> EvalStep:

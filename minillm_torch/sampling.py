@@ -88,8 +88,8 @@ def _drop(logits_BV: Tensor, weights_BV: Tensor, limit_B1: Tensor) -> Tensor:
 
 
 def digit_bits(n_rows: int, device: torch.device) -> int:
-    """Bits of the threshold that `_drop` finds per pass over the logits. On a GPU, few rows cost less than the start of
-    a kernel, so fewer and larger passes are faster."""
+    """Bits of the threshold that `_drop` finds per pass over the logits. On a GPU with few rows, starting a kernel
+    takes longer than its work, so fewer and larger passes are faster."""
     return 4 if device.type == "cuda" and n_rows <= 16 else 1
 
 
@@ -102,8 +102,10 @@ def draw(logits_BV: Tensor, uniform_B: Tensor) -> Tensor:
         uniform_B: one number in [0, 1) per row.
     """
     probs_BV = torch.softmax(logits_BV, dim=-1)
-    # torch's cumsum adds one by one, so in float32 the error grows with the vocabulary; XLA's adds in a tree.
-    cdf_BV = torch.where(probs_BV > 0, torch.cumsum(probs_BV.double(), dim=-1), 0)
+    # torch's cumsum adds one by one, so in float32 the error grows with the vocabulary; XLA's adds in a tree. On a GPU,
+    # only that of integers is deterministic: 2^-52 is the unit.
+    high_BV = (probs_BV.double() * 2.0**52).long() if probs_BV.is_cuda else probs_BV.double()
+    cdf_BV = torch.where(probs_BV > 0, torch.cumsum(high_BV, dim=-1).double(), 0)
     return largest((cdf_BV > uniform_B[:, None] * torch.amax(cdf_BV, dim=-1, keepdim=True)).int())
 
 

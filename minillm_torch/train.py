@@ -83,8 +83,7 @@ def make_train_step(config: RunConfig) -> TrainStep:
     """The step: losses -> accumulated gradients -> clip -> AdamW. See core's TrainStep for its signature."""
     use_deterministic_algorithms(config.train.deterministic)
     n_micro = config.train.grad_accum
-    on_gpu = default_device().type == "cuda"
-    compiles = on_gpu if config.train.torch_compile == "auto" else config.train.torch_compile == "on"
+    compiles = config.train.torch_compile and default_device().type == "cuda"
     sums = compiled(loss_sums) if compiles else loss_sums
 
     def accumulate(model: MiniLLM, batch: Batch) -> tuple[Tensor, Params]:

@@ -19,6 +19,7 @@ import minillm_jax
 import minillm_torch
 from minillm_core.errors import InputError
 from minillm_core.model.mask import AttentionMask
+from minillm_jax import kv_cache as jax_kv_cache
 from minillm_jax.weights import split_model
 from parity_tests.conftest import (
     MODELS,
@@ -351,3 +352,13 @@ def test_any_integer_dtype(dtype: type) -> None:
     expected = to_numpy(pair.torch(to_torch(tokens))[0])
     assert_close("torch", to_numpy(pair.torch(torch.from_numpy(tokens.astype(dtype)))[0]), expected, 0.0)
     assert_close("jax", to_numpy(pair.jax(jnp.asarray(tokens.astype(dtype)))[0]), expected, 5e-5)
+
+
+def test_one_token_without_a_scatter() -> None:
+    """What JAX does on a GPU for one token of one row: the same cache, also for an index outside of it."""
+    rng = np.random.default_rng(0)
+    old, new = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((1, 2, 5, 4), (1, 1, 2, 4)))
+    for index in (0, 4, 5):
+        slots = jnp.arange(1)[:, None, None], jnp.arange(2)[None, None], jnp.full((1, 1, 1), index)
+        ours, expected = (put(old, new, slots) for put in (jax_kv_cache._put_one, jax_kv_cache._put))
+        assert np.array_equal(ours, expected), index

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from typing import Any
 
@@ -23,6 +24,7 @@ from minillm_core.errors import InputError
 from minillm_core.text.tokenizer import Tokenizer
 from minillm_jax import generate as jax_generate
 from minillm_jax.weights import split_model
+from minillm_torch.generate import MAX_RECORDED
 from parity_tests.conftest import (
     BACKENDS,
     MODELS,
@@ -357,13 +359,30 @@ def test_a_step_over_fixed_buffers(tokenizer: Tokenizer) -> None:
     for request in (*requests, *requests):
         assert complete(recorded, PROMPTS, **request) == complete(plain, PROMPTS, **request)
     n_recorded = len(recorded._recorded)
+    assert n_recorded == len(requests)
     streams = [[generator.stream(PROMPTS[i], **requests[0]) for i in (0, 0, 1)] for generator in (plain, recorded)]
     pieces = [["".join(step) for step in itertools.zip_longest(*three, fillvalue="")] for three in streams]
     assert pieces[0] == pieces[1]
-    assert len(recorded._recorded) > n_recorded > 0
-    steps = [step for steps in recorded._recorded.values() for step in steps]
-    assert len(steps) > len(recorded._recorded), "streams of the same shape need buffers of their own"
-    assert all(step.is_free() for step in steps)
+    assert len(recorded._recorded) >= n_recorded + 3, "streams of the same shape need buffers of their own"
+    assert all(step.is_free() for step in recorded._recorded)
+    streams = [recorded.stream(PROMPTS[0], **requests[0]) for _ in range(MAX_RECORDED + 2)]
+    for stream in streams:
+        next(stream)
+    assert len(recorded._recorded) == len(streams), "those in use are kept, however many"
+    del stream, streams
+    assert complete(recorded, PROMPTS, **requests[1]) == complete(plain, PROMPTS, **requests[1])
+    assert len(recorded._recorded) == MAX_RECORDED
+
+
+def test_threads_share_a_generator(tokenizer: Tokenizer) -> None:
+    """Calls at the same time from several threads get their own answers, from steps over fixed buffers, too."""
+    generator = minillm_torch.Generator(make_pair(TINY, TIERS["float32"]).torch, tokenizer)
+    requests = [{"max_new_tokens": 40, "temperature": 1.0, "seed": seed} for seed in range(4)]
+    expected = [complete(generator, PROMPTS, **request) for request in requests]
+    generator._records = True
+    with ThreadPoolExecutor(4) as threads:
+        for _ in range(3):
+            assert [*threads.map(lambda request: complete(generator, PROMPTS, **request), requests)] == expected
 
 
 @pytest.mark.extended

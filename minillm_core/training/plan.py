@@ -51,8 +51,8 @@ def activation_bytes(config: RunConfig) -> int:
 
     Per token and layer: gate, up, their activation and product; the input and the normalised input of both norms in
     float32, and their outputs; rotated q and k, v, the attention's output and its log-sum-exp. With `train.remat` only
-    the input of every layer is kept, and everything of one layer while it is recomputed. The output head keeps its
-    input; its logits come in chunks that do not depend on the size of the batch.
+    the input of every layer is kept, and everything of one layer while it is recomputed. The output head keeps the
+    gradient of its input; its logits come in chunks that do not depend on the size of the batch.
     """
     model, c = config.model, config.train
     Q, KV = model.n_heads * model.resolved_head_dim, model.n_kv_heads * model.resolved_head_dim
