@@ -283,11 +283,7 @@ class TrainConfig:
         )
         require(self.seed >= 0, "train.seed is negative", expected="0 or more", found=self.seed)
         require(self.keep_last >= 0, "train.keep_last is negative", expected="0 (all) or more", found=self.keep_last)
-        for field, choices in (
-            ("compute_dtype", ComputeDtype),
-            ("nonfinite", Nonfinite),
-            ("wandb", WandbMode),
-        ):
+        for field, choices in (("compute_dtype", ComputeDtype), ("nonfinite", Nonfinite), ("wandb", WandbMode)):
             value, options = getattr(self, field), typing.get_args(choices)
             expected = f"one of {', '.join(options)}"
             require(value in options, f"train.{field} is unknown", expected=expected, found=repr(value))
