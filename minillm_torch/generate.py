@@ -6,7 +6,7 @@ Shapes: B rows, T prompt tokens, N tokens per block, V vocabulary.
 import threading
 import weakref
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -91,14 +91,12 @@ class Generator(BaseGenerator):
         options, seen = Options.of(filters, greedy, state[0]), torch.zeros_like(state[0], dtype=torch.bool)
         if options.has_penalty:  # else nothing has to be sent: 8 MB for 256 rows
             seen.copy_(torch.from_numpy(seen_BV))
+        block = _Block(seen, uniforms, active, n_tokens, options)
         if self._records:
             with self._lock:  # the buffers of a step belong to one call at a time
-                step = self._step_for(state, options)
-                tokens_BN, logprobs_BN, state = step.run(state, seen, uniforms, active, n_tokens, options)
+                tokens_BN, logprobs_BN, state = self._step_for(state, options).run(state, block)
         else:
-            tokens_BN, logprobs_BN, state = _decode(
-                self._model, self._decoder, state, seen, uniforms, active, n_tokens, options
-            )
+            tokens_BN, logprobs_BN, state = _decode(self._model, self._decoder, state, block)
         return tokens_BN.cpu().numpy(), logprobs_BN.cpu().numpy(), state
 
     def _step_for(self, state: DecodeState, options: Options) -> "_RecordedStep":
@@ -149,6 +147,18 @@ def _prefill_logits(
     return logits_BTV, (torch.where((valid > 0)[:, None], last_B1V[:, 0], logits_BV), cache_after)
 
 
+@dataclass(frozen=True)
+class _Block:
+    """What the next tokens of every row depend on, besides the state."""
+
+    seen_BV: Tensor
+    uniforms_BN: Tensor
+    active_B: Tensor
+    """On the host."""
+    n_tokens: int
+    options: Options
+
+
 def _step(
     model: MiniLLM,
     decoder: Any,
@@ -172,23 +182,15 @@ def _step(
 
 
 @torch.inference_mode()
-def _decode(
-    model: MiniLLM,
-    decoder: Any,
-    state: DecodeState,
-    seen_BV: Tensor,
-    uniforms_BN: Tensor,
-    active_B: Tensor,
-    n_tokens: int,
-    options: Options,
-) -> tuple[Tensor, Tensor, DecodeState]:
-    """Samples n_tokens tokens, one model step each, without synchronising with the device in between."""
-    logits_BV, cache = state[0], only_rows(state[1], active_B)
+def _decode(model: MiniLLM, decoder: Any, state: DecodeState, block: _Block) -> tuple[Tensor, Tensor, DecodeState]:
+    """Samples a block of tokens, one model step each, without synchronising with the device in between."""
+    logits_BV, cache = state[0], only_rows(state[1], block.active_B)
+    valid_B, uniforms_NB = block.active_B.long(), block.uniforms_BN.unbind(1)
     tokens: list[Tensor] = []
     logprobs: list[Tensor] = []
-    for i in range(n_tokens):
+    for uniform_B in uniforms_NB[: block.n_tokens]:
         token_B, logprob_B, (logits_BV, cache) = _step(
-            model, decoder, logits_BV, cache, seen_BV, uniforms_BN[:, i], active_B.long(), options
+            model, decoder, logits_BV, cache, block.seen_BV, uniform_B, valid_B, block.options
         )
         tokens.append(token_B)
         logprobs.append(logprob_B)
@@ -263,35 +265,28 @@ class _RecordedStep:
         return self._owner() is None
 
     @torch.inference_mode()
-    def run(
-        self,
-        state: DecodeState,
-        seen_BV: Tensor,
-        uniforms_BN: Tensor,
-        active_B: Tensor,
-        n_tokens: int,
-        options: Options,
-    ) -> tuple[Tensor, Tensor, DecodeState]:
+    def run(self, state: DecodeState, block: _Block) -> tuple[Tensor, Tensor, DecodeState]:
         """`_decode`; the state it returns uses the buffers."""
-        logits_BV, cache = state[0], only_rows(state[1], active_B)
+        logits_BV, cache, valid_B = state[0], only_rows(state[1], block.active_B), block.active_B.long()
         if not self.holds(state):
             for mine, theirs in zip(self._cache.layers, cache.layers, strict=True):
                 mine.k_BKSH.copy_(theirs.k_BKSH)
                 mine.v_BKSH.copy_(theirs.v_BKSH)
         if logits_BV is not self._logits_BV:
             self._logits_BV.copy_(logits_BV)
-        inputs = ((self._seen_BV, seen_BV), (self._uniforms_BN, uniforms_BN), (self._valid_B, active_B.long()))
-        options_in = zip(self._options.filters, options.filters, strict=True)
-        for mine, theirs in (*inputs, *options_in, (self._cache.length_B, cache.length_B)):
+        inputs = ((self._seen_BV, block.seen_BV), (self._uniforms_BN, block.uniforms_BN), (self._valid_B, valid_B))
+        filters = zip(self._options.filters, block.options.filters, strict=True)
+        for mine, theirs in (*inputs, *filters, (self._cache.length_B, cache.length_B)):
             mine.copy_(theirs)
         self._at_1.zero_()
-        for _ in range(n_tokens):
+        for _ in range(block.n_tokens):
             self._replay()
-        length_B = cache.length_B + n_tokens * active_B.long()
+        length_B = cache.length_B + block.n_tokens * valid_B
         layers = cache.layers if self.holds(state) else tuple(replace(layer) for layer in self._cache.layers)
         self._owner = weakref.ref(layers[0])
         after = KVCache(layers, length_B, length_B.clone())
-        return self._tokens_BN[:, :n_tokens].clone(), self._logprobs_BN[:, :n_tokens].clone(), (self._logits_BV, after)
+        tokens_BN, logprobs_BN = (x[:, : block.n_tokens].clone() for x in (self._tokens_BN, self._logprobs_BN))
+        return tokens_BN, logprobs_BN, (self._logits_BV, after)
 
 
 def to_numpy(x: Tensor) -> np.ndarray:
