@@ -1,4 +1,4 @@
-"""PyTorch's other ways to run a decoding step: over fixed buffers, as it is recorded on a GPU, and with `torch.compile`."""
+"""PyTorch's other ways to run a decoding step: over fixed buffers, as recorded on a GPU, and with `torch.compile`."""
 
 import itertools
 import shutil

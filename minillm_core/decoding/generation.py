@@ -283,9 +283,7 @@ class BaseGenerator(RequestReader, ABC):
         """Adds a block of tokens to a row, up to the row's end."""
         n_before = len(row.tokens)
         for token, logprob in zip(tokens, logprobs, strict=True):
-            if not math.isfinite(
-                logprob
-            ):  # checked here because `check_finite` takes 2 us, for every token of every row
+            if not math.isfinite(logprob):  # `check_finite` takes 4 us, which is long for every token of every row
                 check_finite(logprob, f"new token {len(row.tokens) + 1}")
             if token in request.stop_ids:
                 row.finish_reason, row.end = "stop", (token, logprob)
