@@ -1,7 +1,6 @@
 """Imports a framework package when a command needs it, with settings that keep idle threads off the CPU cores."""
 
-import os
-
+from minillm_cli.process import let_threads_sleep
 from minillm_core.training import backend
 from minillm_core.training.backend import Backend
 
@@ -14,12 +13,3 @@ def load_backend(framework: str, *, decoding: bool = False) -> Backend:
     """
     let_threads_sleep(decoding=decoding)
     return backend.load_backend(framework)
-
-
-def let_threads_sleep(*, decoding: bool = False) -> None:
-    """Keeps torch's waiting threads from spinning. Call this before torch is imported.
-
-    On busy cores, spinning threads made a training step take 4 to 7 times longer. A decoding step has a hundred short
-    waits, and threads that sleep at once make it 2.5 times slower; for decoding, they spin for a while and then sleep.
-    """
-    os.environ.setdefault(*(("GOMP_SPINCOUNT", "30000") if decoding else ("OMP_WAIT_POLICY", "passive")))

@@ -30,8 +30,8 @@ from typing import Annotated, Literal
 
 import tyro
 
-from minillm_cli.backends import let_threads_sleep
 from minillm_cli.console import command_line, parse, say
+from minillm_cli.process import let_threads_sleep
 from minillm_core.errors import InputError
 from minillm_core.interop import Conversion, convert
 from minillm_core.interop.conversion import FORMATS, parse_direction

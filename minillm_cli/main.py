@@ -5,6 +5,7 @@ import importlib
 import sys
 
 from minillm_cli.console import run
+from minillm_cli.process import set_malloc
 from minillm_core.errors import InputError
 from minillm_core.version import __version__
 
@@ -59,5 +60,7 @@ def _dispatch() -> None:
         close = difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f"did you mean `minillm {close[0]}`?" if close else "run `minillm --help` for the list"
         raise InputError("unknown command", expected=", ".join(COMMANDS), found=repr(arguments[0]), hint=hint)
+    if name == "train":
+        set_malloc()
     sys.argv = [f"minillm {name}", *arguments[1:]]
     importlib.import_module(f"minillm_cli.{COMMANDS[name][0]}").main()

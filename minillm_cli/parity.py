@@ -10,8 +10,8 @@ from typing import Annotated, Literal
 
 import tyro
 
-from minillm_cli.backends import let_threads_sleep
 from minillm_cli.console import parse, say
+from minillm_cli.process import let_threads_sleep
 from minillm_cli.transformers_engine import TRANSFORMERS
 from minillm_core.doctor.compare import compare
 from minillm_core.doctor.report import PAGE_BEGINS, html_report, json_report, text_report

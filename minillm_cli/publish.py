@@ -4,8 +4,8 @@ from typing import Annotated, Literal
 
 import tyro
 
-from minillm_cli.backends import let_threads_sleep
 from minillm_cli.console import parse, say
+from minillm_cli.process import let_threads_sleep
 from minillm_core.interop.hub import upload_command
 from minillm_core.interop.publish import publish
 

@@ -12,8 +12,8 @@ from typing import Annotated, Literal
 
 import tyro
 
-from minillm_cli.backends import let_threads_sleep
 from minillm_cli.console import parse, say
+from minillm_cli.process import let_threads_sleep
 from minillm_core.errors import InputError, missing_package
 from minillm_core.files import user_path
 from minillm_core.training.checkpoints import FRAMEWORKS, checkpoint_steps, find_checkpoint

@@ -15,7 +15,7 @@ if "PARITY_TESTS_ON_GPU" in os.environ:
 else:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # JAX and torch share the cores: see minillm_cli/backends.py
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # JAX and torch share the cores: see minillm_cli/process.py
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's threads busy-wait and slow down the other worker
 
 from collections.abc import Iterator

@@ -28,7 +28,7 @@ def onednn(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         rows.append(len(x_RI))
         return apply(x_RI, w_OI)
 
-    monkeypatch.setattr(layers, "_onednn_is_faster", lambda: True)
+    monkeypatch.setattr(layers, "MKL_IS_SLOW", True)
     monkeypatch.setattr(layers._OneDNNProduct, "apply", counted)
     return rows
 
@@ -55,6 +55,18 @@ def test_product_and_gradients(rows: int, d_in: int, d_out: int, onednn: list[in
         assert relative(ours.detach(), exact.detach()) <= 2e-6
 
 
+@pytest.mark.parametrize("mkl_is_slow", [False, True])
+@pytest.mark.parametrize("rows", [1, 2, 16, 64])
+def test_few_rows(rows: int, mkl_is_slow: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every path to a product of few rows, whatever the processor is."""
+    monkeypatch.setattr(layers, "MKL_IS_SLOW", mkl_is_slow)
+    generator = torch.Generator().manual_seed(0)
+    x_BTI, w_OI = (torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((rows, 1, 96), (40, 96)))
+    exact_BTO = torch.einsum("bti,oi->bto", x_BTI, w_OI)
+    assert relative(layers.matmul(x_BTI, w_OI), exact_BTO) <= 1e-14
+    assert relative(layers.matmul(x_BTI.float(), w_OI.float()).double(), exact_BTO) <= 1e-6
+
+
 def test_model_and_its_gradients(onednn: list[int]) -> None:
     """A whole model, with and without oneDNN."""
     pair = make_pair(MODELS["gqa"], PRECISIONS["float32"])
@@ -69,7 +81,7 @@ def test_model_and_its_gradients(onednn: list[int]) -> None:
     n_products = len(onednn)
     assert n_products == 3 * (7 * pair.config.n_layers + 1), "forward, gradients of inputs and weights, the head's too"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(layers, "_onednn_is_faster", lambda: False)
+        patch.setattr(layers, "MKL_IS_SLOW", False)
         without = gradients()
     assert len(onednn) == n_products
     for name, exact in without.items():
@@ -114,6 +126,6 @@ def test_where_onednn_is_used(
     info.write_text(f"processor\t: 0\nvendor_id\t: {vendor}\n")
     monkeypatch.setattr(layers, "Path", lambda _: info)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    assert layers._onednn_is_faster.__wrapped__() == is_faster
+    assert layers._mkl_is_slow() == is_faster
     info.unlink()
-    assert not layers._onednn_is_faster.__wrapped__()
+    assert not layers._mkl_is_slow()

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from minillm_cli.backends import let_threads_sleep
 from minillm_cli.benchmark.cases import Case
+from minillm_cli.process import let_threads_sleep
 from minillm_core.config import ModelConfig
 from minillm_core.data.batches import Batch
 from minillm_core.model.params import init_params

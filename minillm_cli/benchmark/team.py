@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import minillm_cli
+from minillm_cli.benchmark.engines import OURS
+from minillm_cli.process import malloc_settings
 
 
 class EngineError(Exception):
@@ -29,6 +31,7 @@ class Engine:
         self.name = name
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 (closed in `close`)
         here = str(Path(minillm_cli.__file__).parent.parent)
+        settings = malloc_settings() if name in OURS and work == "train" else {}  # peers keep their own
         paths = [path for path in (os.environ.get("PYTHONPATH"), here) if path]
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-m", "minillm_cli.benchmark.worker", name, work],
@@ -36,7 +39,7 @@ class Engine:
             stdout=subprocess.PIPE,
             stderr=self._log,
             encoding="utf-8",
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
+            env=os.environ | settings | {"PYTHONPATH": os.pathsep.join(paths)},
         )
 
     def send(self, do: str, **arguments: Any) -> None:
