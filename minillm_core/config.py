@@ -36,7 +36,7 @@ WandbMode = Literal["disabled", "offline", "online"]
 FREE_TO_CHANGE = {
     *(f"data.{name}" for name in ("corpus", "dir", "mixture_changes")),
     *(f"train.{name}" for name in ("out_dir", "checkpoint_every", "keep_last", "nonfinite", "final_eval_batches")),
-    *(f"train.{name}" for name in ("init_from", "tensorboard", "wandb", "torch_compile")),
+    *(f"train.{name}" for name in ("init_from", "tensorboard", "wandb", "torch_compile", "scan_layers")),
 }
 """Fields that may change when a run is resumed: no number logged before depends on them. (The data is identified by its
 hash, not by its place. Of the changes of a mixture, only future ones: `require_same_past`.)"""
@@ -236,6 +236,9 @@ class TrainConfig:
     """Micro-batches per step."""
     remat: bool = False
     """Recompute the activations of every block in the backward pass: less memory, about a third more operations."""
+    scan_layers: bool = False
+    """JAX computes the blocks in a loop, so that compiling takes the same time for any number of them. A step may take
+    longer, and without `remat` a GPU needs twice the memory. No effect in PyTorch."""
     log_every: int = 10
     """Steps between two rows of the log."""
     eval_every: int = 100

@@ -100,7 +100,7 @@ class Generator(BaseGenerator):
 def untied_structure(config: ModelConfig, param_dtype: DTypeLike, compute_dtype: DTypeLike) -> nnx.GraphDef[MiniLLM]:
     """The structure of the same model with a Linear as its output head, for `with_head` and `for_one_row`."""
     untied = dataclasses.replace(config, tie_embeddings=False)
-    dtypes = {"param_dtype": param_dtype, "compute_dtype": compute_dtype}
+    dtypes: Any = {"param_dtype": param_dtype, "compute_dtype": compute_dtype}
     return split_model(nnx.eval_shape(lambda: MiniLLM(untied, **dtypes)))[0]
 
 

@@ -41,12 +41,15 @@ class Block(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """Everything below the output head."""
+    """Everything below the output head. With `scan_layers`, `layers` is one block with the arrays of all (L, ...)."""
 
-    def __init__(self, config: ModelConfig, *, param_dtype: DTypeLike, compute_dtype: DTypeLike):
+    def __init__(
+        self, config: ModelConfig, *, scan_layers: bool = False, param_dtype: DTypeLike, compute_dtype: DTypeLike
+    ):
         dtypes = {"param_dtype": param_dtype, "compute_dtype": compute_dtype}
         self.embed_tokens = Embedding(config.vocab_size, config.width, **dtypes)
-        self.layers = nnx.List([Block(config, **dtypes) for _ in range(config.n_layers)])
+        blocks = [Block(config, **dtypes) for _ in range(1 if scan_layers else config.n_layers)]
+        self.layers = blocks[0] if scan_layers else nnx.List(blocks)
         self.norm = RMSNorm(config.width, eps=config.norm_eps, param_dtype=param_dtype)
         self.head_dim, self.window = config.resolved_head_dim, config.sliding_window
         shape = (config.context_length, config.resolved_head_dim // 2)
@@ -84,6 +87,9 @@ class Decoder(nnx.Module):
             bias_BTS=lower(mask, T, n_keys, self.head_dim, x_BTD.dtype),
             slots=None if cache is None else slots(cache, index_BT),
         )
+        if isinstance(self.layers, Block):
+            assert cache is None  # decoding reads every layer's weights where they are
+            return self.norm(_scan_blocks(self.layers, x_BTD, positions, remat=remat)), None
         layer_caches: list[LayerCache] = []
         for i, block in enumerate(self.layers):
             if remat:
@@ -98,14 +104,30 @@ class Decoder(nnx.Module):
         return self.norm(x_BTD), cache
 
 
+def _scan_blocks(stacked: Block, x_BTD: jax.Array, positions: PositionContext, *, remat: bool) -> jax.Array:
+    """The output of all blocks, computed in a loop, so that the compiler sees one block, however many there are.
+
+    Args:
+        stacked: a block whose arrays are those of all blocks, (L, ...).
+    """
+    graphdef, arrays = nnx.split(stacked)
+
+    def step(x_BTD: jax.Array, layer: nnx.State) -> tuple[jax.Array, None]:
+        return nnx.merge(graphdef, layer)(x_BTD, positions, None)[0], None
+
+    return jax.lax.scan(jax.checkpoint(step) if remat else step, x_BTD, arrays)[0]
+
+
 class MiniLLM(nnx.Module):
     """A Llama-style language model. Its initial weights and rotary tables are placeholders; weights.py sets them."""
 
-    def __init__(self, config: ModelConfig, *, param_dtype: DTypeLike, compute_dtype: DTypeLike):
+    def __init__(
+        self, config: ModelConfig, *, scan_layers: bool = False, param_dtype: DTypeLike, compute_dtype: DTypeLike
+    ):
         self.config = config
         self.compute_dtype = compute_dtype
         dtypes = {"param_dtype": param_dtype, "compute_dtype": compute_dtype}
-        self.model = Decoder(config, **dtypes)
+        self.model = Decoder(config, **dtypes, scan_layers=scan_layers)
         self.lm_head = None if config.tie_embeddings else Linear(config.width, config.vocab_size, **dtypes)
 
     def __call__(

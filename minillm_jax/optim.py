@@ -8,15 +8,16 @@ import optax
 
 from minillm_core.config import ModelConfig, OptimConfig
 from minillm_core.model.params import param_table
-from minillm_jax.weights import Params, param_paths
+from minillm_jax.weights import LAYER, Params, param_paths
 
 
 def make_optimizer(config: OptimConfig, model: ModelConfig) -> optax.GradientTransformation:
     """AdamW without the learning rate: `update` gives a direction, which `apply_update` scales and subtracts."""
     decays = {param_paths(model)[name]: spec.decays for name, spec in param_table(model).items()}
+    decays |= {LAYER.sub("", path): value for path, value in decays.items()}  # for `scan_layers`
     return optax.chain(
         optax.scale_by_adam(config.beta1, config.beta2, config.eps),
-        optax.add_decayed_weights(config.weight_decay, mask=decays),
+        optax.add_decayed_weights(config.weight_decay, mask=lambda params: {path: decays[path] for path in params}),
     )
 
 

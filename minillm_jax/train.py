@@ -21,7 +21,7 @@ from minillm_jax.model import MiniLLM
 from minillm_jax.optim import apply_update, clip_by_global_norm, make_optimizer
 from minillm_jax.payload import start_writing
 from minillm_jax.precision import param_dtype, resolve_dtype
-from minillm_jax.weights import Params, from_canonical, merge_model, model_structure, to_canonical
+from minillm_jax.weights import Params, from_canonical, merge_model, model_structure, to_canonical, unstack_layers
 
 Sums = tuple[jax.Array, jax.Array, Params]
 """The weighted sum of losses, the sum of weights, and the gradients of the first."""
@@ -44,11 +44,11 @@ def init_state(config: RunConfig) -> TrainState:
 def import_state(config: RunConfig, state: TrainingState, updates: int) -> TrainState:
     """The state after `updates` updates, from framework-free tensors; without moments, Adam restarts from zero."""
     dtype = param_dtype(resolve_dtype(config.train.compute_dtype))
-    params = from_canonical(config.model, state.weights, dtype)
+    load = partial(from_canonical, config.model, dtype=dtype, scan_layers=config.train.scan_layers)
+    params = load(state.weights)
     opt_state = make_optimizer(config.optim, config.model).init(params)
     if state.exp_avg:
-        mu = from_canonical(config.model, state.exp_avg, dtype)
-        nu = from_canonical(config.model, state.exp_avg_sq, dtype)
+        mu, nu = load(state.exp_avg), load(state.exp_avg_sq)
         opt_state = (opt_state[0]._replace(count=jnp.asarray(updates, jnp.int32), mu=mu, nu=nu), *opt_state[1:])
     return TrainState(params, opt_state)
 
@@ -66,14 +66,15 @@ def start_payload(folder: Path, config: RunConfig, state: TrainState) -> Callabl
 def _groups(state: TrainState) -> dict[str, Params]:
     """Parameters and both Adam moments, by the names of the groups in a checkpoint."""
     adam = state.opt_state[0]
-    return {"weights": state.params, "exp_avg": adam.mu, "exp_avg_sq": adam.nu}
+    groups = {"weights": state.params, "exp_avg": adam.mu, "exp_avg_sq": adam.nu}
+    return {group: unstack_layers(params) for group, params in groups.items()}
 
 
 def model_of(config: RunConfig, state: TrainState) -> MiniLLM:
     """The model inside a state, valid until the next step."""
     dtype = resolve_dtype(config.train.compute_dtype)
     graphdef, rope = model_structure(config.model, param_dtype=param_dtype(dtype), compute_dtype=dtype)
-    return merge_model(graphdef, state.params, rope)
+    return merge_model(graphdef, unstack_layers(state.params), rope)
 
 
 def make_train_step(config: RunConfig) -> TrainStep:
@@ -92,7 +93,9 @@ def jit_train_step(config: RunConfig) -> tuple[Any, Params]:
     """The step as `jax.jit` returns it, before it is compiled, and the model's constants, which are its second
     argument."""
     dtype = resolve_dtype(config.train.compute_dtype)
-    graphdef, rope = model_structure(config.model, param_dtype=param_dtype(dtype), compute_dtype=dtype)
+    graphdef, rope = model_structure(
+        config.model, param_dtype=param_dtype(dtype), compute_dtype=dtype, scan_layers=config.train.scan_layers
+    )
     optimizer = make_optimizer(config.optim, config.model)
     n_micro = config.train.grad_accum
 

@@ -3,6 +3,7 @@
 Example of a framework path: `model.layers.0.self_attn.q_proj.kernel`. The canonical name differs only in its last word.
 """
 
+import re
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any
@@ -27,6 +28,9 @@ SUFFIXES: dict[str, tuple[str, Callable[[np.ndarray], np.ndarray]]] = {
 
 Params = dict[str, Any]
 """Parameters, gradients or moments by framework path: a flat pytree, cheap to pass to a jitted function."""
+
+LAYER = re.compile(r"(?<=^model\.layers\.)(\d+)\.")
+"""The number of a layer in a path. With `scan_layers`, all layers share a path without it, and an array (L, ...)."""
 
 
 def canonical_name(path: str) -> str:
@@ -63,9 +67,36 @@ def to_framework(config: ModelConfig, tensors: Tensors) -> dict[str, np.ndarray]
     return {path: change_layout(path, tensors[name]) for name, path in param_paths(config).items()}
 
 
-def from_canonical(config: ModelConfig, tensors: Tensors, dtype: DTypeLike) -> Params:
+def from_canonical(config: ModelConfig, tensors: Tensors, dtype: DTypeLike, *, scan_layers: bool = False) -> Params:
     """Like `to_framework`, but as arrays on the default device that share no memory with `tensors`."""
-    return {path: jnp.array(array, dtype) for path, array in to_framework(config, tensors).items()}
+    arrays = to_framework(config, tensors)
+    if scan_layers:
+        arrays = stack_layers(arrays)
+    return {path: jnp.array(array, dtype) for path, array in arrays.items()}
+
+
+def stack_layers(arrays: Mapping[str, Any], stack: Callable[[list[Any]], Any] = np.stack) -> dict[str, Any]:
+    """Arrays of one layer each -> arrays of all layers, (L, ...), as a model with `scan_layers` has them."""
+    stacked: dict[str, dict[int, Any]] = {}
+    for path, array in arrays.items():
+        layer = LAYER.search(path)
+        stacked.setdefault(LAYER.sub("", path), {})[int(layer[1]) if layer else -1] = array
+    return {
+        path: layers[-1] if -1 in layers else stack([layers[i] for i in range(len(layers))])
+        for path, layers in stacked.items()
+    }
+
+
+def unstack_layers(params: Params) -> Params:
+    """The inverse of `stack_layers`, on the device. Arrays of one layer each stay as they are."""
+    unstacked: Params = {}
+    for path, array in params.items():
+        rest = path.removeprefix("model.layers.")
+        if rest == path or LAYER.search(path):
+            unstacked[path] = array
+        else:
+            unstacked |= {f"model.layers.{i}.{rest}": array[i] for i in range(len(array))}
+    return unstacked
 
 
 def _abstract_paths(config: ModelConfig) -> list[str]:
@@ -89,10 +120,11 @@ def build_model(config: ModelConfig, tensors: Tensors, *, param_dtype: DTypeLike
 
 
 def model_structure(
-    config: ModelConfig, *, param_dtype: DTypeLike, compute_dtype: DTypeLike
+    config: ModelConfig, *, param_dtype: DTypeLike, compute_dtype: DTypeLike, scan_layers: bool = False
 ) -> tuple[nnx.GraphDef[MiniLLM], Params]:
     """A model's static structure and its constants, without its parameters."""
-    abstract = nnx.eval_shape(lambda: MiniLLM(config, param_dtype=param_dtype, compute_dtype=compute_dtype))
+    dtypes = {"param_dtype": param_dtype, "compute_dtype": compute_dtype}
+    abstract = nnx.eval_shape(lambda: MiniLLM(config, **dtypes, scan_layers=scan_layers))
     graphdef, _, rope = split_model(abstract)
     tables = zip(("model.cos_SH", "model.sin_SH"), rope_table(config), strict=True)
     return graphdef, {path: jnp.asarray(table, rope[path].dtype) for path, table in tables}

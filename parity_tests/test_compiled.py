@@ -131,6 +131,17 @@ def test_memory_of_mini_llm(batch_size: int, seq_len: int, limit: float) -> None
 
 @pytest.mark.compiled
 @needs_cuda[1]
+def test_a_loop_over_the_blocks() -> None:
+    """With `train.scan_layers`, attention stays fused, and recomputed blocks need as little memory as without."""
+    config = load_config("mini-llm-50m")
+    train = replace(config.train, batch_size=64, seq_len=512, grad_accum=1, scan_layers=True, remat=True)
+    config = replace(config, train=train)
+    assert train_step(config).fused_attention_calls == 3 * config.model.n_layers
+    assert train_step(config).temporaries_bytes <= 1.5e9
+
+
+@pytest.mark.compiled
+@needs_cuda[1]
 def test_plain_attention_is_seen() -> None:
     """cuDNN has no float32 attention, so a float32 run shows what these tests must find. The loss of so few tokens is
     computed in one chunk."""

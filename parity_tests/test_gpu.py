@@ -225,7 +225,7 @@ def test_the_same_bits_again_and_after_a_resume(framework: str) -> None:
 def test_recomputed_blocks_change_nothing(framework: str) -> None:
     """Remat and micro-batches in bfloat16: the same up to the rounding of sums."""
     plain = trained(framework, range(1))
-    for train in ({"remat": True}, {"grad_accum": 2}):
+    for train in ({"remat": True}, {"grad_accum": 2}, {"scan_layers": True, "remat": True}):
         other = trained(framework, range(1), **train)
         for name, moment in plain.exp_avg.items():
             assert_close_norm(f"{train} {name}", other.exp_avg[name], moment, BFLOAT16_MODULE)

@@ -152,6 +152,14 @@ def test_recomputed_blocks(framework: str, plain: Any, float64: Tier, monkeypatc
         assert len(calls) == TINY.n_layers * 3
 
 
+@pytest.mark.parametrize("train", [{}, {"remat": True}, {"grad_accum": 2, "remat": True}], ids=str)
+def test_a_loop_over_the_blocks(train: dict[str, Any], plain: Any, float64: Tier) -> None:
+    """`train.scan_layers`: the loss and every gradient of JAX's step stay the same, and those of PyTorch ignore it."""
+    for framework in BACKENDS:
+        step = step_of(framework, config_of(scan_layers=True, **train), weighted_batch())
+        assert_same_step(step, plain[framework], float64)
+
+
 @pytest.mark.parametrize("framework", BACKENDS)
 @pytest.mark.parametrize("grad_accum", [2, 4])
 def test_micro_batches_with_different_weights(framework: str, grad_accum: int, plain: Any, float64: Tier) -> None:
@@ -286,8 +294,10 @@ def reference_loss(weights: Tensors, batch: Batch) -> float:
 WINDOWED = replace(TINY, sliding_window=5)
 
 
-@pytest.mark.parametrize("framework", BACKENDS)
-def test_a_step_against_numpy(framework: str, float64: Tier, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("framework", "scan_layers"), [("jax", False), ("jax", True), ("torch", False)])
+def test_a_step_against_numpy(
+    framework: str, scan_layers: bool, float64: Tier, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Weights, packed documents, a window, chunks, recomputed blocks and micro-batches at once: the loss of a train
     step is the reference's, and its gradient is the derivative of that loss along a random direction."""
     monkeypatch.setattr(BACKENDS[framework].loss, "TOKENS_PER_CHUNK", 20)
@@ -295,7 +305,7 @@ def test_a_step_against_numpy(framework: str, float64: Tier, monkeypatch: pytest
     positions = np.concatenate([np.arange(n) for n in (9, 1, 14, 7)])[None].repeat(B, axis=0).astype(np.int32)
     batch = replace(weighted_batch(), segments_BT=segments, positions_BT=positions)
     weights = {name: array.astype(np.float64) for name, array in random_weights(WINDOWED).items()}
-    config = replace(config_of(remat=True, grad_accum=2), model=WINDOWED)
+    config = replace(config_of(remat=True, grad_accum=2, scan_layers=scan_layers), model=WINDOWED)
     backend = BACKENDS[framework]
     state, metrics = backend.make_train_step(config)(
         backend.import_state(config, TrainingState(weights, {}, {}), 0), batch, 1e-3

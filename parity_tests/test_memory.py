@@ -17,6 +17,7 @@ from minillm_core.data.batches import Batch
 from minillm_core.training.plan import activation_bytes
 from minillm_jax import loss as jax_loss
 from minillm_jax.model import abstract_model
+from minillm_jax.train import init_state, jit_train_step
 from minillm_jax.weights import Params, merge_model, model_structure, split_model
 from minillm_torch import attention as torch_attention
 from minillm_torch import loss as torch_loss
@@ -117,6 +118,20 @@ def test_jax_recomputes_the_blocks(remat: bool) -> None:
     config = replace(MODELS["gqa"], n_layers=5)
     jaxpr = str(jax.make_jaxpr(jax.grad(partial(loss_of, config, remat)))(*abstract_arguments(config, 2)))
     assert len(re.findall(r"\bprevent_cse=", jaxpr)) == config.n_layers * remat
+
+
+def test_the_program_of_a_loop_does_not_grow_with_the_blocks() -> None:
+    """With `train.scan_layers`, XLA gets the same program for 3 blocks and for 30: only numbers in it differ."""
+
+    def lines(n_layers: int, scan_layers: bool) -> int:
+        config = run_config(replace(MODELS["gqa"], n_layers=n_layers), seq_len=64, scan_layers=scan_layers)
+        step, rope = jit_train_step(config)
+        state = jax.eval_shape(partial(init_state, config))
+        _, batch = abstract_arguments(config.model, 4)
+        return len(step.lower(state, rope, batch, 1e-3).as_text().splitlines())
+
+    assert lines(30, True) == lines(3, True)
+    assert lines(6, False) > 1.5 * lines(3, False)
 
 
 def test_jax_does_not_keep_the_logits(monkeypatch: pytest.MonkeyPatch) -> None:

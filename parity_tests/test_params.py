@@ -1,5 +1,7 @@
 """The table of parameters: counts, names and initial weights, and that both frameworks agree with it."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -54,6 +56,19 @@ def test_round_trip_in_memory(config: ModelConfig) -> None:
         assert all(np.array_equal(back[name], tensors[name]) for name in tensors)
     kernel = jax_weights.to_framework(config, tensors)["model.layers.0.mlp.up_proj.kernel"]
     assert kernel.shape == (config.width, config.hidden)
+
+
+def test_stacked_layers() -> None:
+    """Twelve layers, whose numbers are not in alphabetical order: one array for all of them, and back."""
+    config = replace(MODELS["gqa"], n_layers=12)
+    tensors = random_weights(config)
+    stacked = jax_weights.from_canonical(config, tensors, np.float32, scan_layers=True)
+    assert len(stacked) == len(jax_weights.to_framework(config, tensors)) - 11 * 9
+    for layer, kernel in enumerate(stacked["model.layers.mlp.up_proj.kernel"]):
+        assert np.array_equal(kernel.T, tensors[f"model.layers.{layer}.mlp.up_proj.weight"])
+    back = jax_weights.to_canonical(config, jax_weights.unstack_layers(stacked))
+    assert list(back) == list(tensors)
+    assert all(np.array_equal(back[name], tensors[name]) for name in tensors)
 
 
 @pytest.mark.parametrize("weights", [jax_weights, torch_weights], ids=["jax", "torch"])

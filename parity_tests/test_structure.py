@@ -59,7 +59,7 @@ def signature_of(function: ast.FunctionDef) -> list[str]:
     lines = []
     for kind, arguments, values in kinds:
         for argument, value in zip(arguments, values, strict=kind != "rest"):
-            if argument.arg not in TORCH_ARGUMENTS:
+            if argument.arg not in ONE_SIDED_ARGUMENTS:
                 default = f" = {ast.unparse(value)}" if value else ""
                 lines.append(f"{kind} {argument.arg}: {type_of(argument.annotation)}{default}")
     return [*lines, f"-> {type_of(function.returns)}"]
@@ -111,9 +111,11 @@ ONE_SIDED = {
     | {"silu"}  # XLA rounds a row in the same way at every place of a batch
     | {"rows_of"},  # torch's deterministic index_add works
     "kv_cache.py": {"writable"},  # torch writes in place
-    "weights.py": {"model_structure", "merge_model", "split_model"},  # torch modules hold their own structure
+    "weights.py": {"model_structure", "merge_model", "split_model"}  # torch modules hold their own structure
+    | {"stack_layers", "unstack_layers"},  # `train.scan_layers` shortens JAX's compilation
 }
-TORCH_ARGUMENTS = {"device", "compile"}  # JAX has a default device, and always compiles
+ONE_SIDED_ARGUMENTS = {"device", "compile"}  # JAX has a default device, and always compiles
+ONE_SIDED_ARGUMENTS |= {"scan_layers"}  # shortens JAX's compilation
 SIGNATURES_DIFFER = {
     "make_optimizer",  # torch.optim holds parameters and gradients itself
     "apply_update",

@@ -19,7 +19,7 @@ from minillm_jax.model import abstract_model
 from minillm_jax.optim import make_optimizer
 from minillm_jax.precision import param_dtype, resolve_dtype
 from minillm_jax.train import TrainState, jit_train_step
-from minillm_jax.weights import model_structure, split_model
+from minillm_jax.weights import model_structure, split_model, stack_layers
 
 OPTIONS = {"xla_gpu_autotune_level": 0}
 """Without a GPU there is nothing to time kernels on, so XLA takes its default ones."""
@@ -73,6 +73,8 @@ def compile_train_step(config: RunConfig, card: str) -> Program:
     with standing_in_for(device):
         step, rope = jit_train_step(config)
         params = _params(config, param_dtype(resolve_dtype(config.train.compute_dtype)))
+        if config.train.scan_layers:
+            params = jax.eval_shape(partial(stack_layers, stack=jnp.stack), params)
         state = TrainState(params, jax.eval_shape(make_optimizer(config.optim, config.model).init, params))
         shape = (config.train.batch_size, config.train.seq_len)
         ids_BT, weights_BT = (jax.ShapeDtypeStruct(shape, dtype) for dtype in (jnp.int32, jnp.float32))
