@@ -3,10 +3,12 @@
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
+from minillm_cli.benchmark.team import team
 from minillm_cli.process import malloc_settings
 
 PROGRAM = """
@@ -52,6 +54,25 @@ def test_a_process_restarts_itself_once_and_keeps_its_memory(tmp_path: Path) -> 
 def test_the_settings_of_the_user_stay(tmp_path: Path) -> None:
     _, (_, last) = run(tmp_path, GLIBC_TUNABLES="glibc.malloc.check=0")
     assert last.startswith("glibc.malloc.check=0 ")
+
+
+def environment_of(pid: int) -> str:
+    """The environment of a process that is just starting."""
+    for _ in range(1000):
+        if "PYTHONPATH=" in (found := Path(f"/proc/{pid}/environ").read_bytes().decode()):
+            return found
+        time.sleep(0.01)
+    raise AssertionError("it has no environment")
+
+
+def test_a_benchmark_has_the_settings_of_the_commands(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training of this project's engines; decoding and other libraries keep their own."""
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    for work, name in (("train", "jax"), ("train", "transformers"), ("decode", "jax")):
+        with team([name], work) as engines:
+            environ = environment_of(engines[name].pid)
+        is_set = "GLIBC_TUNABLES=glibc.malloc.hugetlb=1" in environ
+        assert is_set == ((work, name) == ("train", "jax") and malloc_settings() != {})
 
 
 @pytest.mark.parametrize("version", ["glibc 2.34", "musl 1.2", "", None])

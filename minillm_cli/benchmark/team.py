@@ -41,6 +41,7 @@ class Engine:
             encoding="utf-8",
             env=os.environ | settings | {"PYTHONPATH": os.pathsep.join(paths)},
         )
+        self.pid = self._process.pid
 
     def send(self, do: str, **arguments: Any) -> None:
         assert self._process.stdin is not None
