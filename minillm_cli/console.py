@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 import tyro
 
+from minillm_cli.process import is_command
 from minillm_cli.progress_bar import above_bar, end_bar, progress_bar
 from minillm_core.config import RunConfig, load_config, preset_names
 from minillm_core.errors import InputError, Interrupted
@@ -85,8 +86,7 @@ def show_progress() -> None:
 def _use_utf8() -> None:
     """Starts this process again in Python's UTF-8 mode if the locale has a different encoding. Then arguments, names of
     files and output are the same in every locale."""
-    is_ours = sys.argv[0] in sys.orig_argv or "minillm_cli" in sys.orig_argv  # not a test that calls a command
-    if is_ours and not sys.flags.utf8_mode and codecs.lookup(locale.getpreferredencoding(False)).name != "utf-8":
+    if is_command() and not sys.flags.utf8_mode and codecs.lookup(locale.getpreferredencoding(False)).name != "utf-8":
         os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
 
 

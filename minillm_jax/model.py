@@ -88,7 +88,7 @@ class Decoder(nnx.Module):
             slots=None if cache is None else slots(cache, index_BT),
         )
         if isinstance(self.layers, Block):
-            assert cache is None  # decoding reads every layer's weights where they are
+            assert cache is None  # decoding uses the unstacked model
             return self.norm(_scan_blocks(self.layers, x_BTD, positions, remat=remat)), None
         layer_caches: list[LayerCache] = []
         for i, block in enumerate(self.layers):
@@ -115,7 +115,7 @@ def _scan_blocks(stacked: Block, x_BTD: jax.Array, positions: PositionContext, *
     def step(x_BTD: jax.Array, layer: nnx.State) -> tuple[jax.Array, None]:
         return nnx.merge(graphdef, layer)(x_BTD, positions, None)[0], None
 
-    return jax.lax.scan(jax.checkpoint(step) if remat else step, x_BTD, arrays)[0]
+    return jax.lax.scan(jax.checkpoint(step, prevent_cse=False) if remat else step, x_BTD, arrays)[0]
 
 
 class MiniLLM(nnx.Module):

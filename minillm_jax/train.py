@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from minillm_core.config import RunConfig
@@ -55,19 +56,27 @@ def import_state(config: RunConfig, state: TrainingState, updates: int) -> Train
 
 def export_state(config: RunConfig, state: TrainState) -> TrainingState:
     """The framework-free tensors of a state."""
-    return TrainingState(**{group: to_canonical(config.model, params) for group, params in _groups(state).items()})
+    return TrainingState(
+        **{group: to_canonical(config.model, params) for group, params in _groups(config, state).items()}
+    )
 
 
 def start_payload(folder: Path, config: RunConfig, state: TrainState) -> Callable[[], None]:
     """Copies the state off the device and starts writing it; the returned function waits until it is written."""
-    return start_writing(folder, config.model, _groups(state))
+    return start_writing(folder, config.model, _groups(config, state))
 
 
-def _groups(state: TrainState) -> dict[str, Params]:
-    """Parameters and both Adam moments, by the names of the groups in a checkpoint."""
+def _groups(config: RunConfig, state: TrainState) -> dict[str, Params]:
+    """Parameters and both Adam moments, by the names of the groups in a checkpoint. With `scan_layers`, copies on the
+    host: a device has no room for a second state."""
     adam = state.opt_state[0]
     groups = {"weights": state.params, "exp_avg": adam.mu, "exp_avg_sq": adam.nu}
-    return {group: unstack_layers(params) for group, params in groups.items()}
+    if not config.train.scan_layers:
+        return groups
+    return {
+        group: unstack_layers({path: np.array(array) for path, array in params.items()})
+        for group, params in groups.items()
+    }
 
 
 def model_of(config: RunConfig, state: TrainState) -> MiniLLM:

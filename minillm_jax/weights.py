@@ -88,7 +88,7 @@ def stack_layers(arrays: Mapping[str, Any], stack: Callable[[list[Any]], Any] = 
 
 
 def unstack_layers(params: Params) -> Params:
-    """The inverse of `stack_layers`, on the device. Arrays of one layer each stay as they are."""
+    """The inverse of `stack_layers`, where the arrays are. Arrays of one layer each stay as they are."""
     unstacked: Params = {}
     for path, array in params.items():
         rest = path.removeprefix("model.layers.")

@@ -22,19 +22,27 @@ VECTORS, PART = 64, 32768
 """Of torch's loops over numbers on a CPU: the most that one step takes, and the least that threads share."""
 
 
+def _processor() -> str:
+    """The maker of the CPU as Linux names it, or an empty string."""
+    path = Path("/proc/cpuinfo")
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    return next((maker for maker in ("AuthenticAMD", "GenuineIntel") if maker in text), "")
+
+
 def _mkl_is_slow() -> bool:
-    """Whether products in float32 avoid MKL: on AMD processors with AVX-512, which MKL does not use there.
+    """Whether products in float32 of many rows avoid MKL: on AMD processors with AVX-512, which MKL does not use there.
 
     A rule and not a measurement, so that the same machine takes the same path in every process: a resumed run must
-    repeat every bit. Measured on two cores of an AMD EPYC, many rows: MKL computes 214 GFLOP/s, oneDNN 500. On two
-    cores of an Intel Xeon, MKL is as fast as oneDNN or faster.
+    repeat every bit. Measured on two cores of an AMD EPYC: MKL computes 214 GFLOP/s, oneDNN 500. On two cores of an
+    Intel Xeon, MKL is as fast as oneDNN or faster.
     """
-    path = Path("/proc/cpuinfo")
-    is_amd = path.exists() and "AuthenticAMD" in path.read_text(encoding="utf-8")
-    return is_amd and torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.backends.mkldnn.is_available()
+    has_avx512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
+    return _processor() == "AuthenticAMD" and has_avx512 and torch.backends.mkldnn.is_available()
 
 
 MKL_IS_SLOW = _mkl_is_slow()
+FEWEST_SLICED = 2 if _processor() == "GenuineIntel" else 1
+"""The smallest number of rows for which `matmul` cuts the weight into slices."""
 
 
 def _transposed(x_RC: Tensor) -> Tensor:
@@ -70,14 +78,14 @@ def matmul(x: Tensor, w: Tensor) -> Tensor:
     """x @ w.T over the last axis of x; w has shape (out, in).
 
     On a CPU, up to FEW_ROWS rows are multiplied with SLICES slices of the weight as one batch of products, because MKL
-    runs a product of few rows on one core. Measured in float32 on two cores: 16 rows take 0.75 of the time on an AMD
-    EPYC and 0.5 on an Intel Xeon. A single row needs no slices where MKL runs it on all cores: the Xeon reads weights
-    at 19 GB/s as a whole and at 9 GB/s in slices, the EPYC at 9 and 21. More rows: see `_mkl_is_slow`.
+    runs one product of few rows on one core. Measured in float32 on two cores: 16 rows take 0.75 of the time on an AMD
+    EPYC and 0.5 on an Intel Xeon. A single row is different on Intel, where MKL uses all cores for it: the Xeon reads
+    weights at 19 GB/s as a whole and at 9 GB/s in slices, the EPYC at 9 and 21. More rows: see `_mkl_is_slow`.
     """
     x_1RI = x if x.ndim == 3 and len(x) == 1 else x.reshape(1, -1, x.shape[-1])
     if _takes_onednn(x, x_1RI.shape[1]):
         return _OneDNNProduct.apply(x_1RI[0], w).reshape(*x.shape[:-1], len(w))
-    is_sliced = (1 if MKL_IS_SLOW else 2) <= x_1RI.shape[1] <= FEW_ROWS and len(w) % SLICES == 0
+    is_sliced = FEWEST_SLICED <= x_1RI.shape[1] <= FEW_ROWS and len(w) % SLICES == 0
     if x.is_cuda or x.dtype.itemsize == 2 or not is_sliced:
         return F.linear(x, w)
     out_SxR = torch.bmm(w.view(SLICES, -1, w.shape[1]), x_1RI.mT.expand(SLICES, -1, -1))  # x: outputs of a slice

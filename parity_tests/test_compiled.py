@@ -132,7 +132,7 @@ def test_memory_of_mini_llm(batch_size: int, seq_len: int, limit: float) -> None
 @pytest.mark.compiled
 @needs_cuda[1]
 def test_a_loop_over_the_blocks() -> None:
-    """With `train.scan_layers`, attention stays fused, and recomputed blocks need as little memory as without."""
+    """With `train.scan_layers`, attention stays fused, and recomputed blocks need little memory."""
     config = load_config("mini-llm-50m")
     train = replace(config.train, batch_size=64, seq_len=512, grad_accum=1, scan_layers=True, remat=True)
     config = replace(config, train=train)

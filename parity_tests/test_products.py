@@ -55,16 +55,22 @@ def test_product_and_gradients(rows: int, d_in: int, d_out: int, onednn: list[in
         assert relative(ours.detach(), exact.detach()) <= 2e-6
 
 
-@pytest.mark.parametrize("mkl_is_slow", [False, True])
-@pytest.mark.parametrize("rows", [1, 2, 16, 64])
-def test_few_rows(rows: int, mkl_is_slow: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every path to a product of few rows, whatever the processor is."""
-    monkeypatch.setattr(layers, "MKL_IS_SLOW", mkl_is_slow)
+@pytest.mark.parametrize("fewest", [1, 2])
+@pytest.mark.parametrize("rows", [1, 2, 64, 65])
+def test_few_rows(rows: int, fewest: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both paths to a product of few rows, whatever the processor is."""
+    calls: list[int] = []
+    bmm = torch.bmm
+    monkeypatch.setattr(torch, "bmm", lambda *factors: calls.append(1) or bmm(*factors))
+    monkeypatch.setattr(layers, "FEWEST_SLICED", fewest)
     generator = torch.Generator().manual_seed(0)
-    x_BTI, w_OI = (torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((rows, 1, 96), (40, 96)))
-    exact_BTO = torch.einsum("bti,oi->bto", x_BTI, w_OI)
-    assert relative(layers.matmul(x_BTI, w_OI), exact_BTO) <= 1e-14
-    assert relative(layers.matmul(x_BTI.float(), w_OI.float()).double(), exact_BTO) <= 1e-6
+    for d_out in (40, 41):  # 8 slices divide only the first
+        x_BTI, w_OI = (torch.randn(*s, generator=generator, dtype=torch.float64) for s in ((rows, 1, 96), (d_out, 96)))
+        exact_BTO = torch.einsum("bti,oi->bto", x_BTI, w_OI)
+        calls.clear()
+        assert relative(layers.matmul(x_BTI, w_OI), exact_BTO) <= 1e-14
+        assert relative(layers.matmul(x_BTI.float(), w_OI.float()).double(), exact_BTO) <= 1e-6
+        assert len(calls) == (2 if fewest <= rows <= 64 and d_out == 40 else 0)
 
 
 def test_model_and_its_gradients(onednn: list[int]) -> None:

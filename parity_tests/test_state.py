@@ -103,11 +103,11 @@ def test_a_loop_over_the_blocks_continues_a_run(whole_runs: RunConfig, tmp_path:
     dtype, whole = whole_runs.train.compute_dtype, Path(whole_runs.train.out_dir)
     config = replace(whole_runs, train=replace(whole_runs.train, out_dir=str(tmp_path)))
     scanned = replace(config, train=replace(config.train, scan_layers=True))
+    if dtype == "bfloat16":
+        pytest.skip("rounded differently")
     train_until(config, minillm_jax, 10)
     train_until(scanned, minillm_jax, 20)
     train(config, minillm_jax)
-    if dtype == "bfloat16":  # rounded differently: see test_run_moved_between_frameworks_is_the_same
-        return
     assert_close("losses", losses_of(tmp_path, "jax"), losses_of(whole, "jax"), TIERS[dtype].run_loss)
     if dtype == "float64":
         ours, theirs = state_at(tmp_path, "jax", 30), state_at(whole, "jax", 30)
