@@ -237,8 +237,8 @@ class TrainConfig:
     remat: bool = False
     """Recompute the activations of every block in the backward pass: less memory, about a third more operations."""
     scan_layers: bool = False
-    """JAX computes the blocks in a loop, so that compiling takes the same time for any number of them. A step may take
-    longer, and without `remat` a GPU needs twice the memory. No effect in PyTorch."""
+    """JAX's train step computes the blocks in a loop, so that compiling it takes the same time for any number of them.
+    A step may take longer, and without `remat` a GPU needs twice the memory. No effect in PyTorch."""
     log_every: int = 10
     """Steps between two rows of the log."""
     eval_every: int = 100

@@ -47,7 +47,8 @@ NOTES = (
     "Rates are medians of the rounds, with the range. `times X` is the speed relative to the engine X, the median over "
     "the rounds. The bound is the rate at which matrix products (compute) or reading weights and cache (memory) alone "
     "would take all the time, at the largest rates above. Memory is the peak of the engine's process (on a GPU: of the "
-    "framework's memory there).",
+    "framework's memory there). jax and torch have the settings of this project's commands (threads, malloc); other "
+    "engines keep their defaults.",
 )
 
 
