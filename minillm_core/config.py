@@ -41,7 +41,6 @@ FREE_TO_CHANGE = {
 """Fields that may change when a run is resumed: no number logged before depends on them. (The data is identified by its
 hash, not by its place. Of the changes of a mixture, only future ones: `require_same_past`.)"""
 
-
 RUN_RECORD = "run.json"
 """The file that shows that the config.yaml beside it is that of a run."""
 
@@ -237,8 +236,8 @@ class TrainConfig:
     remat: bool = False
     """Recompute the activations of every block in the backward pass: less memory, about a third more operations."""
     scan_layers: bool = False
-    """JAX's train step computes the blocks in a loop, so that compiling it takes the same time for any number of them.
-    A step may take longer, and without `remat` a GPU needs twice the memory. No effect in PyTorch."""
+    """JAX's train step computes the blocks in a loop: compiling takes the same time for any number of them, a step may
+    take longer, and a GPU needs twice the memory without `remat`. No effect in PyTorch."""
     log_every: int = 10
     """Steps between two rows of the log."""
     eval_every: int = 100
@@ -250,14 +249,12 @@ class TrainConfig:
     checkpoint_every: int = 100
     """Steps between two checkpoints."""
     keep_last: int = 3
-    """Number of newest checkpoints to keep, besides the one with the lowest held-out loss before the last evaluation; 0
-    keeps all."""
+    """Newest checkpoints to keep, besides the one with the lowest held-out loss before the last evaluation; 0: all."""
     nonfinite: Nonfinite = "stop"
     """What happens when the loss or the gradient norm is not finite. That update is never made. `stop` ends the run;
     `skip` continues with the next batch and logs the number of updates made."""
     deterministic: bool = False
-    """On a GPU, get the same bits in every run, at lower speed (deterministic kernels, no autotuning). A CPU always
-    gives the same bits."""
+    """On a GPU, get the same bits in every run, at lower speed. A CPU always gives the same bits."""
     tensorboard: bool = False
     """Also log for TensorBoard, in the framework folder of the run."""
     wandb: WandbMode = "disabled"
